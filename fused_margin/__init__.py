@@ -1,0 +1,26 @@
+"""Margin-softmax losses over many classes without an N x C matrix.
+
+ArcFace, CosFace, Fixed AdaCos and normalised softmax as drop-in modules
+(:mod:`fused_margin.losses`) and functions (:mod:`fused_margin.functional`), class-blocked on a CPU
+and as Triton kernels on a GPU. Importing the package never imports Triton.
+"""
+
+from fused_margin import functional
+from fused_margin._version import __version__
+from fused_margin.config import show_config
+from fused_margin.losses import (
+    ArcFaceLoss,
+    CosFaceLoss,
+    FixedAdaCosLoss,
+    NormalizedSoftmaxLoss,
+)
+
+__all__ = [
+    "ArcFaceLoss",
+    "CosFaceLoss",
+    "FixedAdaCosLoss",
+    "NormalizedSoftmaxLoss",
+    "__version__",
+    "functional",
+    "show_config",
+]

@@ -1,0 +1,304 @@
+"""Class-blocked CPU backend: cosines exist for one block of classes at a time.
+
+A block is class-major, (B, N): the product W_block x^T is faster that way round, and the sums over
+classes run along the outer dimension. Elementwise work is in place on that block. Row quantities,
+(N,), are combined in fp64. Equations refer to ``docs/math.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fused_margin import margins
+from fused_margin._numerics import NORM_EPS, accumulation_dtype
+
+# Bytes of one (B, N) block, and of B rows of W. Measured (docs/design.md): products lose speed
+# below 1024 classes, and elementwise passes slow down once a block leaves the last-level cache.
+BLOCK_BYTES = 4 << 20
+WEIGHT_BLOCK_BYTES = 16 << 20
+MIN_BLOCK, MAX_BLOCK = 128, 8192
+
+
+def block_size(num_rows: int, num_classes: int, dim: int, itemsize: int) -> int:
+    """Classes in a block, so that the block and its rows of W stay within their budgets."""
+    size = min(BLOCK_BYTES // (itemsize * max(num_rows, 1)), WEIGHT_BLOCK_BYTES // (itemsize * dim))
+    return min(num_classes, max(MIN_BLOCK, min(MAX_BLOCK, size)))
+
+
+def product_dtype(compute: torch.dtype, accumulate: torch.dtype) -> torch.dtype:
+    """bf16 where asked for and the CPU has instructions for it, else the accumulation dtype.
+
+    fp16 is computed in fp32, which is both exact for fp16 inputs and faster on today's CPUs.
+    """
+    if compute is torch.bfloat16 and accumulate is torch.float32 and has_bf16_products():
+        return torch.bfloat16
+    return accumulate
+
+
+def has_bf16_products() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16_instructions()
+
+
+def _has_bf16_instructions() -> bool:
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    if capabilities.startswith("AVX"):
+        return torch.cpu._is_avx512_bf16_supported()
+    return True  # elsewhere oneDNN's own answer is about hardware products
+
+
+@dataclass
+class Block:
+    """One block of classes: rows ``start`` to ``stop`` of W."""
+
+    start: int
+    stop: int
+    weight: torch.Tensor  # (B, D), accumulation dtype
+    operand: torch.Tensor  # (B, D), product dtype
+    inv_norm: torch.Tensor  # (B, 1)
+    rows: torch.Tensor  # rows whose target lies in the block, (T,)
+    targets: torch.Tensor  # their labels - start, (T,)
+    cosines: torch.Tensor  # (B, N), accumulation dtype; scaled once by ||w||, see `sweep`
+
+
+class Sweep:
+    """Iterates over the blocks of W, forming s * ||w|| * cos in a buffer that is reused."""
+
+    def __init__(
+        self, x_scaled: torch.Tensor, w: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        """Prepare buffers.
+
+        Args:
+            x_scaled: s * x_hat, (N, D), accumulation dtype.
+            w: (C, D), any floating dtype and strides.
+            labels: (N,) int64; outside [0, C) means no target.
+            dtype: the product dtype.
+        """
+        num_rows, dim = x_scaled.shape
+        self.w, self.dtype, self.accumulate = w, dtype, x_scaled.dtype
+        self.operand = x_scaled.to(dtype).t()  # (D, N)
+        self.size = block_size(num_rows, w.shape[0], dim, x_scaled.element_size())
+        self.cosines = x_scaled.new_empty(self.size, num_rows)
+        converts = dtype is not self.accumulate
+        self.product = self.cosines.to(dtype) if converts else self.cosines
+        self.w_accumulate = None if w.dtype is self.accumulate else x_scaled.new_empty(self.size, dim)
+        self.w_operand = x_scaled.new_empty(self.size, dim, dtype=dtype) if converts else None
+        self.order = labels.argsort(stable=True)
+        self.sorted_labels = labels[self.order]
+
+    def blocks(self, inv_w: torch.Tensor, *, fill_norms: bool) -> Iterator[Block]:
+        """Yield each block with its cosines (times ||w||); fills ``inv_w`` (C,) if asked to."""
+        num_classes = self.w.shape[0]
+        starts = torch.arange(0, num_classes + self.size, self.size)
+        bounds = torch.searchsorted(self.sorted_labels, starts.clamp_max(num_classes)).tolist()
+        for index, start in enumerate(range(0, num_classes, self.size)):
+            stop = min(start + self.size, num_classes)
+            length = stop - start
+            weight = operand = self.w[start:stop]
+            if self.w_accumulate is not None:
+                weight = operand = self.w_accumulate[:length].copy_(weight)
+            if fill_norms:
+                norm = torch.linalg.vector_norm(weight, dim=1, out=inv_w[start:stop])
+                norm.clamp_min_(NORM_EPS).reciprocal_()
+            if self.w_operand is not None:
+                same = self.w.dtype is self.dtype
+                operand = self.w[start:stop] if same else self.w_operand[:length].copy_(weight)
+            cosines = self.cosines[:length]
+            torch.mm(operand, self.operand, out=self.product[:length])
+            if self.product is not self.cosines:
+                cosines.copy_(self.product[:length])
+            rows = self.order[bounds[index] : bounds[index + 1]]
+            yield Block(
+                start=start,
+                stop=stop,
+                weight=weight,
+                operand=operand,
+                inv_norm=inv_w[start:stop, None],
+                rows=rows,
+                targets=self.sorted_labels[bounds[index] : bounds[index + 1]] - start,
+                cosines=cosines,
+            )
+
+
+def _inverse_norms(x: torch.Tensor) -> torch.Tensor:
+    """1 / max(||x_n||, eps), (N,)."""
+    return torch.linalg.vector_norm(x, dim=1).clamp_min_(NORM_EPS).reciprocal_()
+
+
+def forward(
+    x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor, scale: float, compute: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """lse and u (eq. 1, 2) in fp64, and the inverse norms of x and W.
+
+    Args:
+        x: (N, D). w: (C, D). labels: (N,) int64; outside [0, C) means no target.
+        scale: s > 0. compute: the dtype asked for in products.
+
+    Returns:
+        lse (N,) fp64, u (N,) fp64, inv_x (N,), inv_w (C,) in the accumulation dtype.
+    """
+    accumulate = accumulation_dtype(x, w)
+    x = x.to(accumulate)
+    inv_x = _inverse_norms(x)
+    inv_w = torch.empty(w.shape[0], dtype=accumulate)
+    sweep = Sweep(x * (inv_x * scale)[:, None], w, labels, product_dtype(compute, accumulate))
+    num_blocks = -(-w.shape[0] // sweep.size)
+    partial = torch.empty(num_blocks, x.shape[0], dtype=torch.float64)  # lse of each block
+    # |s cos| <= s up to rounding: exp needs no shift where e^s times C neither overflows nor
+    # e^-s underflows.
+    needs_shift = scale + math.log(w.shape[0]) > 0.95 * math.log(torch.finfo(accumulate).max)
+    for index, block in enumerate(sweep.blocks(inv_w, fill_norms=True)):
+        z = block.cosines.mul_(block.inv_norm)  # s cos, (B, N)
+        z[block.targets, block.rows] = -float("inf")
+        if needs_shift:
+            # The lower bound keeps a block that holds nothing but a row's target at exp(-inf).
+            shift = z.amax(dim=0).clamp_min_(torch.finfo(accumulate).min)
+            partial[index] = z.sub_(shift).exp_().sum(dim=0).double().log_().add_(shift)
+        else:
+            partial[index] = z.exp_().sum(dim=0)
+    lse = partial.logsumexp(dim=0) if needs_shift else partial.sum(dim=0).log_()
+    return lse, _target_cosine(x, w, labels, inv_x, inv_w), inv_x, inv_w
+
+
+def _target_rows(
+    w: torch.Tensor, labels: torch.Tensor, inv_w: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """w_hat of each row's target, (N, D), and whether the row has one, (N,)."""
+    has_target = (labels >= 0) & (labels < w.shape[0])
+    target = labels.where(has_target, 0)
+    return w[target].to(inv_w.dtype) * inv_w[target, None], has_target
+
+
+def _target_cosine(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    labels: torch.Tensor,
+    inv_x: torch.Tensor,
+    inv_w: torch.Tensor,
+) -> torch.Tensor:
+    """u (N,) in fp64, a dot of its own: the margin amplifies the rounding of a bf16 product."""
+    w_target, has_target = _target_rows(w, labels, inv_w)
+    u = (x * inv_x[:, None] * w_target).sum(dim=1)
+    return u.where(has_target, 0).double()
+
+
+def backward(
+    g_lse: torch.Tensor,
+    g_u: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float,
+    compute: torch.dtype,
+    lse: torch.Tensor,
+    u: torch.Tensor,
+    inv_x: torch.Tensor,
+    inv_w: torch.Tensor,
+    *,
+    need_x: bool,
+    need_w: bool,
+    need_scale: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Vector-Jacobian product of `forward` (eq. 7 to 9).
+
+    Args:
+        g_lse: gradient of lse, (N,). g_u: gradient of u, (N,). The rest as in `forward`.
+        need_x: whether to return d_x; likewise need_w, need_scale.
+
+    Returns:
+        d_x (N, D) in x's dtype, d_w (C, D) in w's dtype, d_scale 0-d in fp64; None if not needed.
+    """
+    accumulate = inv_x.dtype
+    x_dtype, x = x.dtype, x.to(accumulate)
+    x_hat = x * inv_x[:, None]
+    dtype = product_dtype(compute, accumulate)
+    sweep = Sweep(x_hat * scale, w, labels, dtype)
+    converts = dtype is not accumulate
+    a = (g_lse.double() * scale).to(accumulate)  # G_nk = a_n exp(s c_nk - lse_n) for k != y_n
+    x_weighted = x_hat * a[:, None]  # (N, D)
+    x_operand = x_weighted.to(dtype)
+    w_target, has_target = _target_rows(w, labels, inv_w)
+    g_u = g_u.to(accumulate).where(has_target, 0)
+    x_target = x_hat * g_u[:, None]  # the target's row of d_w_hat, (N, D)
+    minus_lse = lse.to(accumulate).neg()[None, :]
+
+    wants_v = need_x or need_scale
+    v = torch.zeros_like(x) if wants_v else None
+    v_product = torch.empty_like(x, dtype=dtype) if wants_v and converts else None
+    d_w = torch.empty(w.shape, dtype=w.dtype) if need_w else None
+    in_place = need_w and w.dtype is accumulate and not converts
+    d_w_product = x.new_empty(sweep.size, x.shape[1], dtype=dtype) if need_w and converts else None
+    scratch = x.new_empty(sweep.size, x.shape[1]) if need_w else None
+    d_w_block = None if not need_w or in_place else x.new_empty(sweep.size, x.shape[1])
+
+    for block in sweep.blocks(inv_w, fill_norms=False):
+        length = block.stop - block.start
+        p = block.cosines
+        torch.addcmul(minus_lse, p, block.inv_norm, out=p).exp_()  # exp(s c - lse), (B, N)
+        p[block.targets, block.rows] = 0.0
+        p.mul_(block.inv_norm)
+        if converts:
+            p = sweep.product[:length].copy_(p)
+        if v is not None:
+            if v_product is not None:
+                v.add_(torch.mm(p.t(), block.operand, out=v_product))
+            else:
+                v.addmm_(p.t(), block.operand)
+        if d_w is not None and scratch is not None:
+            grad = d_w[block.start : block.stop] if d_w_block is None else d_w_block[:length]
+            if d_w_product is not None:
+                grad.copy_(torch.mm(p, x_operand, out=d_w_product[:length]))
+            else:
+                torch.mm(p, x_operand, out=grad)
+            inv_norm = block.inv_norm
+            if len(block.rows):
+                grad.index_add_(0, block.targets, x_target[block.rows] * inv_norm[block.targets])
+            # grad = d_w_hat / ||w||; its radial part goes (below the norm's clamp there is none)
+            torch.mul(grad, block.weight, out=scratch[:length])
+            radial = scratch[:length].sum(dim=1, keepdim=True).mul_(inv_norm).mul_(inv_norm)
+            radial.masked_fill_(inv_norm >= 1.0 / NORM_EPS, 0.0)
+            grad.addcmul_(block.weight, radial, value=-1.0)
+            if d_w_block is not None:
+                d_w[block.start : block.stop].copy_(grad)
+
+    d_x = d_scale = None
+    if v is not None:
+        v.mul_(a[:, None]).addcmul_(w_target, g_u[:, None])
+        radial = (v * x_hat).sum(dim=1, keepdim=True)  # sum_k G_nk c_nk
+        if need_scale:
+            d_scale = ((radial[:, 0].double() - g_u.double() * u.double()) / scale).sum()
+        if need_x:
+            radial.masked_fill_(inv_x[:, None] >= 1.0 / NORM_EPS, 0.0)
+            d_x = v.addcmul_(x_hat, radial, value=-1.0).mul_(inv_x[:, None]).to(x_dtype)
+    return d_x, d_w, d_scale
+
+
+def margin_forward(
+    lse: torch.Tensor,
+    u: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float,
+    margin: margins.Margin,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per-row loss and its derivatives by lse and u (eq. 4, 6), fp64; and the count of rows.
+
+    Args:
+        lse: (N,). u: (N,). labels: (N,), ignored rows marked by ``ignore_index``.
+        scale: s. margin: float coefficients.
+
+    Returns:
+        loss (N,), d_lse (N,), d_u (N,), all 0 on ignored rows; number of other rows, 0-d.
+    """
+    psi, slope = margins.value_and_slope(u, margin)
+    gap = scale * psi - lse
+    counted = labels != ignore_index
+    sigma = torch.sigmoid(-gap).where(counted, 0)
+    loss = (-F.logsigmoid(gap)).where(counted, 0)
+    return loss, sigma, -sigma * scale * slope, counted.sum().double()

@@ -1,0 +1,357 @@
+"""Registered operators: schemas, fakes, autograd, and dispatch to the device kernels.
+
+Two primitives (``docs/design.md``): ``cosine_lse``, on which any margin is ordinary autograd over N
+numbers, and ``margin_ce``, with a built-in margin and the loss inside. They share one backward
+operator. Each "Autograd" implementation is an ``autograd.Function`` that calls the operator below
+autograd; the backward operator has one too, so that double backward raises instead of returning
+gradients that silently require no grad. Private PyTorch API is used in this file only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+from fused_margin import _cpu
+from fused_margin._numerics import accumulation_dtype
+from fused_margin.margins import Margin
+
+Tensor = torch.Tensor
+
+_lib = torch.library.Library("fused_margin", "DEF")
+_lib.define(
+    "check_labels(Tensor labels, int num_classes, int ignore_index) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_lib.define(
+    "cosine_lse(Tensor x, Tensor w, Tensor labels, float scale, Tensor? scale_tensor,"
+    " ScalarType compute, str backend)"
+    " -> (Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_lib.define(
+    "margin_ce(Tensor x, Tensor w, Tensor labels, float scale, float cos_m, float sin_m,"
+    " float threshold, float offset, bool straight_through, str reduction, int ignore_index,"
+    " ScalarType compute, str backend)"
+    " -> (Tensor loss, Tensor lse, Tensor u, Tensor d_lse, Tensor d_u, Tensor count,"
+    " Tensor inv_x, Tensor inv_w)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_lib.define(
+    "cosine_lse_backward(Tensor d_lse, Tensor d_u, Tensor? grad_loss, Tensor? count, Tensor x,"
+    " Tensor w, Tensor labels, float scale, Tensor? scale_tensor, ScalarType compute, str backend,"
+    " Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, bool need_x, bool need_w, bool need_scale)"
+    " -> (Tensor d_x, Tensor d_w, Tensor d_scale)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_ops = torch.ops.fused_margin
+
+# Labels as `check_labels` returns them.
+IGNORED, INVALID = -1, -2
+
+
+def _triton():  # noqa: ANN202 - the module type
+    from fused_margin._triton import launch
+
+    return launch
+
+
+def _raise_out_of_range(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"labels must be in [0, {num_classes}) or equal to ignore_index={ignore_index}, but"
+            f" labels[{row}] is {int(labels[row])} ({int(wrong.sum())} such labels); remap the"
+            " labels or give the loss as many classes as there are"
+        )
+
+
+# --- check_labels ---------------------------------------------------------------------------------
+
+
+def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    from fused_margin._validate import checks_labels_on_gpu
+
+    labels = labels.long()
+    if labels.device.type == "cpu" or checks_labels_on_gpu():
+        _raise_out_of_range(labels, num_classes, ignore_index)
+    inside = (labels >= 0) & (labels < num_classes)
+    checked = torch.where(inside, labels, INVALID)
+    return torch.where(labels == ignore_index, IGNORED, checked)
+
+
+for _key in ("CPU", "CUDA"):
+    _lib.impl("check_labels", _check_labels, _key)
+
+
+@torch.library.register_fake("fused_margin::check_labels", lib=_lib)
+def _(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    return labels.new_empty(labels.shape, dtype=torch.int64)
+
+
+# --- cosine_lse -----------------------------------------------------------------------------------
+
+
+def _scale_value(scale: float, scale_tensor: Tensor | None) -> float:
+    value = scale if scale_tensor is None else float(scale_tensor)
+    if not value > 0.0:
+        raise ValueError(f"scale must be > 0, got {value}; keep a learnable scale positive")
+    return value
+
+
+def _cosine_lse(
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    compute: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        return _triton().cosine_lse(x, w, labels, scale, scale_tensor, compute)
+    with torch.autocast("cpu", enabled=False):
+        value = _scale_value(scale, scale_tensor)
+        lse, u, inv_x, inv_w = _cpu.forward(x, w, labels.long(), value, compute)
+        return lse.to(inv_x.dtype), u.to(inv_x.dtype), inv_x, inv_w
+
+
+@torch.library.register_fake("fused_margin::cosine_lse", lib=_lib)
+def _(x, w, labels, scale, scale_tensor, compute, backend):  # noqa: ANN001, ANN202
+    dtype = accumulation_dtype(x, w)
+    num_rows, num_classes = x.shape[0], w.shape[0]
+    lse, u, inv_x = (x.new_empty(num_rows, dtype=dtype) for _ in range(3))
+    return lse, u, inv_x, x.new_empty(num_classes, dtype=dtype)
+
+
+# --- margin_ce ------------------------------------------------------------------------------------
+
+
+def _margin_ce(
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    scale: float,
+    cos_m: float,
+    sin_m: float,
+    threshold: float,
+    offset: float,
+    straight_through: bool,
+    reduction: str,
+    ignore_index: int,
+    compute: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    margin = Margin(cos_m, sin_m, threshold, offset, straight_through)
+    if backend == "triton":
+        from fused_margin._validate import checks_labels_on_gpu
+
+        if labels.device.type == "cpu" or checks_labels_on_gpu():
+            _raise_out_of_range(labels, w.shape[0], ignore_index)
+        return _triton().margin_ce(x, w, labels, scale, margin, reduction, ignore_index, compute)
+    with torch.autocast("cpu", enabled=False):
+        labels = labels.long()
+        _raise_out_of_range(labels, w.shape[0], ignore_index)
+        targets = labels.where(labels != ignore_index, IGNORED)
+        lse, u, inv_x, inv_w = _cpu.forward(x, w, targets, scale, compute)
+        loss, d_lse, d_u, count = _cpu.margin_forward(lse, u, targets, scale, margin, IGNORED)
+        if reduction != "none":
+            loss = loss.sum()
+        if reduction == "mean":
+            loss = loss / count.clamp_min(1.0)
+        rows = (part.to(inv_x.dtype) for part in (loss, lse, u, d_lse, d_u, count))
+        return (*rows, inv_x, inv_w)
+
+
+@torch.library.register_fake("fused_margin::margin_ce", lib=_lib)
+def _(x, w, labels, scale, cos_m, sin_m, threshold, offset, straight_through, reduction,
+      ignore_index, compute, backend):  # noqa: ANN001, ANN202  # fmt: skip
+    dtype = accumulation_dtype(x, w)
+    num_rows, num_classes = x.shape[0], w.shape[0]
+    loss = x.new_empty((num_rows,) if reduction == "none" else (), dtype=dtype)
+    lse, u, d_lse, d_u, inv_x = (x.new_empty(num_rows, dtype=dtype) for _ in range(5))
+    count, inv_w = x.new_empty((), dtype=dtype), x.new_empty(num_classes, dtype=dtype)
+    return loss, lse, u, d_lse, d_u, count, inv_x, inv_w
+
+
+# --- backward -------------------------------------------------------------------------------------
+
+
+def _backward(
+    d_lse: Tensor,
+    d_u: Tensor,
+    grad_loss: Tensor | None,
+    count: Tensor | None,
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    compute: torch.dtype,
+    backend: str,
+    lse: Tensor,
+    u: Tensor,
+    inv_x: Tensor,
+    inv_w: Tensor,
+    need_x: bool,
+    need_w: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        d_x, d_w, d_scale = _triton().backward(
+            d_lse, d_u, grad_loss, count, x, w, labels, scale, scale_tensor, compute,
+            lse, u, inv_x, inv_w, need_x=need_x, need_w=need_w, need_scale=need_scale,
+        )  # fmt: skip
+    else:
+        with torch.autocast("cpu", enabled=False):
+            if grad_loss is not None:
+                factor = grad_loss if count is None else grad_loss / count.clamp_min(1.0)
+                d_lse, d_u = d_lse * factor, d_u * factor
+            d_x, d_w, d_scale = _cpu.backward(
+                d_lse, d_u, x, w, labels.long(), _scale_value(scale, scale_tensor), compute,
+                lse, u, inv_x, inv_w, need_x=need_x, need_w=need_w, need_scale=need_scale,
+            )  # fmt: skip
+    if d_scale is not None and scale_tensor is not None:
+        d_scale = d_scale.to(scale_tensor.dtype).reshape(scale_tensor.shape)
+    return tuple(
+        like.new_empty(0) if grad is None else grad
+        for grad, like in ((d_x, x), (d_w, w), (d_scale, x if scale_tensor is None else scale_tensor))
+    )  # type: ignore[return-value]  # a 3-tuple; the generator hides its length
+
+
+@torch.library.register_fake("fused_margin::cosine_lse_backward", lib=_lib)
+def _(d_lse, d_u, grad_loss, count, x, w, labels, scale, scale_tensor, compute, backend,
+      lse, u, inv_x, inv_w, need_x, need_w, need_scale):  # noqa: ANN001, ANN202  # fmt: skip
+    like_scale = x if scale_tensor is None else scale_tensor
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        w.new_empty(w.shape if need_w else (0,)),
+        like_scale.new_empty(like_scale.shape if need_scale else (0,)),
+    )
+
+
+for _key in ("CPU", "CUDA"):
+    _lib.impl("cosine_lse", _cosine_lse, _key)
+    _lib.impl("margin_ce", _margin_ce, _key)
+    _lib.impl("cosine_lse_backward", _backward, _key)
+
+
+# --- autograd -------------------------------------------------------------------------------------
+
+
+def _gradients(ctx: Any, d_lse: Tensor, d_u: Tensor, grad_loss: Tensor | None,
+               count: Tensor | None, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:  # fmt: skip
+    x, w, labels, scale_tensor, lse, u, inv_x, inv_w = saved
+    need_x, need_w = ctx.needs_input_grad[:2]
+    need_scale = scale_tensor is not None and ctx.needs_input_grad[4]
+    d_x, d_w, d_scale = _ops.cosine_lse_backward(
+        d_lse, d_u, grad_loss, count, x, w, labels, ctx.scale, scale_tensor, ctx.compute,
+        ctx.backend, lse, u, inv_x, inv_w, need_x, need_w, need_scale,
+    )  # fmt: skip
+    return d_x if need_x else None, d_w if need_w else None, d_scale if need_scale else None
+
+
+class _CosineLse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, w, labels, scale, scale_tensor, compute, backend):  # noqa: ANN001, ANN205
+        with torch._C._AutoDispatchBelowAutograd():
+            lse, u, inv_x, inv_w = _ops.cosine_lse(
+                x, w, labels, scale, scale_tensor, compute, backend
+            )
+        ctx.save_for_backward(x, w, labels, scale_tensor, lse, u, inv_x, inv_w)
+        ctx.mark_non_differentiable(inv_x, inv_w)
+        ctx.set_materialize_grads(False)
+        ctx.scale, ctx.compute, ctx.backend = scale, compute, backend
+        return lse, u, inv_x, inv_w
+
+    @staticmethod
+    def backward(ctx: Any, g_lse, g_u, _inv_x, _inv_w):  # noqa: ANN001, ANN205
+        saved = ctx.saved_tensors
+        if g_lse is None and g_u is None:
+            return (None,) * 7
+        g_lse = torch.zeros_like(saved[4]) if g_lse is None else g_lse
+        g_u = torch.zeros_like(saved[5]) if g_u is None else g_u
+        d_x, d_w, d_scale = _gradients(ctx, g_lse, g_u, None, None, saved)
+        return d_x, d_w, None, None, d_scale, None, None
+
+
+class _MarginCe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, w, labels, scale, *settings):  # noqa: ANN001, ANN002, ANN205
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = _ops.margin_ce(x, w, labels, scale, *settings)
+        _, lse, u, d_lse, d_u, count, inv_x, inv_w = outputs
+        ctx.save_for_backward(x, w, labels, lse, u, d_lse, d_u, count, inv_x, inv_w)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        ctx.scale, (ctx.compute, ctx.backend) = scale, settings[-2:]
+        ctx.is_mean = settings[5] == "mean"
+        ctx.num_settings = len(settings)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss, *_unused):  # noqa: ANN001, ANN002, ANN205
+        if grad_loss is None:
+            return (None,) * (4 + ctx.num_settings)
+        x, w, labels, lse, u, d_lse, d_u, count, inv_x, inv_w = ctx.saved_tensors
+        saved = (x, w, labels, None, lse, u, inv_x, inv_w)
+        d_x, d_w, _ = _gradients(
+            ctx, d_lse, d_u, grad_loss, count if ctx.is_mean else None, saved
+        )
+        return d_x, d_w, None, None, *(None,) * ctx.num_settings
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args):  # noqa: ANN002, ANN205
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.cosine_lse_backward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_grads) -> NoReturn:  # noqa: ANN002
+        raise RuntimeError(
+            "the gradient of a fused_margin loss is not differentiable a second time on this"
+            ' backend; use backend="reference", which is plain eager autograd, for double backward'
+        )
+
+
+_lib.impl("cosine_lse", lambda *args: _CosineLse.apply(*args), "Autograd")
+_lib.impl("margin_ce", lambda *args: _MarginCe.apply(*args), "Autograd")
+_lib.impl("cosine_lse_backward", lambda *args: _Backward.apply(*args), "Autograd")
+
+
+def cosine_lse(
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    compute: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Call the ``cosine_lse`` operator; differentiable in x, w and a tensor scale."""
+    value, tensor = (0.0, scale) if isinstance(scale, Tensor) else (scale, None)
+    lse, u, _, _ = _ops.cosine_lse(x, w, labels, value, tensor, compute, backend)
+    return lse, u
+
+
+def margin_ce(
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    scale: float,
+    margin: Margin,
+    reduction: str,
+    ignore_index: int,
+    compute: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Call the ``margin_ce`` operator; differentiable in x and w."""
+    outputs = _ops.margin_ce(x, w, labels, scale, *margin, reduction, ignore_index, compute, backend)
+    return outputs[0]
+
+
+def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Labels as int64 with IGNORED and INVALID rows marked; raises where that needs no sync."""
+    return _ops.check_labels(labels, num_classes, ignore_index)

@@ -1,0 +1,1 @@
+"""Triton backend, loaded on first use; `launch` is its interface to the operators."""

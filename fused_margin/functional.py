@@ -1,0 +1,298 @@
+r"""Margin-softmax losses as functions of embeddings, class weights and labels.
+
+For row n with cosines :math:`c_{nk} = \hat x_n \cdot \hat w_k` and label :math:`y_n`, every loss is
+
+.. math:: -\log \frac{e^{s\,\psi(c_{n y_n})}}{e^{s\,\psi(c_{n y_n})} + \sum_{k \ne y_n} e^{s\,c_{nk}}}
+
+with a margin :math:`\psi` on the target cosine. Neither the (N, C) cosines nor a normalised copy of
+the weights is ever built, except by ``backend="reference"``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from fused_margin import _ops, _reference, _validate, margins
+from fused_margin._numerics import accumulation_dtype, compute_dtype
+
+__all__ = [
+    "arcface",
+    "cosface",
+    "cosine_lse",
+    "cosine_logits",
+    "fixed_adacos",
+    "fixed_adacos_scale",
+    "normalized_softmax",
+]
+
+
+def _margin_softmax(
+    embeddings: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    margin: margins.Margin,
+    scale: float | torch.Tensor,
+    reduction: str,
+    ignore_index: int,
+    backend: str,
+) -> torch.Tensor:
+    """Cross-entropy with target logit s psi(u): the fused operator, or autograd over N numbers."""
+    _validate.choice("reduction", reduction, _validate.REDUCTIONS)
+    _validate.ignore_index(ignore_index)
+    scale = _validate.scale(scale, embeddings.device)
+    backend = _validate.backend(backend, embeddings.device)
+    compute = compute_dtype(embeddings, weight)
+    is_fused = not (margin.is_tensor or isinstance(scale, torch.Tensor) or backend == "reference")
+    if is_fused:
+        return _ops.margin_ce(
+            embeddings, weight, labels, scale, margin, reduction, ignore_index, compute, backend
+        )
+    labels = _ops.check_labels(labels, weight.shape[0], ignore_index)
+    if backend == "reference":
+        lse, u = _reference.cosine_lse(embeddings, weight, labels, scale)
+    else:
+        lse, u = _ops.cosine_lse(embeddings, weight, labels, scale, compute, backend)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        # -log sigmoid(t - lse) is the cross-entropy without cancellation (eq. 4)
+        loss = -F.logsigmoid(scale * margins.apply(u, margin) - lse)
+        ignored = labels == _ops.IGNORED
+        # a label out of range on a GPU makes its row NaN, in the loss and in the gradients
+        poison = torch.where(labels == _ops.INVALID, float("nan"), 1.0).to(loss.dtype)
+        loss = (loss * poison).masked_fill(ignored, 0.0)
+        if reduction == "none":
+            return loss
+        total = loss.sum()
+        if reduction == "sum":
+            return total
+        return total / (~ignored).sum().clamp_min(1)
+
+
+def arcface(
+    embeddings: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    margin: float | torch.Tensor = 0.5,
+    scale: float | torch.Tensor = 64.0,
+    *,
+    boundary: str = "linear",
+    grad: str = "exact",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""ArcFace: :math:`\psi(\cos\theta) = \cos(\theta + m)`.
+
+    Args:
+        embeddings: (N, D), N >= 0; fp16, bf16, fp32 or fp64; need not be normalised.
+        weight: (C, D), C >= 2; fp32, fp64 or the embeddings' dtype; need not be normalised.
+        labels: (N,), any integer dtype, in [0, C) or equal to ``ignore_index``.
+        margin: m in radians, at most pi; float, or (N,) floating tensor (one margin per row;
+            differentiable).
+        scale: s > 0; float, or 0-d floating tensor (differentiable).
+        boundary: where theta + m > pi: ``"linear"`` uses cos(theta) - m sin(m), ``"continuous"``
+            cos(theta) - (1 + cos(pi - m)), ``"none"`` keeps cos(theta + m).
+        grad: ``"exact"``, or ``"straight_through"``, which takes psi' as 1.
+        reduction: ``"mean"`` over the rows that are not ignored (0 if there are none), ``"sum"``,
+            or ``"none"``.
+        ignore_index: label of rows that contribute neither loss nor gradient.
+        backend: ``"auto"`` (Triton for GPU tensors, class-blocked for CPU tensors),
+            ``"reference"``, ``"cpu"`` or ``"triton"``.
+
+    Returns:
+        0-d loss, or (N,) for ``reduction="none"``; fp32, or fp64 if an input is fp64.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device, option or value; a label out of range on a CPU. On a GPU
+            such a row's loss and gradients are NaN, since raising would need a synchronisation;
+            with ``FUSED_MARGIN_CHECK_LABELS=1`` in the environment it raises there too.
+
+    References:
+        Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019,
+        arXiv:1801.07698, eq. 3.
+    """
+    _validate.tensors(embeddings, weight, labels)
+    _validate.choice("boundary", boundary, _validate.BOUNDARIES)
+    _validate.choice("grad", grad, _validate.GRADS)
+    margin = _row_margin(_validate.angular_margin(margin, embeddings), embeddings, weight)
+    spec = margins.angular(margin, boundary, grad)
+    return _margin_softmax(
+        embeddings, weight, labels, spec, scale, reduction, ignore_index, backend
+    )
+
+
+def cosface(
+    embeddings: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    margin: float | torch.Tensor = 0.35,
+    scale: float | torch.Tensor = 64.0,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""CosFace: :math:`\psi(\cos\theta) = \cos\theta - m`.
+
+    Args:
+        embeddings: see `arcface`, likewise the arguments not listed.
+        weight: (C, D).
+        labels: (N,).
+        margin: m, an offset of the cosine, at most 2; float, or (N,) floating tensor.
+        scale: s > 0.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        ignore_index: label of ignored rows.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+
+    Returns:
+        0-d loss, or (N,).
+
+    References:
+        Wang et al., CosFace: Large Margin Cosine Loss for Deep Face Recognition, 2018,
+        arXiv:1801.09414, eq. 4.
+    """
+    _validate.tensors(embeddings, weight, labels)
+    margin = _row_margin(_validate.cosine_margin(margin, embeddings), embeddings, weight)
+    return _margin_softmax(
+        embeddings, weight, labels, margins.additive(margin), scale, reduction, ignore_index, backend
+    )
+
+
+def fixed_adacos(
+    embeddings: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""Fixed AdaCos: no margin, and the scale :math:`s = \sqrt 2 \ln(C - 1)`.
+
+    Args:
+        embeddings: see `arcface`, likewise the arguments not listed.
+        weight: (C, D), C >= 3: for C = 2 the scale would be 0.
+        labels: (N,).
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        ignore_index: label of ignored rows.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+
+    Returns:
+        0-d loss, or (N,).
+
+    References:
+        Zhang et al., AdaCos: Adaptively Scaling Cosine Logits for Effectively Learning Deep Face
+        Representations, 2019, arXiv:1905.00292, eq. 12.
+    """
+    _validate.tensors(embeddings, weight, labels)
+    scale = fixed_adacos_scale(weight.shape[0])
+    return _margin_softmax(
+        embeddings, weight, labels, margins.NO_MARGIN, scale, reduction, ignore_index, backend
+    )
+
+
+def fixed_adacos_scale(num_classes: int) -> float:
+    r""":math:`\sqrt 2 \ln(C - 1)`, the scale of Fixed AdaCos, for C >= 3 classes."""
+    return math.sqrt(2.0) * math.log(_validate.fixed_adacos_classes(num_classes) - 1)
+
+
+def normalized_softmax(
+    embeddings: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float | torch.Tensor,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""Softmax cross-entropy of scaled cosines: :math:`\psi(\cos\theta) = \cos\theta`.
+
+    Args:
+        embeddings: see `arcface`, likewise the arguments not listed.
+        weight: (C, D).
+        labels: (N,).
+        scale: s > 0, the inverse of a temperature.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        ignore_index: label of ignored rows.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+
+    Returns:
+        0-d loss, or (N,).
+
+    References:
+        Wang et al., NormFace: L2 Hypersphere Embedding for Face Verification, 2017,
+        arXiv:1704.06369; Zhai and Wu, Classification is a Strong Baseline for Deep Metric
+        Learning, 2019, arXiv:1811.12649.
+    """
+    _validate.tensors(embeddings, weight, labels)
+    return _margin_softmax(
+        embeddings, weight, labels, margins.NO_MARGIN, scale, reduction, ignore_index, backend
+    )
+
+
+def cosine_lse(
+    embeddings: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float | torch.Tensor,
+    *,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Log-sum-exp of the scaled cosines of the *other* classes, and the target cosine.
+
+    .. math:: \ell_n = \log \sum_{k \ne y_n} e^{s\,c_{nk}}, \qquad u_n = c_{n y_n}
+
+    The primitive under every loss: with any margin psi of your own,
+    ``-F.logsigmoid(scale * psi(u) - lse)`` is the softmax cross-entropy, by autograd over N numbers.
+
+    Args:
+        embeddings: (N, D).
+        weight: (C, D), C >= 2.
+        labels: (N,), any integer dtype. A label outside [0, C) means "no target here": lse runs
+            over all classes and u is 0. That is what a shard of the classes needs.
+        scale: s > 0; float, or 0-d floating tensor.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+
+    Returns:
+        lse (N,) and u (N,), fp32 or fp64, differentiable in embeddings, weight and a tensor scale.
+    """
+    _validate.tensors(embeddings, weight, labels)
+    scale = _validate.scale(scale, embeddings.device)
+    backend = _validate.backend(backend, embeddings.device)
+    if backend == "reference":
+        return _reference.cosine_lse(embeddings, weight, labels, scale)
+    compute = compute_dtype(embeddings, weight)
+    return _ops.cosine_lse(embeddings, weight, labels, scale, compute, backend)
+
+
+def cosine_logits(
+    embeddings: torch.Tensor, weight: torch.Tensor, scale: float | torch.Tensor
+) -> torch.Tensor:
+    """Scaled cosines s cos(theta), (N, C), in fp32 (fp64): for those who want the whole matrix.
+
+    Args:
+        embeddings: (N, D).
+        weight: (C, D).
+        scale: s > 0; float, or 0-d floating tensor.
+
+    Returns:
+        (N, C), by plain eager PyTorch on any device, differentiable.
+    """
+    _validate.matrices(embeddings, weight)
+    scale = _validate.scale(scale, embeddings.device)
+    dtype = accumulation_dtype(embeddings, weight)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        x, w = _reference.normalize(embeddings, dtype), _reference.normalize(weight, dtype)
+        return scale * (x @ w.t())
+
+
+def _row_margin(
+    margin: float | torch.Tensor, embeddings: torch.Tensor, weight: torch.Tensor
+) -> float | torch.Tensor:
+    if isinstance(margin, torch.Tensor):
+        return margin.to(accumulation_dtype(embeddings, weight))
+    return margin

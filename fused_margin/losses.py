@@ -1,0 +1,320 @@
+"""Losses as modules that own the class weights; the mathematics is in `functional`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_margin import _validate, functional
+
+__all__ = ["ArcFaceLoss", "CosFaceLoss", "FixedAdaCosLoss", "NormalizedSoftmaxLoss"]
+
+
+class _MarginSoftmaxLoss(nn.Module):
+    """Class weights (C, D) and the options that every loss shares.
+
+    The weights are parameters of the loss: give ``criterion.parameters()`` to an optimiser beside
+    the model's.
+
+    Attributes:
+        weight: (C, D) parameter, one row per class, drawn from normal(0, 1/D) so that rows start
+            with norm about 1.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        backend: str = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = _validate.size("num_classes", num_classes, 2)
+        self.embedding_size = _validate.size("embedding_size", embedding_size, 1)
+        self.reduction = _validate.choice("reduction", reduction, _validate.REDUCTIONS)
+        self.ignore_index = _validate.ignore_index(ignore_index)
+        self.backend = _validate.choice("backend", backend, _validate.BACKENDS)
+        dtype = torch.float32 if dtype is None else dtype
+        if dtype not in _validate.FLOATS:
+            raise TypeError(f"dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
+        self.weight = nn.Parameter(
+            torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the class weights anew from normal(0, 1/D)."""
+        nn.init.normal_(self.weight, std=self.embedding_size**-0.5)
+
+    @property
+    def scale(self) -> float:
+        """The scale s of the logits."""
+        raise NotImplementedError
+
+    def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Scaled cosines s cos(theta), without margin.
+
+        Args:
+            embeddings: (N, D).
+
+        Returns:
+            (N, C), fp32 or fp64: this builds the matrix that the loss itself never builds.
+        """
+        return functional.cosine_logits(embeddings, self.weight, self.scale)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+            "backend": self.backend,
+        }
+
+    def _hyperparameters(self) -> str:
+        return f"scale={self.scale:g}"
+
+    def extra_repr(self) -> str:
+        """The arguments of the module, for ``repr``."""
+        return (
+            f"num_classes={self.num_classes}, embedding_size={self.embedding_size},"
+            f" {self._hyperparameters()}, reduction={self.reduction!r},"
+            f" ignore_index={self.ignore_index}, backend={self.backend!r}"
+        )
+
+
+class ArcFaceLoss(_MarginSoftmaxLoss):
+    """ArcFace with its own class weights; see `functional.arcface`.
+
+    Args:
+        num_classes: C >= 2.
+        embedding_size: D >= 1.
+        margin: m in radians, at most pi.
+        scale: s > 0.
+        boundary: ``"linear"``, ``"continuous"`` or ``"none"``, for theta + m > pi.
+        grad: ``"exact"`` or ``"straight_through"``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        ignore_index: label of rows that are left out.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        device: device of the class weights.
+        dtype: dtype of the class weights, fp32 by default.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.5,
+        scale: float = 64.0,
+        *,
+        boundary: str = "linear",
+        grad: str = "exact",
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        backend: str = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_classes,
+            embedding_size,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.margin = _validate.angular_margin(margin)
+        self._scale = _module_scale(scale)
+        self.boundary = _validate.choice("boundary", boundary, _validate.BOUNDARIES)
+        self.grad = _validate.choice("grad", grad, _validate.GRADS)
+
+    @property
+    def scale(self) -> float:
+        """The scale s of the logits."""
+        return self._scale
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss of embeddings (N, D) and labels (N,): 0-d, or (N,) for ``reduction="none"``."""
+        return functional.arcface(
+            embeddings,
+            self.weight,
+            labels,
+            self.margin,
+            self.scale,
+            boundary=self.boundary,
+            grad=self.grad,
+            **self._options(),
+        )
+
+    def _hyperparameters(self) -> str:
+        return (
+            f"margin={self.margin:g}, scale={self.scale:g}, boundary={self.boundary!r},"
+            f" grad={self.grad!r}"
+        )
+
+
+class CosFaceLoss(_MarginSoftmaxLoss):
+    """CosFace with its own class weights; see `functional.cosface`.
+
+    Args:
+        num_classes: C >= 2.
+        embedding_size: D >= 1.
+        margin: m, an offset of the cosine, at most 2.
+        scale: s > 0.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        ignore_index: label of rows that are left out.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        device: device of the class weights.
+        dtype: dtype of the class weights, fp32 by default.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.35,
+        scale: float = 64.0,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        backend: str = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_classes,
+            embedding_size,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.margin = _validate.cosine_margin(margin)
+        self._scale = _module_scale(scale)
+
+    @property
+    def scale(self) -> float:
+        """The scale s of the logits."""
+        return self._scale
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss of embeddings (N, D) and labels (N,): 0-d, or (N,) for ``reduction="none"``."""
+        return functional.cosface(
+            embeddings, self.weight, labels, self.margin, self.scale, **self._options()
+        )
+
+    def _hyperparameters(self) -> str:
+        return f"margin={self.margin:g}, scale={self.scale:g}"
+
+
+class FixedAdaCosLoss(_MarginSoftmaxLoss):
+    """Fixed AdaCos with its own class weights and no hyperparameter; see `functional.fixed_adacos`.
+
+    Args:
+        num_classes: C >= 3; the scale is sqrt(2) * ln(C - 1).
+        embedding_size: D >= 1.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        ignore_index: label of rows that are left out.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        device: device of the class weights.
+        dtype: dtype of the class weights, fp32 by default.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        backend: str = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_classes,
+            embedding_size,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        _validate.fixed_adacos_classes(num_classes)
+
+    @property
+    def scale(self) -> float:
+        """sqrt(2) * ln(C - 1)."""
+        return functional.fixed_adacos_scale(self.num_classes)
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss of embeddings (N, D) and labels (N,): 0-d, or (N,) for ``reduction="none"``."""
+        return functional.fixed_adacos(embeddings, self.weight, labels, **self._options())
+
+
+class NormalizedSoftmaxLoss(_MarginSoftmaxLoss):
+    """Normalised softmax with its own class weights; see `functional.normalized_softmax`.
+
+    Args:
+        num_classes: C >= 2.
+        embedding_size: D >= 1.
+        scale: s > 0, the inverse of a temperature.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        ignore_index: label of rows that are left out.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        device: device of the class weights.
+        dtype: dtype of the class weights, fp32 by default.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        scale: float = 20.0,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        backend: str = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_classes,
+            embedding_size,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self._scale = _module_scale(scale)
+
+    @property
+    def scale(self) -> float:
+        """The scale s of the logits."""
+        return self._scale
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss of embeddings (N, D) and labels (N,): 0-d, or (N,) for ``reduction="none"``."""
+        return functional.normalized_softmax(
+            embeddings, self.weight, labels, self.scale, **self._options()
+        )
+
+
+def _module_scale(value: float) -> float:
+    if isinstance(value, torch.Tensor):
+        raise TypeError(
+            "a module takes its scale as a number; for a learnable scale pass a 0-d parameter to"
+            " the functional form"
+        )
+    scale = _validate.scale(value, torch.device("cpu"))
+    assert isinstance(scale, float)
+    return scale
