@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_margin import margins
-from fused_margin._numerics import NORM_EPS, accumulation_dtype
+from fused_margin._numerics import CLAMPED_INVERSE_NORM, NORM_EPS, accumulation_dtype
 
 # Bytes of one (B, N) block, and of B rows of W. Measured (docs/design.md): products lose speed
 # below 1024 classes, and elementwise passes slow down once a block leaves the last-level cache.
@@ -262,7 +262,7 @@ def backward(
             # grad = d_w_hat / ||w||; its radial part goes (below the norm's clamp there is none)
             torch.mul(grad, block.weight, out=scratch[:length])
             radial = scratch[:length].sum(dim=1, keepdim=True).mul_(inv_norm).mul_(inv_norm)
-            radial.masked_fill_(inv_norm >= 1.0 / NORM_EPS, 0.0)
+            radial.masked_fill_(inv_norm >= CLAMPED_INVERSE_NORM, 0.0)
             grad.addcmul_(block.weight, radial, value=-1.0)
             if d_w_block is not None:
                 d_w[block.start : block.stop].copy_(grad)
@@ -274,7 +274,7 @@ def backward(
         if need_scale:
             d_scale = ((radial[:, 0].double() - g_u.double() * u.double()) / scale).sum()
         if need_x:
-            radial.masked_fill_(inv_x[:, None] >= 1.0 / NORM_EPS, 0.0)
+            radial.masked_fill_(inv_x[:, None] >= CLAMPED_INVERSE_NORM, 0.0)
             d_x = v.addcmul_(x_hat, radial, value=-1.0).mul_(inv_x[:, None]).to(x_dtype)
     return d_x, d_w, d_scale
 

@@ -6,6 +6,10 @@ import torch
 
 NORM_EPS = 1e-12  # x_hat = x / max(||x||, NORM_EPS), the convention of torch.nn.functional.normalize
 
+# An inverse norm from here on comes from the clamp, where the gradient has no projection. A little
+# below 1 / NORM_EPS, which rounding may miss.
+CLAMPED_INVERSE_NORM = 0.999 / NORM_EPS
+
 
 def accumulation_dtype(x: torch.Tensor, w: torch.Tensor) -> torch.dtype:
     """fp64 if either input is fp64, else fp32: the dtype of sums, norms, loss, lse and u."""

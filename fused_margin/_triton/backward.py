@@ -1,0 +1,189 @@
+"""Backward kernels for one chunk of classes at a time. Equations refer to ``docs/math.md``.
+
+For each chunk `gradient_kernel` recomputes the cosines and stores G (eq. 7), divided by both norms,
+so that the two products that follow take x and W as they are: `weight_kernel` finishes each row of
+d_w and writes it once, `embeddings_kernel` adds to fp32 partials of d_x that `finish_kernel` merges
+in fixed order. No atomics.
+"""
+
+import triton
+import triton.language as tl
+
+from fused_margin._triton.primitives import CLAMPED, cosine_tile, dot, load_scale
+
+
+@triton.jit
+def _row_factor(grad_ptr, count_ptr, offs_n, mask_n, stride_grad, HAS_GRAD: tl.constexpr,
+                HAS_COUNT: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """What multiplies d_lse and d_u of each row, (BLOCK_N,): the loss's gradient over the count."""
+    factor = tl.full([BLOCK_N], 1.0, ACC)
+    if HAS_GRAD:
+        offs = offs_n.to(tl.int64) * stride_grad
+        factor = tl.load(grad_ptr + offs, mask=mask_n, other=0.0).to(ACC)
+    if HAS_COUNT:
+        factor = factor / tl.maximum(tl.load(count_ptr), 1.0)
+    return factor
+
+
+@triton.jit
+def gradient_kernel(
+    x_ptr, w_ptr, labels_ptr, scale_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr,
+    lse_ptr, u_ptr, inv_x_ptr, inv_w_ptr, g_ptr, radial_ptr,
+    scale: "fp64", first_class, num_classes, N, C, D,
+    stride_xn, stride_xd, stride_wc, stride_wd, stride_label, stride_grad,
+    HAS_SCALE_TENSOR: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_COUNT: tl.constexpr,
+    ACC: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZE_FIRST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """G / (||x|| ||w||) of one tile into the chunk (num_classes, N), and sum_n G c per class."""
+    pid_n = tl.program_id(1)
+    offs_local = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_local < num_classes
+    offs_c = first_class + offs_local
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=mask_n, other=-1).to(tl.int64)
+    s = load_scale(scale, scale_ptr, HAS_SCALE_TENSOR, ACC)
+    inv_x = tl.load(inv_x_ptr + offs_n, mask=mask_n, other=0.0)
+    inv_w = tl.load(inv_w_ptr + offs_c, mask=mask_c, other=0.0)
+    cos, inv_w = cosine_tile(
+        x_ptr, w_ptr, offs_n, offs_c, mask_n, mask_c, inv_x, inv_w,
+        stride_xn, stride_xd, stride_wc, stride_wd, D, False, NORMALIZE_FIRST,
+        ACC, COMPUTE, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K,
+    )  # (BLOCK_C, BLOCK_N)  # fmt: skip
+
+    factor = _row_factor(
+        grad_ptr, count_ptr, offs_n, mask_n, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N
+    )
+    lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
+    g_lse = tl.load(d_lse_ptr + offs_n, mask=mask_n, other=0.0) * factor
+    g = (g_lse * s)[None, :] * tl.exp(s * cos - lse[None, :])
+    u = tl.load(u_ptr + offs_n, mask=mask_n, other=0.0)
+    g_u = tl.load(d_u_ptr + offs_n, mask=mask_n, other=0.0) * factor
+    is_target = offs_c[:, None] == labels[None, :]
+    g = tl.where(is_target, g_u[None, :], g)
+    cos = tl.where(is_target, u[None, :], cos)
+    num_row_blocks = tl.num_programs(1)
+    radial = tl.sum(g * cos, axis=1)  # (BLOCK_C,)
+    tl.store(radial_ptr + offs_local.to(tl.int64) * num_row_blocks + pid_n, radial, mask=mask_c)
+    g = g * inv_w[:, None] * inv_x[None, :]
+    tl.store(
+        g_ptr + offs_local.to(tl.int64)[:, None] * N + offs_n[None, :],
+        g.to(g_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_n[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def weight_kernel(
+    x_ptr, w_ptr, g_ptr, radial_ptr, inv_w_ptr, d_w_ptr,
+    first_class, num_classes, N, D, num_row_blocks, stride_xn, stride_xd, stride_wc, stride_wd,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """d_w of one tile (eq. 8), (BLOCK_C, BLOCK_D), written once to d_w (C, D) contiguous."""
+    offs_local = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_local < num_classes
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    OPERAND: tl.constexpr = g_ptr.dtype.element_ty
+    g_rows = g_ptr + offs_local.to(tl.int64)[:, None] * N
+    x_columns = x_ptr + offs_d.to(tl.int64)[None, :] * stride_xd
+    tile = tl.zeros([BLOCK_C, BLOCK_D], ACC)
+    for k in range(0, N, BLOCK_K):
+        offs_n = k + tl.arange(0, BLOCK_K)
+        mask_n = offs_n < N
+        g = tl.load(g_rows + offs_n[None, :], mask=mask_c[:, None] & mask_n[None, :],
+                    other=0.0)  # (BLOCK_C, BLOCK_K)  # fmt: skip
+        x = tl.load(x_columns + offs_n.to(tl.int64)[:, None] * stride_xn,
+                    mask=mask_n[:, None] & mask_d[None, :], other=0.0)  # (BLOCK_K, BLOCK_D)  # fmt: skip
+        tile = dot(g, x.to(OPERAND), tile, PRECISION)
+    radial = tl.zeros([BLOCK_C], ACC)
+    for i in range(0, num_row_blocks):
+        radial += tl.load(radial_ptr + offs_local.to(tl.int64) * num_row_blocks + i, mask=mask_c,
+                          other=0.0)  # fmt: skip
+    offs_c = (first_class + offs_local).to(tl.int64)
+    inv_w = tl.load(inv_w_ptr + offs_c, mask=mask_c, other=0.0)
+    radial = tl.where(inv_w < CLAMPED, radial * inv_w * inv_w, 0.0)
+    mask = mask_c[:, None] & mask_d[None, :]
+    w = tl.load(w_ptr + offs_c[:, None] * stride_wc + offs_d.to(tl.int64)[None, :] * stride_wd,
+                mask=mask, other=0.0).to(ACC)  # fmt: skip
+    tl.store(d_w_ptr + offs_c[:, None] * D + offs_d[None, :],
+             (tile - radial[:, None] * w).to(d_w_ptr.dtype.element_ty), mask=mask)  # fmt: skip
+
+
+@triton.jit
+def embeddings_kernel(
+    w_ptr, g_ptr, partial_ptr, first_class, num_classes, N, D, classes_per_split,
+    stride_wc, stride_wd,
+    IS_FIRST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Adds this split of the chunk to its own partial of d_x, (num_splits, N, D)."""
+    split = tl.program_id(2)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n, mask_d = offs_n < N, offs_d < D
+    OPERAND: tl.constexpr = g_ptr.dtype.element_ty
+    w_columns = w_ptr + offs_d.to(tl.int64)[None, :] * stride_wd
+    tile = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    start = split * classes_per_split
+    stop = tl.minimum(start + classes_per_split, num_classes)
+    for k in range(start, stop, BLOCK_K):
+        offs_local = k + tl.arange(0, BLOCK_K)
+        mask_c = offs_local < stop
+        g = tl.load(g_ptr + offs_local.to(tl.int64)[None, :] * N + offs_n[:, None],
+                    mask=mask_n[:, None] & mask_c[None, :], other=0.0)  # (BLOCK_N, BLOCK_K)  # fmt: skip
+        w = tl.load(w_columns + (first_class + offs_local).to(tl.int64)[:, None] * stride_wc,
+                    mask=mask_c[:, None] & mask_d[None, :], other=0.0)  # (BLOCK_K, BLOCK_D)  # fmt: skip
+        tile = dot(g, w.to(OPERAND), tile, PRECISION)
+    partial = partial_ptr + (split.to(tl.int64) * N + offs_n.to(tl.int64))[:, None] * D + offs_d[None, :]
+    mask = mask_n[:, None] & mask_d[None, :]
+    if not IS_FIRST:
+        tile += tl.load(partial, mask=mask, other=0.0)
+    tl.store(partial, tile, mask=mask)
+
+
+@triton.jit
+def finish_kernel(
+    x_ptr, partial_ptr, scale_ptr, grad_ptr, count_ptr, d_u_ptr, u_ptr, inv_x_ptr,
+    d_x_ptr, d_scale_ptr, scale: "fp64", N, D, num_splits, stride_xn, stride_xd, stride_grad,
+    HAS_SCALE_TENSOR: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_COUNT: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_SCALE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Merges the partials and projects: d_x (N, D) (eq. 8), and each row's part of d_scale (eq. 9)."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    rows = offs_n.to(tl.int64)
+    radial = tl.zeros([BLOCK_N], ACC)  # sum_k G_nk c_nk
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        mask = mask_n[:, None] & (offs_d < D)[None, :]
+        offs_d = offs_d.to(tl.int64)[None, :]
+        v = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+        for j in range(0, num_splits):
+            v += tl.load(partial_ptr + (tl.cast(j, tl.int64) * N + rows)[:, None] * D + offs_d, mask=mask, other=0.0)
+        x = tl.load(x_ptr + rows[:, None] * stride_xn + offs_d * stride_xd, mask=mask, other=0.0)
+        radial += tl.sum(v * x.to(ACC), axis=1)
+    if NEED_SCALE:
+        s = load_scale(scale, scale_ptr, HAS_SCALE_TENSOR, ACC)
+        factor = _row_factor(
+            grad_ptr, count_ptr, offs_n, mask_n, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N
+        )
+        g_u = tl.load(d_u_ptr + offs_n, mask=mask_n, other=0.0) * factor
+        u = tl.load(u_ptr + offs_n, mask=mask_n, other=0.0)
+        tl.store(d_scale_ptr + offs_n, (radial - g_u * u) / s, mask=mask_n)
+    if NEED_X:
+        inv_x = tl.load(inv_x_ptr + offs_n, mask=mask_n, other=0.0)
+        radial = tl.where(inv_x < CLAMPED, radial * inv_x * inv_x, 0.0)
+        for d in range(0, D, BLOCK_D):
+            offs_d = d + tl.arange(0, BLOCK_D)
+            mask = mask_n[:, None] & (offs_d < D)[None, :]
+            offs_d = offs_d.to(tl.int64)[None, :]
+            v = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+            for j in range(0, num_splits):
+                v += tl.load(partial_ptr + (tl.cast(j, tl.int64) * N + rows)[:, None] * D + offs_d, mask=mask, other=0.0)
+            x = tl.load(x_ptr + rows[:, None] * stride_xn + offs_d * stride_xd, mask=mask, other=0.0)
+            d_x = v - radial[:, None] * x.to(ACC)
+            tl.store(d_x_ptr + rows[:, None] * D + offs_d, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,147 @@
+"""Forward kernel: one sweep over W that ends in the loss. Equations refer to ``docs/math.md``."""
+
+import triton
+import triton.language as tl
+
+from fused_margin._triton.primitives import (
+    cosine_tile,
+    inverse_norm,
+    load_scale,
+    margin_loss,
+    row_inverse_norm,
+)
+
+
+@triton.jit
+def _target_cosine(
+    x_ptr, w_ptr, offs_n, mask_n, labels, inv_x, stride_xn, stride_xd, stride_wc, stride_wd, C, D,
+    ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """u (eq. 1), (BLOCK_N,): a dot of its own in ACC; 0 for a label outside [0, C)."""
+    has_target = mask_n & (labels >= 0) & (labels < C)
+    product = tl.zeros([BLOCK_N], ACC)
+    sum_squares = tl.zeros([BLOCK_N], ACC)
+    for k in range(0, D, BLOCK_K):
+        offs_d = k + tl.arange(0, BLOCK_K)
+        mask = has_target[:, None] & (offs_d < D)[None, :]
+        offs_d = offs_d.to(tl.int64)[None, :]
+        w = tl.load(w_ptr + labels[:, None] * stride_wc + offs_d * stride_wd, mask=mask,
+                    other=0.0).to(ACC)  # (BLOCK_N, BLOCK_K)  # fmt: skip
+        x = tl.load(x_ptr + offs_n.to(tl.int64)[:, None] * stride_xn + offs_d * stride_xd,
+                    mask=mask, other=0.0).to(ACC)  # (BLOCK_N, BLOCK_K)  # fmt: skip
+        product += tl.sum(x * w, axis=1)
+        sum_squares += tl.sum(w * w, axis=1)
+    return tl.where(has_target, product * inverse_norm(sum_squares) * inv_x, 0.0)
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, w_ptr, labels_ptr, scale_ptr, partial_ptr, counters_ptr,
+    lse_ptr, u_ptr, inv_x_ptr, inv_w_ptr, row_loss_ptr, loss_ptr, d_lse_ptr, d_u_ptr, count_ptr,
+    scale: "fp64", cos_m: "fp64", sin_m: "fp64", threshold: "fp64", offset: "fp64",
+    ignore_index, N, C, D, stride_xn, stride_xd, stride_wc, stride_wd, stride_label,
+    blocks_per_split, num_splits, rotation,
+    HAS_SCALE_TENSOR: tl.constexpr, HAS_MARGIN: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
+    REDUCTION: tl.constexpr, ACC: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZE_FIRST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) sweeps split j of the classes for row block i.
+
+    The last program of a row block merges the partials of all splits in fixed order (eq. 3), finds
+    the target cosines and, with HAS_MARGIN, the losses; the last of those sums the losses. Which
+    program is last varies, the order of every sum does not.
+    """
+    pid_n = tl.program_id(0)
+    # `rotation` is 0 but in tests, where it changes which program comes last in the interpreter.
+    split = (tl.program_id(1) + rotation) % num_splits
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=mask_n, other=-1).to(tl.int64)
+    s = load_scale(scale, scale_ptr, HAS_SCALE_TENSOR, ACC)
+    inv_x = row_inverse_norm(x_ptr, offs_n, mask_n, stride_xn, stride_xd, D, ACC, BLOCK_N, BLOCK_K)
+
+    run_max = tl.full([BLOCK_N], -float("inf"), ACC)
+    run_sum = tl.zeros([BLOCK_N], ACC)
+    first = split * blocks_per_split
+    last = tl.minimum(first + blocks_per_split, tl.cdiv(C, BLOCK_C))
+    for block in range(first, last):
+        offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask_c = offs_c < C
+        inv_w = tl.zeros([BLOCK_C], ACC)
+        if NORMALIZE_FIRST:
+            inv_w = row_inverse_norm(
+                w_ptr, offs_c, mask_c, stride_wc, stride_wd, D, ACC, BLOCK_C, BLOCK_K
+            )
+        cos, inv_w = cosine_tile(
+            x_ptr, w_ptr, offs_n, offs_c, mask_n, mask_c, inv_x, inv_w,
+            stride_xn, stride_xd, stride_wc, stride_wd, D, not NORMALIZE_FIRST, NORMALIZE_FIRST,
+            ACC, COMPUTE, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K,
+        )  # (BLOCK_C, BLOCK_N)  # fmt: skip
+        tl.store(inv_w_ptr + offs_c, inv_w, mask=mask_c & (pid_n == 0))
+        is_left_out = (offs_c[:, None] == labels[None, :]) | (offs_c >= C)[:, None]
+        z = tl.where(is_left_out, -float("inf"), s * cos)
+        new_max = tl.maximum(run_max, tl.max(z, axis=0))
+        # a tile may hold nothing but a row's target: -inf - -inf must not become NaN
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+        run_sum = run_sum * tl.exp(run_max - shift) + tl.sum(tl.exp(z - shift[None, :]), axis=0)
+        run_max = new_max
+
+    partial = partial_ptr + split.to(tl.int64) * 2 * N  # (num_splits, 2, N)
+    tl.store(partial + offs_n, run_max, mask=mask_n)
+    tl.store(partial + N + offs_n, run_sum, mask=mask_n)
+    tl.debug_barrier()  # every thread's partials are stored before one thread releases them
+    arrived = tl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel", scope="gpu")
+    if arrived == num_splits - 1:
+        tl.debug_barrier()
+        run_max = tl.full([BLOCK_N], -float("inf"), ACC)
+        run_sum = tl.zeros([BLOCK_N], ACC)
+        for j in range(0, num_splits):
+            partial = partial_ptr + tl.cast(j, tl.int64) * 2 * N
+            z_max = tl.load(partial + offs_n, mask=mask_n, other=0.0, cache_modifier=".cg")
+            z_sum = tl.load(partial + N + offs_n, mask=mask_n, other=1.0, cache_modifier=".cg")
+            new_max = tl.maximum(run_max, z_max)
+            shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+            run_sum = run_sum * tl.exp(run_max - shift) + z_sum * tl.exp(z_max - shift)
+            run_max = new_max
+        lse = run_max + tl.log(run_sum)
+        u = _target_cosine(
+            x_ptr, w_ptr, offs_n, mask_n, labels, inv_x,
+            stride_xn, stride_xd, stride_wc, stride_wd, C, D, ACC, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        tl.store(lse_ptr + offs_n, lse, mask=mask_n)
+        tl.store(u_ptr + offs_n, u, mask=mask_n)
+        tl.store(inv_x_ptr + offs_n, inv_x, mask=mask_n)
+        if HAS_MARGIN:
+            loss, d_lse, d_u = margin_loss(
+                u, lse, s,
+                tl.full([1], cos_m, ACC), tl.full([1], sin_m, ACC),
+                tl.full([1], threshold, ACC), tl.full([1], offset, ACC), STRAIGHT_THROUGH,
+            )  # fmt: skip
+            ignored = labels == ignore_index
+            poison = tl.where((labels >= 0) & (labels < C), 0.0, float("nan")).to(ACC)
+            loss = tl.where(ignored, 0.0, loss + poison)
+            tl.store(row_loss_ptr + offs_n, loss, mask=mask_n)
+            tl.store(d_lse_ptr + offs_n, tl.where(ignored, 0.0, d_lse + poison), mask=mask_n)
+            tl.store(d_u_ptr + offs_n, tl.where(ignored, 0.0, d_u + poison), mask=mask_n)
+            tl.debug_barrier()
+            num_row_blocks = tl.num_programs(0)
+            arrived = tl.atomic_add(counters_ptr + num_row_blocks, 1, sem="acq_rel", scope="gpu")
+            if arrived == num_row_blocks - 1:
+                tl.debug_barrier()
+                total = tl.zeros([BLOCK_N], ACC)
+                count = tl.zeros([BLOCK_N], tl.int64)
+                for i in range(0, num_row_blocks):
+                    offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+                    mask_n = offs_n < N
+                    labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=mask_n,
+                                     other=0).to(tl.int64)  # fmt: skip
+                    total += tl.load(row_loss_ptr + offs_n, mask=mask_n, other=0.0,
+                                     cache_modifier=".cg")  # fmt: skip
+                    count += (mask_n & (labels != ignore_index)).to(tl.int64)
+                num_counted = tl.sum(count, axis=0).to(ACC)
+                tl.store(count_ptr, num_counted)
+                if REDUCTION == "sum":
+                    tl.store(loss_ptr, tl.sum(total, axis=0))
+                if REDUCTION == "mean":
+                    tl.store(loss_ptr, tl.sum(total, axis=0) / tl.maximum(num_counted, 1.0))

@@ -1,0 +1,120 @@
+"""Pieces that the forward and backward kernels share. Equations refer to ``docs/math.md``."""
+
+import triton
+import triton.language as tl
+
+from fused_margin import _numerics, _validate, margins
+
+INTERPRETED = tl.constexpr(_validate.INTERPRETED)
+NORM_EPS = tl.constexpr(_numerics.NORM_EPS)
+CLAMPED = tl.constexpr(_numerics.CLAMPED_INVERSE_NORM)
+SINE_SQUARED_FLOOR = tl.constexpr(margins.SINE_SQUARED_FLOOR)
+LOG1P_TERMS = tl.constexpr(18)  # q <= 1/3: the first term left out is below 2^-60
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b."""
+    if INTERPRETED:  # the interpreter's product of bf16 operands multiplies their bit patterns
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def log1p(e):
+    """log(1 + e) for e in [0, 1], to full relative precision whatever the device's log (eq. 10)."""
+    q = e / (2.0 + e)
+    q_squared = q * q
+    series = tl.zeros_like(q)
+    for i in tl.static_range(LOG1P_TERMS):
+        series = series * q_squared + 1.0 / (2 * (LOG1P_TERMS - 1 - i) + 1)
+    return 2.0 * q * series
+
+
+@triton.jit
+def inverse_norm(sum_squares):
+    """1 / max(sqrt(sum_squares), eps)."""
+    return 1.0 / tl.maximum(tl.sqrt(sum_squares), NORM_EPS)
+
+
+@triton.jit
+def row_inverse_norm(ptr, offs, mask, stride_row, stride_d, D, ACC: tl.constexpr,
+                     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """1 / max(||row||, eps) of the rows ``offs``, (BLOCK,)."""
+    sum_squares = tl.zeros([BLOCK], ACC)
+    for k in range(0, D, BLOCK_K):
+        offs_d = k + tl.arange(0, BLOCK_K)
+        rows = tl.load(
+            ptr + offs.to(tl.int64)[:, None] * stride_row + offs_d.to(tl.int64)[None, :] * stride_d,
+            mask=mask[:, None] & (offs_d < D)[None, :], other=0.0,
+        ).to(ACC)  # (BLOCK, BLOCK_K)  # fmt: skip
+        sum_squares += tl.sum(rows * rows, axis=1)
+    return inverse_norm(sum_squares)
+
+
+@triton.jit
+def cosine_tile(
+    x_ptr, w_ptr, offs_n, offs_c, mask_n, mask_c, inv_x, inv_w,
+    stride_xn, stride_xd, stride_wc, stride_wd, D,
+    FIND_NORM: tl.constexpr, NORMALIZE_FIRST: tl.constexpr, ACC: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Cosines of one tile, (BLOCK_C, BLOCK_N), and the inverse norms of its classes, (BLOCK_C,).
+
+    W comes first in the product, so that a tile cast on the fly can go from registers into the
+    matrix unit. With FIND_NORM the norms come out of the same pass over W. fp16 operands are
+    normalised before the cast (NORMALIZE_FIRST), since fp16 lacks the exponents for raw ones.
+    """
+    tile = tl.zeros([BLOCK_C, BLOCK_N], ACC)
+    sum_squares = tl.zeros([BLOCK_C], ACC)
+    w_rows = w_ptr + offs_c.to(tl.int64)[:, None] * stride_wc
+    x_rows = x_ptr + offs_n.to(tl.int64)[None, :] * stride_xn
+    for k in range(0, D, BLOCK_K):
+        offs_d = k + tl.arange(0, BLOCK_K)
+        mask_d = offs_d < D
+        offs_d = offs_d.to(tl.int64)
+        w = tl.load(w_rows + offs_d[None, :] * stride_wd, mask=mask_c[:, None] & mask_d[None, :],
+                    other=0.0)  # (BLOCK_C, BLOCK_K)  # fmt: skip
+        x = tl.load(x_rows + offs_d[:, None] * stride_xd, mask=mask_d[:, None] & mask_n[None, :],
+                    other=0.0)  # (BLOCK_K, BLOCK_N)  # fmt: skip
+        if FIND_NORM:
+            w_wide = w.to(ACC)
+            sum_squares += tl.sum(w_wide * w_wide, axis=1)
+        if NORMALIZE_FIRST:
+            w = w.to(ACC) * inv_w[:, None]
+            x = x.to(ACC) * inv_x[None, :]
+        tile = dot(w.to(COMPUTE), x.to(COMPUTE), tile, PRECISION)
+    if FIND_NORM:
+        inv_w = inverse_norm(sum_squares)
+    if not NORMALIZE_FIRST:
+        tile = tile * inv_w[:, None] * inv_x[None, :]
+    return tile, inv_w
+
+
+@triton.jit
+def load_scale(scale, scale_ptr, HAS_SCALE_TENSOR: tl.constexpr, ACC: tl.constexpr):
+    """s, (1,): from memory, or from an fp64 argument."""
+    if HAS_SCALE_TENSOR:
+        return tl.full([1], 0.0, ACC) + tl.load(scale_ptr).to(ACC)
+    else:
+        return tl.full([1], scale, ACC)
+
+
+@triton.jit
+def margin_loss(u, lse, s, cos_m, sin_m, threshold, offset, STRAIGHT_THROUGH: tl.constexpr):
+    """Loss and its derivatives by lse and by u (eq. 4 to 6); all (BLOCK_N,)."""
+    u = tl.minimum(tl.maximum(u, -1.0), 1.0)
+    sine_squared = 1.0 - u * u
+    is_angular = u >= threshold
+    psi = tl.where(is_angular, u * cos_m - tl.sqrt(tl.maximum(sine_squared, 0.0)) * sin_m, u - offset)
+    slope = tl.full(u.shape, 1.0, u.dtype)
+    if not STRAIGHT_THROUGH:
+        inv_sine = 1.0 / tl.sqrt(tl.maximum(sine_squared, SINE_SQUARED_FLOOR))
+        slope = tl.where(is_angular, cos_m + u * sin_m * inv_sine, slope)
+    gap = s * psi - lse
+    e = tl.exp(-tl.abs(gap))
+    loss = tl.maximum(-gap, 0.0) + log1p(e)
+    sigma = tl.where(gap > 0.0, e, 1.0) / (1.0 + e)  # sigmoid(-gap)
+    return loss, sigma, -sigma * s * slope
