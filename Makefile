@@ -56,8 +56,8 @@ clean:  ## remove the environment, builds and caches
 	rm -rf build dist .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find . -name .git -prune -o -path './$(VENV)' -prune -o -name __pycache__ -exec rm -rf {} +
 
-# `.ready` is put aside while pip runs: an environment in which pip was interrupted is not ready, and
-# is made anew. Moving it keeps its time, so that one set of extras doesn't outdate another.
+# `.ready` is put aside while pip runs: an environment in which pip was interrupted is not ready
+# and is made anew. Moving it keeps its time, so that one set of extras doesn't outdate another.
 $(INSTALLED)%: $(VENV)/.ready pyproject.toml constraints.txt
 	@mv "$(VENV)/.ready" "$(VENV)/.pending"
 	$(RUN) -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[$*]'
@@ -79,6 +79,7 @@ $(VENV)/.ready:
 			echo "error: Python 3.10 or newer is needed and $(PYTHON) is" \
 				"$$($(PYTHON) --version 2>&1): name a newer one with PYTHON=COMMAND" >&2; exit 1; }; \
 		mkdir -p "$(VENV)" && touch "$(VENV)/.made-by-make" && \
+		echo '*' >"$(VENV)/.gitignore" && \
 		$(PYTHON) -m venv "$(VENV)" || { \
 			echo "error: $(PYTHON) could not make a virtual environment: it needs its venv and" \
 				"ensurepip modules (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }; \

@@ -87,7 +87,9 @@ class Sweep:
         self.cosines = x_scaled.new_empty(self.size, num_rows)
         converts = dtype is not self.accumulate
         self.product = self.cosines.to(dtype) if converts else self.cosines
-        self.w_accumulate = None if w.dtype is self.accumulate else x_scaled.new_empty(self.size, dim)
+        self.w_accumulate = (
+            None if w.dtype is self.accumulate else x_scaled.new_empty(self.size, dim)
+        )
         self.w_operand = x_scaled.new_empty(self.size, dim, dtype=dtype) if converts else None
         self.order = labels.argsort(stable=True)
         self.sorted_labels = labels[self.order]

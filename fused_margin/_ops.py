@@ -4,7 +4,7 @@ Two primitives (``docs/design.md``): ``cosine_lse``, on which any margin is ordi
 numbers, and ``margin_ce``, with a built-in margin and the loss inside. They share one backward
 operator. Each "Autograd" implementation is an ``autograd.Function`` that calls the operator below
 autograd; the backward operator has one too, so that double backward raises instead of returning
-gradients that silently require no grad. Private PyTorch API is used in this file only.
+gradients that silently require no grad. PyTorch's private registration API stays in this file.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _ops = torch.ops.fused_margin
 IGNORED, INVALID = -1, -2
 
 
-def _triton():  # noqa: ANN202 - the module type
+def _triton():
     from fused_margin._triton import launch
 
     return launch
@@ -111,6 +111,8 @@ def _cosine_lse(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if backend == "triton":
+        if scale_tensor is not None and scale_tensor.device.type == "cpu":
+            _scale_value(scale, scale_tensor)
         return _triton().cosine_lse(x, w, labels, scale, scale_tensor, compute)
     with torch.autocast("cpu", enabled=False):
         value = _scale_value(scale, scale_tensor)
@@ -119,7 +121,7 @@ def _cosine_lse(
 
 
 @torch.library.register_fake("fused_margin::cosine_lse", lib=_lib)
-def _(x, w, labels, scale, scale_tensor, compute, backend):  # noqa: ANN001, ANN202
+def _(x, w, labels, scale, scale_tensor, compute, backend):
     dtype = accumulation_dtype(x, w)
     num_rows, num_classes = x.shape[0], w.shape[0]
     lse, u, inv_x = (x.new_empty(num_rows, dtype=dtype) for _ in range(3))
@@ -167,7 +169,7 @@ def _margin_ce(
 
 @torch.library.register_fake("fused_margin::margin_ce", lib=_lib)
 def _(x, w, labels, scale, cos_m, sin_m, threshold, offset, straight_through, reduction,
-      ignore_index, compute, backend):  # noqa: ANN001, ANN202  # fmt: skip
+      ignore_index, compute, backend):  # fmt: skip
     dtype = accumulation_dtype(x, w)
     num_rows, num_classes = x.shape[0], w.shape[0]
     loss = x.new_empty((num_rows,) if reduction == "none" else (), dtype=dtype)
@@ -217,13 +219,17 @@ def _backward(
         d_scale = d_scale.to(scale_tensor.dtype).reshape(scale_tensor.shape)
     return tuple(
         like.new_empty(0) if grad is None else grad
-        for grad, like in ((d_x, x), (d_w, w), (d_scale, x if scale_tensor is None else scale_tensor))
+        for grad, like in (
+            (d_x, x),
+            (d_w, w),
+            (d_scale, x if scale_tensor is None else scale_tensor),
+        )
     )  # type: ignore[return-value]  # a 3-tuple; the generator hides its length
 
 
 @torch.library.register_fake("fused_margin::cosine_lse_backward", lib=_lib)
 def _(d_lse, d_u, grad_loss, count, x, w, labels, scale, scale_tensor, compute, backend,
-      lse, u, inv_x, inv_w, need_x, need_w, need_scale):  # noqa: ANN001, ANN202  # fmt: skip
+      lse, u, inv_x, inv_w, need_x, need_w, need_scale):  # fmt: skip
     like_scale = x if scale_tensor is None else scale_tensor
     return (
         x.new_empty(x.shape if need_x else (0,)),
@@ -241,8 +247,14 @@ for _key in ("CPU", "CUDA"):
 # --- autograd -------------------------------------------------------------------------------------
 
 
-def _gradients(ctx: Any, d_lse: Tensor, d_u: Tensor, grad_loss: Tensor | None,
-               count: Tensor | None, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:  # fmt: skip
+def _gradients(
+    ctx: Any,
+    d_lse: Tensor,
+    d_u: Tensor,
+    grad_loss: Tensor | None,
+    count: Tensor | None,
+    saved: tuple[Any, ...],
+) -> tuple[Tensor | None, ...]:
     x, w, labels, scale_tensor, lse, u, inv_x, inv_w = saved
     need_x, need_w = ctx.needs_input_grad[:2]
     need_scale = scale_tensor is not None and ctx.needs_input_grad[4]
@@ -255,7 +267,7 @@ def _gradients(ctx: Any, d_lse: Tensor, d_u: Tensor, grad_loss: Tensor | None,
 
 class _CosineLse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w, labels, scale, scale_tensor, compute, backend):  # noqa: ANN001, ANN205
+    def forward(ctx: Any, x, w, labels, scale, scale_tensor, compute, backend):
         with torch._C._AutoDispatchBelowAutograd():
             lse, u, inv_x, inv_w = _ops.cosine_lse(
                 x, w, labels, scale, scale_tensor, compute, backend
@@ -267,8 +279,9 @@ class _CosineLse(torch.autograd.Function):
         return lse, u, inv_x, inv_w
 
     @staticmethod
-    def backward(ctx: Any, g_lse, g_u, _inv_x, _inv_w):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         saved = ctx.saved_tensors
+        g_lse, g_u = grad_outputs[:2]
         if g_lse is None and g_u is None:
             return (None,) * 7
         g_lse = torch.zeros_like(saved[4]) if g_lse is None else g_lse
@@ -279,7 +292,7 @@ class _CosineLse(torch.autograd.Function):
 
 class _MarginCe(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w, labels, scale, *settings):  # noqa: ANN001, ANN002, ANN205
+    def forward(ctx: Any, x, w, labels, scale, *settings):
         with torch._C._AutoDispatchBelowAutograd():
             outputs = _ops.margin_ce(x, w, labels, scale, *settings)
         _, lse, u, d_lse, d_u, count, inv_x, inv_w = outputs
@@ -292,25 +305,24 @@ class _MarginCe(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, grad_loss, *_unused):  # noqa: ANN001, ANN002, ANN205
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        grad_loss = grad_outputs[0]
         if grad_loss is None:
             return (None,) * (4 + ctx.num_settings)
         x, w, labels, lse, u, d_lse, d_u, count, inv_x, inv_w = ctx.saved_tensors
         saved = (x, w, labels, None, lse, u, inv_x, inv_w)
-        d_x, d_w, _ = _gradients(
-            ctx, d_lse, d_u, grad_loss, count if ctx.is_mean else None, saved
-        )
+        d_x, d_w, _ = _gradients(ctx, d_lse, d_u, grad_loss, count if ctx.is_mean else None, saved)
         return d_x, d_w, None, None, *(None,) * ctx.num_settings
 
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args):  # noqa: ANN002, ANN205
+    def forward(ctx: Any, *args):
         with torch._C._AutoDispatchBelowAutograd():
             return _ops.cosine_lse_backward(*args)
 
     @staticmethod
-    def backward(ctx: Any, *_grads) -> NoReturn:  # noqa: ANN002
+    def backward(ctx: Any, *grad_outputs: Any) -> NoReturn:
         raise RuntimeError(
             "the gradient of a fused_margin loss is not differentiable a second time on this"
             ' backend; use backend="reference", which is plain eager autograd, for double backward'
@@ -348,7 +360,9 @@ def margin_ce(
     backend: str,
 ) -> Tensor:
     """Call the ``margin_ce`` operator; differentiable in x and w."""
-    outputs = _ops.margin_ce(x, w, labels, scale, *margin, reduction, ignore_index, compute, backend)
+    outputs = _ops.margin_ce(
+        x, w, labels, scale, *margin, reduction, ignore_index, compute, backend
+    )
     return outputs[0]
 
 

@@ -37,26 +37,26 @@ def _choice(device: str) -> str:
 
 def show_config() -> None:
     """Print versions, devices, backends, and what each kind of call would use."""
-    yes_no = {True: "yes", False: "no"}
+    capability = torch.backends.cpu.get_cpu_capability()
     bf16 = "bf16 instructions" if _cpu.has_bf16_products() else "no bf16 instructions"
     build = torch.version.cuda or torch.version.hip or "none (CPU build)"
-    triton_cpu = "interpreted" if _validate.INTERPRETED else "GPU tensors only"
-    lines = [
-        f"fused_margin     {__version__}",
-        f"python           {platform.python_version()} on {platform.platform()}",
-        f"torch            {torch.__version__}, CUDA/ROCm {build}",
-        f"triton           {_version('triton')}",
-        f"numpy            {_version('numpy')}",
-        f"cpu              {torch.backends.cpu.get_cpu_capability()}, {bf16},"
-        f" {torch.get_num_threads()} threads",
-        f"gpu              {'; '.join(_devices())}",
-        f"matmul precision {torch.get_float32_matmul_precision()}"
-        " (fp32 products on a GPU: highest = IEEE, else TF32)",
-        "backends         reference (any device), cpu (CPU tensors), triton"
-        f" ({triton_cpu}; installed: {yes_no[_validate.has_triton()]})",
-        f"auto, cpu        {_choice('cpu')}",
-        f"auto, cuda       {_choice('cuda')}",
-        f"label check      {yes_no[_validate.checks_labels_on_gpu()]} on a GPU"
-        " (FUSED_MARGIN_CHECK_LABELS=1 turns it on)",
-    ]
-    print("\n".join(lines))
+    precision = torch.get_float32_matmul_precision()
+    triton_use = "not installed"
+    if _validate.has_triton():
+        triton_use = "CPU tensors, interpreted" if _validate.INTERPRETED else "GPU tensors"
+    on_gpu = "on" if _validate.checks_labels_on_gpu() else "off"
+    rows = {
+        "fused_margin": __version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__}, CUDA/ROCm {build}",
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "cpu": f"{capability}, {bf16}, {torch.get_num_threads()} threads",
+        "gpu": "; ".join(_devices()),
+        "matmul precision": f"{precision} (fp32 products on a GPU: highest = IEEE, else TF32)",
+        "backends": f"reference (any device), cpu (CPU tensors), triton ({triton_use})",
+        "auto, cpu": _choice("cpu"),
+        "auto, cuda": _choice("cuda"),
+        "label check": f"{on_gpu} on a GPU (FUSED_MARGIN_CHECK_LABELS=1 turns it on)",
+    }
+    print("\n".join(f"{name:16} {value}" for name, value in rows.items()))

@@ -2,7 +2,8 @@ r"""Margin-softmax losses as functions of embeddings, class weights and labels.
 
 For row n with cosines :math:`c_{nk} = \hat x_n \cdot \hat w_k` and label :math:`y_n`, every loss is
 
-.. math:: -\log \frac{e^{s\,\psi(c_{n y_n})}}{e^{s\,\psi(c_{n y_n})} + \sum_{k \ne y_n} e^{s\,c_{nk}}}
+.. math:: -\log \frac{e^{s \psi(u_n)}}{e^{s \psi(u_n)} + \sum_{k \ne y_n} e^{s c_{nk}}},
+    \qquad u_n = c_{n y_n},
 
 with a margin :math:`\psi` on the target cosine. Neither the (N, C) cosines nor a normalised copy of
 the weights is ever built, except by ``backend="reference"``.
@@ -21,8 +22,8 @@ from fused_margin._numerics import accumulation_dtype, compute_dtype
 __all__ = [
     "arcface",
     "cosface",
-    "cosine_lse",
     "cosine_logits",
+    "cosine_lse",
     "fixed_adacos",
     "fixed_adacos_scale",
     "normalized_softmax",
@@ -45,8 +46,7 @@ def _margin_softmax(
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
     compute = compute_dtype(embeddings, weight)
-    is_fused = not (margin.is_tensor or isinstance(scale, torch.Tensor) or backend == "reference")
-    if is_fused:
+    if not (isinstance(scale, torch.Tensor) or margin.is_tensor or backend == "reference"):
         return _ops.margin_ce(
             embeddings, weight, labels, scale, margin, reduction, ignore_index, compute, backend
         )
@@ -107,8 +107,9 @@ def arcface(
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, device, option or value; a label out of range on a CPU. On a GPU
-            such a row's loss and gradients are NaN, since raising would need a synchronisation;
-            with ``FUSED_MARGIN_CHECK_LABELS=1`` in the environment it raises there too.
+            such a row's loss is NaN, and so are its gradients, those of every class included,
+            since raising would need a synchronisation; with ``FUSED_MARGIN_CHECK_LABELS=1`` in
+            the environment it raises there too.
 
     References:
         Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019,
@@ -157,7 +158,14 @@ def cosface(
     _validate.tensors(embeddings, weight, labels)
     margin = _row_margin(_validate.cosine_margin(margin, embeddings), embeddings, weight)
     return _margin_softmax(
-        embeddings, weight, labels, margins.additive(margin), scale, reduction, ignore_index, backend
+        embeddings,
+        weight,
+        labels,
+        margins.additive(margin),
+        scale,
+        reduction,
+        ignore_index,
+        backend,
     )
 
 
@@ -247,7 +255,8 @@ def cosine_lse(
     .. math:: \ell_n = \log \sum_{k \ne y_n} e^{s\,c_{nk}}, \qquad u_n = c_{n y_n}
 
     The primitive under every loss: with any margin psi of your own,
-    ``-F.logsigmoid(scale * psi(u) - lse)`` is the softmax cross-entropy, by autograd over N numbers.
+    ``-F.logsigmoid(scale * psi(u) - lse)`` is the softmax cross-entropy, by autograd
+    over N numbers.
 
     Args:
         embeddings: (N, D).

@@ -13,7 +13,7 @@ kernel. A coefficient may also be an (N,) tensor: one margin per sample, differe
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -92,13 +92,13 @@ class _Sine(torch.autograd.Function):
         return (1.0 - u * u).clamp_min(0.0).sqrt()
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's own protocol
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad_output):  # noqa: ANN001, ANN205 - torch's own protocol
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> torch.Tensor:
         (u,) = ctx.saved_tensors
-        return -grad_output * u * (1.0 - u * u).clamp_min(SINE_SQUARED_FLOOR).rsqrt()
+        return -grad_outputs[0] * u * (1.0 - u * u).clamp_min(SINE_SQUARED_FLOOR).rsqrt()
 
 
 def apply(u: torch.Tensor, margin: Margin) -> torch.Tensor:

@@ -9,7 +9,7 @@ in fixed order. No atomics.
 import triton
 import triton.language as tl
 
-from fused_margin._triton.primitives import CLAMPED, cosine_tile, dot, load_scale
+from fused_margin._triton.primitives import CLAMPED, cast, cosine_tile, dot, load_scale
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _row_factor(grad_ptr, count_ptr, offs_n, mask_n, stride_grad, HAS_GRAD: tl.c
 def gradient_kernel(
     x_ptr, w_ptr, labels_ptr, scale_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr,
     lse_ptr, u_ptr, inv_x_ptr, inv_w_ptr, g_ptr, radial_ptr,
-    scale: "fp64", first_class, num_classes, N, C, D,
+    scale: tl.float64, first_class, num_classes, N, C, D,
     stride_xn, stride_xd, stride_wc, stride_wd, stride_label, stride_grad,
     HAS_SCALE_TENSOR: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_COUNT: tl.constexpr,
     ACC: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
@@ -43,7 +43,9 @@ def gradient_kernel(
     offs_c = first_class + offs_local
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=mask_n, other=-1).to(tl.int64)
+    labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=mask_n, other=-1).to(
+        tl.int64
+    )
     s = load_scale(scale, scale_ptr, HAS_SCALE_TENSOR, ACC)
     inv_x = tl.load(inv_x_ptr + offs_n, mask=mask_n, other=0.0)
     inv_w = tl.load(inv_w_ptr + offs_c, mask=mask_c, other=0.0)
@@ -70,7 +72,7 @@ def gradient_kernel(
     g = g * inv_w[:, None] * inv_x[None, :]
     tl.store(
         g_ptr + offs_local.to(tl.int64)[:, None] * N + offs_n[None, :],
-        g.to(g_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_n[None, :],
+        cast(g, g_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_n[None, :],
     )  # fmt: skip
 
 
@@ -96,8 +98,9 @@ def weight_kernel(
         g = tl.load(g_rows + offs_n[None, :], mask=mask_c[:, None] & mask_n[None, :],
                     other=0.0)  # (BLOCK_C, BLOCK_K)  # fmt: skip
         x = tl.load(x_columns + offs_n.to(tl.int64)[:, None] * stride_xn,
-                    mask=mask_n[:, None] & mask_d[None, :], other=0.0)  # (BLOCK_K, BLOCK_D)  # fmt: skip
-        tile = dot(g, x.to(OPERAND), tile, PRECISION)
+                    mask=mask_n[:, None] & mask_d[None, :],
+                    other=0.0)  # (BLOCK_K, BLOCK_D)  # fmt: skip
+        tile = dot(g, cast(x, OPERAND), tile, PRECISION)
     radial = tl.zeros([BLOCK_C], ACC)
     for i in range(0, num_row_blocks):
         radial += tl.load(radial_ptr + offs_local.to(tl.int64) * num_row_blocks + i, mask=mask_c,
@@ -109,7 +112,7 @@ def weight_kernel(
     w = tl.load(w_ptr + offs_c[:, None] * stride_wc + offs_d.to(tl.int64)[None, :] * stride_wd,
                 mask=mask, other=0.0).to(ACC)  # fmt: skip
     tl.store(d_w_ptr + offs_c[:, None] * D + offs_d[None, :],
-             (tile - radial[:, None] * w).to(d_w_ptr.dtype.element_ty), mask=mask)  # fmt: skip
+             cast(tile - radial[:, None] * w, d_w_ptr.dtype.element_ty), mask=mask)  # fmt: skip
 
 
 @triton.jit
@@ -133,11 +136,15 @@ def embeddings_kernel(
         offs_local = k + tl.arange(0, BLOCK_K)
         mask_c = offs_local < stop
         g = tl.load(g_ptr + offs_local.to(tl.int64)[None, :] * N + offs_n[:, None],
-                    mask=mask_n[:, None] & mask_c[None, :], other=0.0)  # (BLOCK_N, BLOCK_K)  # fmt: skip
+                    mask=mask_n[:, None] & mask_c[None, :],
+                    other=0.0)  # (BLOCK_N, BLOCK_K)  # fmt: skip
         w = tl.load(w_columns + (first_class + offs_local).to(tl.int64)[:, None] * stride_wc,
-                    mask=mask_c[:, None] & mask_d[None, :], other=0.0)  # (BLOCK_K, BLOCK_D)  # fmt: skip
-        tile = dot(g, w.to(OPERAND), tile, PRECISION)
-    partial = partial_ptr + (split.to(tl.int64) * N + offs_n.to(tl.int64))[:, None] * D + offs_d[None, :]
+                    mask=mask_c[:, None] & mask_d[None, :],
+                    other=0.0)  # (BLOCK_K, BLOCK_D)  # fmt: skip
+        tile = dot(g, cast(w, OPERAND), tile, PRECISION)
+    partial = (
+        partial_ptr + (split.to(tl.int64) * N + offs_n.to(tl.int64))[:, None] * D + offs_d[None, :]
+    )
     mask = mask_n[:, None] & mask_d[None, :]
     if not IS_FIRST:
         tile += tl.load(partial, mask=mask, other=0.0)
@@ -147,12 +154,12 @@ def embeddings_kernel(
 @triton.jit
 def finish_kernel(
     x_ptr, partial_ptr, scale_ptr, grad_ptr, count_ptr, d_u_ptr, u_ptr, inv_x_ptr,
-    d_x_ptr, d_scale_ptr, scale: "fp64", N, D, num_splits, stride_xn, stride_xd, stride_grad,
+    d_x_ptr, d_scale_ptr, scale: tl.float64, N, D, num_splits, stride_xn, stride_xd, stride_grad,
     HAS_SCALE_TENSOR: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_COUNT: tl.constexpr,
     NEED_X: tl.constexpr, NEED_SCALE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Merges the partials and projects: d_x (N, D) (eq. 8), and each row's part of d_scale (eq. 9)."""
+    """Merges the partials and projects: d_x (N, D) (eq. 8), and rows of d_scale (eq. 9)."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     rows = offs_n.to(tl.int64)
@@ -163,7 +170,11 @@ def finish_kernel(
         offs_d = offs_d.to(tl.int64)[None, :]
         v = tl.zeros([BLOCK_N, BLOCK_D], ACC)
         for j in range(0, num_splits):
-            v += tl.load(partial_ptr + (tl.cast(j, tl.int64) * N + rows)[:, None] * D + offs_d, mask=mask, other=0.0)
+            v += tl.load(
+                partial_ptr + (tl.cast(j, tl.int64) * N + rows)[:, None] * D + offs_d,
+                mask=mask,
+                other=0.0,
+            )
         x = tl.load(x_ptr + rows[:, None] * stride_xn + offs_d * stride_xd, mask=mask, other=0.0)
         radial += tl.sum(v * x.to(ACC), axis=1)
     if NEED_SCALE:
@@ -183,7 +194,15 @@ def finish_kernel(
             offs_d = offs_d.to(tl.int64)[None, :]
             v = tl.zeros([BLOCK_N, BLOCK_D], ACC)
             for j in range(0, num_splits):
-                v += tl.load(partial_ptr + (tl.cast(j, tl.int64) * N + rows)[:, None] * D + offs_d, mask=mask, other=0.0)
-            x = tl.load(x_ptr + rows[:, None] * stride_xn + offs_d * stride_xd, mask=mask, other=0.0)
+                v += tl.load(
+                    partial_ptr + (tl.cast(j, tl.int64) * N + rows)[:, None] * D + offs_d,
+                    mask=mask,
+                    other=0.0,
+                )
+            x = tl.load(
+                x_ptr + rows[:, None] * stride_xn + offs_d * stride_xd, mask=mask, other=0.0
+            )
             d_x = v - radial[:, None] * x.to(ACC)
-            tl.store(d_x_ptr + rows[:, None] * D + offs_d, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
+            tl.store(
+                d_x_ptr + rows[:, None] * D + offs_d, cast(d_x, d_x_ptr.dtype.element_ty), mask=mask
+            )

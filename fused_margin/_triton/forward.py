@@ -11,6 +11,8 @@ from fused_margin._triton.primitives import (
     row_inverse_norm,
 )
 
+NARROW = tl.constexpr(16)  # columns of a row-wise pass: wider ones hold too many pointers
+
 
 @triton.jit
 def _target_cosine(
@@ -38,7 +40,8 @@ def _target_cosine(
 def forward_kernel(
     x_ptr, w_ptr, labels_ptr, scale_ptr, partial_ptr, counters_ptr,
     lse_ptr, u_ptr, inv_x_ptr, inv_w_ptr, row_loss_ptr, loss_ptr, d_lse_ptr, d_u_ptr, count_ptr,
-    scale: "fp64", cos_m: "fp64", sin_m: "fp64", threshold: "fp64", offset: "fp64",
+    scale: tl.float64,
+    cos_m: tl.float64, sin_m: tl.float64, threshold: tl.float64, offset: tl.float64,
     ignore_index, N, C, D, stride_xn, stride_xd, stride_wc, stride_wd, stride_label,
     blocks_per_split, num_splits, rotation,
     HAS_SCALE_TENSOR: tl.constexpr, HAS_MARGIN: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
@@ -57,9 +60,11 @@ def forward_kernel(
     split = (tl.program_id(1) + rotation) % num_splits
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=mask_n, other=-1).to(tl.int64)
+    labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=mask_n, other=-1).to(
+        tl.int64
+    )
     s = load_scale(scale, scale_ptr, HAS_SCALE_TENSOR, ACC)
-    inv_x = row_inverse_norm(x_ptr, offs_n, mask_n, stride_xn, stride_xd, D, ACC, BLOCK_N, BLOCK_K)
+    inv_x = row_inverse_norm(x_ptr, offs_n, mask_n, stride_xn, stride_xd, D, ACC, BLOCK_N, NARROW)
 
     run_max = tl.full([BLOCK_N], -float("inf"), ACC)
     run_sum = tl.zeros([BLOCK_N], ACC)
@@ -71,7 +76,7 @@ def forward_kernel(
         inv_w = tl.zeros([BLOCK_C], ACC)
         if NORMALIZE_FIRST:
             inv_w = row_inverse_norm(
-                w_ptr, offs_c, mask_c, stride_wc, stride_wd, D, ACC, BLOCK_C, BLOCK_K
+                w_ptr, offs_c, mask_c, stride_wc, stride_wd, D, ACC, BLOCK_C, NARROW
             )
         cos, inv_w = cosine_tile(
             x_ptr, w_ptr, offs_n, offs_c, mask_n, mask_c, inv_x, inv_w,
@@ -107,7 +112,7 @@ def forward_kernel(
         lse = run_max + tl.log(run_sum)
         u = _target_cosine(
             x_ptr, w_ptr, offs_n, mask_n, labels, inv_x,
-            stride_xn, stride_xd, stride_wc, stride_wd, C, D, ACC, BLOCK_N, BLOCK_K,
+            stride_xn, stride_xd, stride_wc, stride_wd, C, D, ACC, BLOCK_N, NARROW,
         )  # fmt: skip
         tl.store(lse_ptr + offs_n, lse, mask=mask_n)
         tl.store(u_ptr + offs_n, u, mask=mask_n)

@@ -27,6 +27,8 @@ Tensor = torch.Tensor
 # Bytes of the chunk of G that the backward keeps at a time, and of all partials of d_x.
 CHUNK_BYTES = 32 << 20
 PARTIAL_BYTES = 64 << 20
+# Rows and columns that a program of `finish_kernel` works on at a time.
+FINISH_ROWS, FINISH_COLUMNS = 16, 128
 # Programs in a sweep under the interpreter, so that merges are exercised there too.
 INTERPRETER_PROGRAMS = 3
 # For tests: the order in which the interpreter runs the splits of the forward sweep.
@@ -40,7 +42,7 @@ _TRITON_DTYPE = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _device(index: int | None) -> tuple[str, bool, int]:
     """Family, whether it has TF32 products, and how many programs run at once."""
     if index is None:
@@ -141,7 +143,7 @@ def _forward(
     margin: Margin | None,
     reduction: str,
     ignore_index: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     p = plan(x, w, compute)
     tile = p.config.forward
@@ -181,7 +183,6 @@ def _forward(
             )  # fmt: skip
     if margin is None:
         return lse, u, inv_x, inv_w
-    assert row_loss is not None and d_lse is not None and d_u is not None and count is not None
     return row_loss if loss is None else loss, lse, u, d_lse, d_u, count, inv_x, inv_w
 
 
@@ -192,7 +193,7 @@ def cosine_lse(
     scale: float,
     scale_tensor: Tensor | None,
     compute: torch.dtype,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """lse, u, inv_x, inv_w of ``fused_margin::cosine_lse``."""
     return _forward(x, w, labels, scale, scale_tensor, compute, None, "none", 0)
 
@@ -298,13 +299,12 @@ def backward(
         if partial is not None:
             if need_scale:
                 d_scale_rows = torch.empty(num_rows, dtype=p.accumulate, device=device)
-            finish_n = 16
-            finish_kernel[(triton.cdiv(num_rows, finish_n),)](
+            finish_kernel[(triton.cdiv(num_rows, FINISH_ROWS),)](
                 x, partial, scale_tensor, grad_loss, count, d_u, u, inv_x, d_x, d_scale_rows,
                 scale, num_rows, dim, splits, *x.stride(), stride_grad,
                 **scale_flags, **row_flags, NEED_X=need_x, NEED_SCALE=need_scale, ACC=acc,
-                BLOCK_N=finish_n, BLOCK_D=_power_of_two(dim, 128), num_warps=4, num_stages=2,
-                enable_fp_fusion=True,
+                BLOCK_N=FINISH_ROWS, BLOCK_D=_power_of_two(dim, FINISH_COLUMNS),
+                num_warps=4, num_stages=2, enable_fp_fusion=True,
             )  # fmt: skip
     return d_x, d_w, None if d_scale_rows is None else d_scale_rows.sum()
 

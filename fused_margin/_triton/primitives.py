@@ -13,6 +13,17 @@ LOG1P_TERMS = tl.constexpr(18)  # q <= 1/3: the first term left out is below 2^-
 
 
 @triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """x in DTYPE, rounded to nearest even."""
+    if INTERPRETED and tl.bfloat16 == DTYPE and x.dtype == tl.float32:
+        # the interpreter truncates: round the upper half of the bits first
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b."""
     if INTERPRETED:  # the interpreter's product of bf16 operands multiplies their bit patterns
@@ -85,7 +96,7 @@ def cosine_tile(
         if NORMALIZE_FIRST:
             w = w.to(ACC) * inv_w[:, None]
             x = x.to(ACC) * inv_x[None, :]
-        tile = dot(w.to(COMPUTE), x.to(COMPUTE), tile, PRECISION)
+        tile = dot(cast(w, COMPUTE), cast(x, COMPUTE), tile, PRECISION)
     if FIND_NORM:
         inv_w = inverse_norm(sum_squares)
     if not NORMALIZE_FIRST:
@@ -108,7 +119,9 @@ def margin_loss(u, lse, s, cos_m, sin_m, threshold, offset, STRAIGHT_THROUGH: tl
     u = tl.minimum(tl.maximum(u, -1.0), 1.0)
     sine_squared = 1.0 - u * u
     is_angular = u >= threshold
-    psi = tl.where(is_angular, u * cos_m - tl.sqrt(tl.maximum(sine_squared, 0.0)) * sin_m, u - offset)
+    psi = tl.where(
+        is_angular, u * cos_m - tl.sqrt(tl.maximum(sine_squared, 0.0)) * sin_m, u - offset
+    )
     slope = tl.full(u.shape, 1.0, u.dtype)
     if not STRAIGHT_THROUGH:
         inv_sine = 1.0 / tl.sqrt(tl.maximum(sine_squared, SINE_SQUARED_FLOOR))

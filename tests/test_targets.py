@@ -1,0 +1,127 @@
+"""Every kernel, with its default configuration, compiled for four architectures without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+OPERANDS = ("bf16", "fp16", "tf32", "ieee", "fp64")
+WITH_PRODUCTS = {"forward_kernel", "gradient_kernel", "weight_kernel", "embeddings_kernel"}
+
+
+def _compile(architectures: tuple[str, ...], directory: Path) -> list[dict]:
+    file = directory / f"{architectures[0]}.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.kernels", "--json", str(file), "--architectures"]
+    run = subprocess.run(
+        [*command, *architectures], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert file.exists(), run.stdout + run.stderr
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The compile report of all architectures, made by two processes side by side."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    directory = tmp_path_factory.mktemp("kernels")
+    halves = (("sm_90", "gfx942"), ("sm_80", "sm_100"))
+    with ThreadPoolExecutor(len(halves)) as pool:
+        reports = pool.map(lambda half: _compile(half, directory), halves)
+        return [row for report in reports for row in report]
+
+
+def _names(rows: list[dict]) -> list[str]:
+    return [f"{r['kernel']} {r['architecture']} {r['operands']} D={r['dim']}" for r in rows]
+
+
+def test_report_covers_every_default(rows: list[dict]) -> None:
+    assert {(r["architecture"], r["operands"], r["dim"]) for r in rows} == {
+        (a, o, d) for a in ARCHITECTURES for o in OPERANDS for d in (128, 512, 1024)
+    }
+    assert {r["kernel"] for r in rows} == WITH_PRODUCTS | {"finish_kernel"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_default_spills(rows: list[dict], architecture: str) -> None:
+    mine = [r for r in rows if r["architecture"] == architecture]
+    assert not _names([r for r in mine if r["spill_bytes"]])
+
+
+@pytest.mark.parametrize("operands", ["bf16", "fp16", "tf32", "fp64"])
+def test_matrix_unit_on_sm_90(rows: list[dict], operands: str) -> None:
+    expected = "DMMA" if operands == "fp64" else "HGMMA"
+    mine = [
+        r for r in rows
+        if (r["architecture"], r["operands"]) == ("sm_90", operands)
+        and r["kernel"] in WITH_PRODUCTS
+    ]  # fmt: skip
+    assert mine
+    assert not _names([r for r in mine if expected not in r["matrix"]])
+
+
+def test_matrix_unit_elsewhere(rows: list[dict]) -> None:
+    """Not so for fp64 on sm_100, for which Triton emits no matrix instruction."""
+    mine = [
+        r for r in rows
+        if r["operands"] != "ieee" and r["kernel"] in WITH_PRODUCTS
+        and (r["operands"], r["architecture"]) != ("fp64", "sm_100")
+    ]  # fmt: skip
+    assert not _names([r for r in mine if not r["matrix"]])
+
+
+def test_offsets_are_64_bit(rows: list[dict]) -> None:
+    """C D and N C pass 2^31: no offset may multiply in 32 bits."""
+    assert not _names([r for r in rows if not r["wide_offsets"]])
+
+
+def test_partials_are_stored_before_the_releasing_atomic(rows: list[dict]) -> None:
+    mine = [r for r in rows if r["kernel"] == "forward_kernel" and r["architecture"] != "gfx942"]
+    assert mine
+    assert not _names([r for r in mine if r["ordered_merge"] is not True])
+
+
+def test_shared_memory_fits(rows: list[dict]) -> None:
+    limits = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+    assert not _names([r for r in rows if r["shared_bytes"] > limits[r["architecture"]]])
+
+
+_NARROW = """
+import benchmarks.kernels as kernels
+import triton
+import triton.language as tl
+from triton.compiler import ASTSource
+
+@triton.jit
+def narrow(x_ptr, row, stride):
+    tl.store(x_ptr + (row + tl.arange(0, 16)) * stride, 1.0)
+
+@triton.jit
+def wide(x_ptr, row, stride):
+    tl.store(x_ptr + (row + tl.arange(0, 16)).to(tl.int64) * stride, 1.0)
+
+for kernel in (narrow, wide):
+    source = ASTSource(kernel, {"x_ptr": "*fp32", "row": "i32", "stride": "i32"}, {}, {})
+    compiled = triton.compile(source, target=kernels.TARGETS["sm_90"], options={})
+    print(kernel.__name__, kernels._wide_offsets(compiled.asm["ttir"]))
+"""
+
+
+def test_the_offset_check_can_fail(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    script = tmp_path / "narrow.py"
+    script.write_text(_NARROW)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    run = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["narrow", "False", "wide", "True"]
