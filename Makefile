@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed-
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two runs of pip must not share an environment
-.PHONY: help venv demo test lint format bench clean
+.PHONY: help venv demo test lint format bench kernels clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [VARIABLE=VALUE ...]"
@@ -49,6 +49,9 @@ format: $(INSTALLED)dev  ## fix style and format
 
 bench: $(INSTALLED)bench  ## run the benchmarks
 	$(RUN) -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
+
+kernels: $(INSTALLED)dev  ## compile every kernel for each architecture: registers, spills
+	env -u TRITON_INTERPRET $(RUN) -m benchmarks.kernels
 
 clean:  ## remove the environment, builds and caches
 	@if [ -e "$(VENV)/.made-by-make" ]; then rm -rf "$(VENV)"; \
