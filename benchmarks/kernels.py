@@ -322,7 +322,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the rows here")
     options = parser.parse_args(arguments)
     rows = []
-    print(f"{'kernel':18} {'arch':7} {'type':5} {'D':>5} {'regs':>4} {'spill':>5} {'shared':>7}")
+    columns = f"{'kernel':18} {'arch':7} {'type':5} {'D':>5} {'regs':>4} {'spill':>5} {'shared':>7}"
+    print(f"{columns}  matrix instructions")
     for row in report(options.architectures, options.operands, options.dims):
         rows.append(row)
         problems = "; ".join(row.problems())

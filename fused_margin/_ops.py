@@ -95,7 +95,7 @@ def _(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
 
 
 def _scale_value(scale: float, scale_tensor: Tensor | None) -> float:
-    value = scale if scale_tensor is None else float(scale_tensor)
+    value = scale if scale_tensor is None else scale_tensor.detach().item()
     if not value > 0.0:
         raise ValueError(f"scale must be > 0, got {value}; keep a learnable scale positive")
     return value

@@ -60,10 +60,11 @@ def gradient_kernel(
     )
     lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
     g_lse = tl.load(d_lse_ptr + offs_n, mask=mask_n, other=0.0) * factor
-    g = (g_lse * s)[None, :] * tl.exp(s * cos - lse[None, :])
+    is_target = offs_c[:, None] == labels[None, :]
+    # the target's exponential may overflow, and is not used
+    g = (g_lse * s)[None, :] * tl.exp(tl.where(is_target, 0.0, s * cos - lse[None, :]))
     u = tl.load(u_ptr + offs_n, mask=mask_n, other=0.0)
     g_u = tl.load(d_u_ptr + offs_n, mask=mask_n, other=0.0) * factor
-    is_target = offs_c[:, None] == labels[None, :]
     g = tl.where(is_target, g_u[None, :], g)
     cos = tl.where(is_target, u[None, :], cos)
     num_row_blocks = tl.num_programs(1)

@@ -15,9 +15,9 @@ LOG1P_TERMS = tl.constexpr(18)  # q <= 1/3: the first term left out is below 2^-
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
     """x in DTYPE, rounded to nearest even."""
-    if INTERPRETED and tl.bfloat16 == DTYPE and x.dtype == tl.float32:
-        # the interpreter truncates: round the upper half of the bits first
-        bits = x.to(tl.uint32, bitcast=True)
+    if INTERPRETED and tl.bfloat16 == DTYPE and x.dtype != tl.bfloat16:
+        # the interpreter truncates, and garbles fp64: round the upper half of the bits first
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)
     return x.to(DTYPE)
@@ -46,7 +46,8 @@ def log1p(e):
 @triton.jit
 def inverse_norm(sum_squares):
     """1 / max(sqrt(sum_squares), eps)."""
-    return 1.0 / tl.maximum(tl.sqrt(sum_squares), NORM_EPS)
+    # a bare constant is fp32 in `maximum`, even beside fp64
+    return 1.0 / tl.maximum(tl.sqrt(sum_squares), tl.full([1], NORM_EPS, sum_squares.dtype))
 
 
 @triton.jit
@@ -124,7 +125,8 @@ def margin_loss(u, lse, s, cos_m, sin_m, threshold, offset, STRAIGHT_THROUGH: tl
     )
     slope = tl.full(u.shape, 1.0, u.dtype)
     if not STRAIGHT_THROUGH:
-        inv_sine = 1.0 / tl.sqrt(tl.maximum(sine_squared, SINE_SQUARED_FLOOR))
+        floor = tl.full([1], SINE_SQUARED_FLOOR, u.dtype)
+        inv_sine = 1.0 / tl.sqrt(tl.maximum(sine_squared, floor))
         slope = tl.where(is_angular, cos_m + u * sin_m * inv_sine, slope)
     gap = s * psi - lse
     e = tl.exp(-tl.abs(gap))
