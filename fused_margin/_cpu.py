@@ -234,7 +234,7 @@ def backward(
     v = torch.zeros_like(x) if wants_v else None
     v_product = torch.empty_like(x, dtype=dtype) if wants_v and converts else None
     d_w = torch.empty(w.shape, dtype=w.dtype) if need_w else None
-    in_place = need_w and w.dtype is accumulate and not converts
+    in_place = need_w and w.dtype is accumulate
     d_w_product = x.new_empty(sweep.size, x.shape[1], dtype=dtype) if need_w and converts else None
     scratch = x.new_empty(sweep.size, x.shape[1]) if need_w else None
     d_w_block = None if not need_w or in_place else x.new_empty(sweep.size, x.shape[1])

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fused_margin import _cpu
+from fused_margin import _cpu, _validate
 from fused_margin._numerics import accumulation_dtype
 from fused_margin.margins import Margin
 
@@ -72,10 +72,8 @@ def _raise_out_of_range(labels: Tensor, num_classes: int, ignore_index: int) -> 
 
 
 def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    from fused_margin._validate import checks_labels_on_gpu
-
     labels = labels.long()
-    if labels.device.type == "cpu" or checks_labels_on_gpu():
+    if labels.device.type == "cpu" or _validate.checks_labels_on_gpu():
         _raise_out_of_range(labels, num_classes, ignore_index)
     inside = (labels >= 0) & (labels < num_classes)
     checked = torch.where(inside, labels, INVALID)
@@ -95,10 +93,9 @@ def _(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
 
 
 def _scale_value(scale: float, scale_tensor: Tensor | None) -> float:
-    value = scale if scale_tensor is None else scale_tensor.detach().item()
-    if not value > 0.0:
-        raise ValueError(f"scale must be > 0, got {value}; keep a learnable scale positive")
-    return value
+    if scale_tensor is None:
+        return scale
+    return _validate.positive_scale(scale_tensor.detach().item())
 
 
 def _cosine_lse(
@@ -148,10 +145,8 @@ def _margin_ce(
 ) -> tuple[Tensor, ...]:
     margin = Margin(cos_m, sin_m, threshold, offset, straight_through)
     if backend == "triton":
-        from fused_margin._validate import checks_labels_on_gpu
-
-        if labels.device.type == "cpu" or checks_labels_on_gpu():
-            _raise_out_of_range(labels, w.shape[0], ignore_index)
+        if labels.device.type == "cpu" or _validate.checks_labels_on_gpu():
+            _raise_out_of_range(labels.long(), w.shape[0], ignore_index)
         return _triton().margin_ce(x, w, labels, scale, margin, reduction, ignore_index, compute)
     with torch.autocast("cpu", enabled=False):
         labels = labels.long()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fused_margin import _validate
 from fused_margin._numerics import NORM_EPS, accumulation_dtype
 
 
@@ -30,6 +31,9 @@ def cosine_lse(
         lse (N,), u (N,), differentiable twice.
     """
     dtype = accumulation_dtype(x, w)
+    is_readable = isinstance(scale, torch.Tensor) and scale.device.type == "cpu"
+    if is_readable and not torch.compiler.is_compiling():
+        _validate.positive_scale(scale.detach().item())
     with torch.autocast(x.device.type, enabled=False):
         x, w = normalize(x, dtype), normalize(w, dtype)
         num_classes = w.shape[0]

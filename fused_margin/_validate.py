@@ -147,9 +147,17 @@ def scale(value: float | torch.Tensor, device: torch.device) -> float | torch.Te
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"scale must be a number or a 0-d tensor, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
+    # plain comparisons: Dynamo can trace them on a symbolic float, and not math.isfinite
+    if not 0 < value < math.inf:
         raise ValueError(f"scale must be finite and > 0, got {value}")
     return float(value)
+
+
+def positive_scale(value: float) -> float:
+    """Check the value of a tensor scale, where reading it costs no synchronisation."""
+    if not value > 0.0:
+        raise ValueError(f"scale must be > 0, got {value}; keep a learnable scale positive")
+    return value
 
 
 def _margin(
@@ -171,7 +179,7 @@ def _margin(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         kinds = "a number" if embeddings is None else "a number or an (N,) tensor"
         raise TypeError(f"margin must be {kinds}, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"margin must be finite, got {value}")
     return float(value)
 

@@ -1,0 +1,1 @@
+"""Benchmarks of fused_margin: named shapes, rivals, and runs whose results can be committed."""

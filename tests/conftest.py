@@ -1,0 +1,39 @@
+"""Settings that must precede every import of `fused_margin`, and fixtures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Triton decides at decoration time whether kernels are interpreted on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# cuBLAS asks for it wherever deterministic algorithms are turned on, as `poisoned_memory` does.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+from helpers import poisoned_memory  # noqa: E402 - the environment comes first
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests of real hardware where there is none."""
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Memory from `torch.empty` is NaN for the duration of the test."""
+    with poisoned_memory():
+        yield

@@ -1,0 +1,200 @@
+"""`torch.compile` without graph breaks, and `torch.library.opcheck` on every operator."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import BACKENDS, FUSED_BACKENDS, device_of
+
+import fused_margin as fm
+import fused_margin.functional as fmf
+
+# Dynamo itself instantiates an autograd.Function it traces (torch 2.13).
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"
+)
+
+CLASSES, DIM = 11, 5
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "arcface": fmf.arcface,
+    "arcface-options": lambda x, w, y, **kw: fmf.arcface(
+        x, w, y, 0.3, 20.0, boundary="continuous", grad="straight_through", reduction="sum", **kw
+    ),
+    "cosface": fmf.cosface,
+    "fixed_adacos": fmf.fixed_adacos,
+    "normalized_softmax": lambda x, w, y, **kw: fmf.normalized_softmax(x, w, y, 20.0, **kw),
+    "cosine_lse": lambda x, w, y, **kw: torch.stack(fmf.cosine_lse(x, w, y, 20.0, **kw)).sum(),
+    "tensor scale": lambda x, w, y, **kw: fmf.arcface(
+        x, w, y, 0.3, torch.tensor(20.0, device=x.device), **kw
+    ),
+    "tensor margin": lambda x, w, y, **kw: fmf.arcface(x, w, y, x[:, 0].detach().abs(), **kw),
+    "none": lambda x, w, y, **kw: fmf.arcface(x, w, y, reduction="none", **kw).square().sum(),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def _batch(rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.randint(CLASSES, (rows,))
+    labels[0] = -100
+    x = torch.randn(rows, DIM, device=device, requires_grad=True)
+    return x, labels.to(device)
+
+
+def _check(
+    compiled: Callable[..., Any], eager: Callable[..., Any], w: torch.Tensor, rows: int
+) -> None:
+    x, labels = _batch(rows, w.device)
+    inputs = (x, w)
+    got, want = compiled(x, w, labels), eager(x, w, labels)
+    torch.testing.assert_close(got, want)
+    for actual, expected in zip(
+        torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_functions(backend: str, name: str) -> None:
+    """Fixed shapes first, then any batch size in one graph."""
+
+    def eager(x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        labels = labels if name != "cosine_lse" else labels.clamp_min(0)
+        return FUNCTIONS[name](x, w, labels, backend=backend)
+
+    w = torch.randn(CLASSES, DIM, device=device_of(backend), requires_grad=True)
+    _check(torch.compile(eager, backend="aot_eager", fullgraph=True), eager, w, 4)
+    torch._dynamo.reset()
+    dynamic = torch.compile(eager, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (4, 7, 3):
+            _check(dynamic, eager, w, rows)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        fm.ArcFaceLoss, fm.CosFaceLoss, fm.FixedAdaCosLoss, fm.NormalizedSoftmaxLoss,
+        lambda *args, **kw: fm.ArcFaceLoss(*args, reduction="none", **kw),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_modules(backend: str, make: Callable[..., torch.nn.Module]) -> None:
+    criterion = make(CLASSES, DIM, backend=backend).to(device_of(backend))
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (5, 8):
+        x, labels = _batch(rows, device_of(backend))
+        torch.testing.assert_close(compiled(x, labels), criterion(x, labels))
+        compiled(x, labels).sum().backward()
+
+
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_autocast_is_compiled(backend: str) -> None:
+    criterion = fm.ArcFaceLoss(CLASSES, DIM, backend=backend).to(device_of(backend))
+    device = device_of(backend)
+
+    def eager(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return criterion(x, labels)
+
+    x, labels = _batch(6, device)
+    compiled = torch.compile(eager, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, labels), eager(x, labels), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_out_of_range_survive_compile(backend: str) -> None:
+    if device_of(backend).type != "cpu":
+        pytest.skip("on a GPU a label out of range makes its row NaN (test_gpu.py)")
+    criterion = fm.ArcFaceLoss(CLASSES, DIM, backend=backend)
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    x, labels = _batch(4, torch.device("cpu"))
+    compiled(x, labels)
+    labels[2] = CLASSES
+    with pytest.raises(ValueError, match=r"labels\[2\] is 11 "):
+        compiled(x, labels)
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("c++") is None,
+    reason="Inductor needs a C++ compiler",
+)
+def test_inductor() -> None:
+    """A model, the loss and the optimiser's gradients, compiled together."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, DIM), torch.nn.Tanh())
+    criterion = fm.ArcFaceLoss(CLASSES, DIM)
+    parameters = [*model.parameters(), *criterion.parameters()]
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return criterion(model(images), labels)
+
+    compiled = torch.compile(step, fullgraph=True)
+    images, (_, labels) = torch.randn(6, 3), _batch(6, torch.device("cpu"))
+    got, want = compiled(images, labels), step(images, labels)
+    torch.testing.assert_close(got, want)
+    for actual, expected in zip(
+        torch.autograd.grad(got, parameters), torch.autograd.grad(want, parameters), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+# --- opcheck --------------------------------------------------------------------------------------
+
+OPS = torch.ops.fused_margin
+
+
+def _arguments(backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    device = device_of(backend)
+    x = torch.randn(4, DIM, dtype=dtype, device=device, requires_grad=True)
+    w = torch.randn(CLASSES, DIM, dtype=dtype, device=device, requires_grad=True)
+    return x, w, torch.tensor([3, 0, -1, 10], device=device)
+
+
+@pytest.mark.parametrize("with_tensor_scale", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_opcheck_cosine_lse(backend: str, dtype: torch.dtype, with_tensor_scale: bool) -> None:
+    x, w, labels = _arguments(backend, dtype)
+    scale = torch.tensor(9.0, device=x.device, requires_grad=True) if with_tensor_scale else None
+    torch.library.opcheck(OPS.cosine_lse.default, (x, w, labels, 9.0, scale, dtype, backend))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_opcheck_margin_ce(backend: str, reduction: str) -> None:
+    x, w, labels = _arguments(backend, torch.float32)
+    margin = (0.877, 0.479, -0.877, 0.24, False)
+    torch.library.opcheck(
+        OPS.margin_ce.default,
+        (x, w, labels, 9.0, *margin, reduction, -1, torch.float32, backend),
+    )
+
+
+@pytest.mark.parametrize(
+    "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_opcheck_backward(backend: str, needs: tuple[bool, bool, bool]) -> None:
+    """All but its autograd test: the operator refuses to be differentiated."""
+    x, w, labels = (part.detach() for part in _arguments(backend, torch.float32))
+    scale = torch.tensor(9.0, device=x.device)
+    lse, u, inv_x, inv_w = OPS.cosine_lse(x, w, labels, 0.0, scale, torch.float32, backend)
+    arguments = (
+        torch.randn_like(lse), torch.randn_like(u), None, None, x, w, labels, 0.0, scale,
+        torch.float32, backend, lse, u, inv_x, inv_w, *needs,
+    )  # fmt: skip
+    torch.library.opcheck(OPS.cosine_lse_backward.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_opcheck_check_labels(dtype: torch.dtype) -> None:
+    labels = torch.tensor([0, 3, 100, 7], dtype=dtype)
+    torch.library.opcheck(OPS.check_labels.default, (labels, 10, 100))

@@ -1,0 +1,333 @@
+"""Values: tiny losses, the published formulas, and the modules."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from helpers import BACKENDS, device_of
+from torch import nn
+
+import fused_margin as fm
+import fused_margin.functional as fmf
+
+# --- losses down to 1e-20 -------------------------------------------------------------------------
+
+
+def _separated(num_classes: int, gap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embeddings on their own class, a little off; classes at cosine about 1 - gap, in fp64."""
+    generator = torch.Generator().manual_seed(int(1000 * gap))
+    spread = torch.linalg.qr(
+        torch.randn(num_classes + 1, num_classes + 1, dtype=torch.float64, generator=generator)
+    ).Q
+    w = math.sqrt(gap) * spread[:num_classes] + math.sqrt(1.0 - gap) * spread[num_classes]
+    noise = torch.randn(w.shape, dtype=torch.float64, generator=generator)
+    return w + 0.003 * noise, w, torch.arange(num_classes)
+
+
+def _masked_lse_loss(
+    x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor, scale: float, margin: float
+) -> torch.Tensor:
+    """log(1 + exp(lse of the others - target logit)), every step in fp64."""
+    x, w = x.double(), w.double()
+    cosine = (x / x.norm(dim=1, keepdim=True)) @ (w / w.norm(dim=1, keepdim=True)).t()
+    target = labels[:, None]
+    others = (scale * cosine).scatter(1, target, -math.inf).logsumexp(dim=1)
+    logit = scale * (cosine.gather(1, target)[:, 0] - margin)
+    return torch.log1p((others - logit).exp())
+
+
+@pytest.mark.parametrize("scale", [64.0, 128.0, 220.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tiny_losses(backend: str, dtype: torch.dtype, scale: float) -> None:
+    device, eps = device_of(backend), torch.finfo(dtype).eps
+    smallest = math.inf
+    for gap in (0.1, 0.3, 0.6, 0.9):
+        x, w, labels = _separated(12, gap)
+        x, w = x.to(dtype), w.to(dtype)
+        for margin in (0.0, 0.2):
+            expected = _masked_lse_loss(x, w, labels, scale, margin)
+            arguments = (x.to(device), w.to(device), labels.to(device))
+            options = {"scale": scale, "reduction": "none", "backend": backend}
+            actual = [fmf.cosface(*arguments, margin=margin, **options)]
+            if margin == 0.0:
+                actual.append(fmf.normalized_softmax(*arguments, **options))
+            normal = expected > torch.finfo(dtype).smallest_normal
+            for loss in actual:
+                relative = (loss.cpu().double() - expected).abs() / expected
+                assert bool((relative <= 8 * scale * eps)[normal].all())
+            smallest = min([smallest, *expected[normal].tolist()])
+    assert smallest < 1e-20
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_a_tiny_loss_keeps_its_digits(backend: str) -> None:
+    x, w, labels = _separated(12, 0.6)
+    device, scale = device_of(backend), 90.0
+    leaves = [part.to(device, torch.float32).requires_grad_() for part in (x, w)]
+    exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
+    loss = fmf.cosface(
+        leaves[0], leaves[1], labels.to(device), 0.0, scale, reduction="sum", backend=backend
+    )
+    expected = _masked_lse_loss(exact[0], exact[1], labels, scale, 0.0).sum()
+    assert float(expected.detach()) < 1e-20
+    got = torch.autograd.grad(loss, leaves)
+    want = torch.autograd.grad(expected, exact)
+    for actual, precise in zip(got, want, strict=True):
+        error = (actual.cpu().double() - precise).norm() / precise.norm()
+        assert float(error) <= 8 * scale * torch.finfo(torch.float32).eps
+
+
+# --- formulas -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.5, 1.5, 3.0])
+@pytest.mark.parametrize("boundary", ["linear", "continuous", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arcface_is_the_angle_plus_the_margin(backend: str, boundary: str, margin: float) -> None:
+    """Two classes at right angles, so that the loss is log(1 + exp(s (sin - psi)))."""
+    device, scale = device_of(backend), 8.0
+    theta = torch.linspace(0.01, math.pi - 0.01, 50, dtype=torch.float64)
+    x = torch.stack([theta.cos(), theta.sin()], dim=1)
+    x = x.to(device).requires_grad_()
+    w = torch.eye(2, dtype=torch.float64, device=device)
+    labels = torch.zeros(50, dtype=torch.int64, device=device)
+    loss = fmf.arcface(
+        x, w, labels, margin, scale, boundary=boundary, reduction="none", backend=backend
+    )
+    inside, slope = (theta + margin).cos(), (theta + margin).sin() / theta.sin()
+    past = {
+        "linear": theta.cos() - margin * math.sin(margin),
+        "continuous": theta.cos() - (1 + math.cos(math.pi - margin)),
+        "none": inside,
+    }[boundary]
+    is_past = (theta + margin > math.pi) & (boundary != "none")
+    psi = torch.where(is_past, past, inside)
+    slope = torch.where(is_past, 1.0, slope)
+    gap = scale * (theta.sin() - psi)
+    torch.testing.assert_close(loss.cpu(), nn.functional.softplus(gap, threshold=700))
+    # along theta: sigma s (cos theta - d psi), with d psi / d theta = -sin(theta) psi'(u)
+    (d_x,) = torch.autograd.grad(loss.sum(), x)
+    along = (d_x.cpu() * torch.stack([-theta.sin(), theta.cos()], dim=1)).sum(dim=1)
+    expected = torch.sigmoid(gap) * scale * (theta.cos() + theta.sin() * slope)
+    torch.testing.assert_close(along, expected)
+
+
+def test_boundaries_at_pi() -> None:
+    """`continuous` has no jump where theta + m = pi; `linear` jumps as its formula says."""
+    margin, delta = 0.5, 1e-9
+    theta = math.pi - margin
+    angles = torch.tensor([theta - delta, theta + delta], dtype=torch.float64)
+    x = torch.stack([angles.cos(), angles.sin()], dim=1)
+    w, labels = torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    step = {}
+    for boundary in ("linear", "continuous", "none"):
+        loss = fmf.arcface(x, w, labels, margin, 1.0, boundary=boundary, reduction="none")
+        step[boundary] = float((loss[1].expm1().log() - loss[0].expm1().log()).abs())
+    assert step["continuous"] < 1e-7
+    assert step["none"] < 1e-7
+    linear = -1.0 - (math.cos(theta) - margin * math.sin(margin))
+    assert step["linear"] == pytest.approx(abs(linear), rel=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [3, 10, 1000])
+def test_fixed_adacos_scale(num_classes: int) -> None:
+    expected = math.sqrt(2) * math.log(num_classes - 1)
+    criterion = fm.FixedAdaCosLoss(num_classes, 4)
+    assert criterion.scale == pytest.approx(expected)
+    x, labels = torch.randn(5, 4), torch.randint(num_classes, (5,))
+    torch.testing.assert_close(
+        criterion(x, labels), fmf.normalized_softmax(x, criterion.weight, labels, expected)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_margin_of_zero_is_normalized_softmax(backend: str) -> None:
+    device = device_of(backend)
+    x, w = torch.randn(6, 5, device=device), torch.randn(9, 5, device=device)
+    labels = torch.randint(9, (6,), device=device)
+    expected = fmf.normalized_softmax(x, w, labels, 30.0, backend=backend)
+    torch.testing.assert_close(fmf.cosface(x, w, labels, 0.0, 30.0, backend=backend), expected)
+    torch.testing.assert_close(fmf.arcface(x, w, labels, 0.0, 30.0, backend=backend), expected)
+
+
+def test_any_margin_on_the_primitive() -> None:
+    """What the documentation of `cosine_lse` says about margins of one's own."""
+    x, w, labels = torch.randn(6, 5), torch.randn(9, 5), torch.randint(9, (6,))
+    lse, u = fmf.cosine_lse(x, w, labels, 30.0)
+    loss = -nn.functional.logsigmoid(30.0 * (u - 0.35) - lse)
+    torch.testing.assert_close(loss, fmf.cosface(x, w, labels, 0.35, 30.0, reduction="none"))
+
+
+# --- modules --------------------------------------------------------------------------------------
+
+MODULES = {
+    "arcface": (
+        lambda **kw: fm.ArcFaceLoss(
+            10, 6, 0.4, 32.0, boundary="none", grad="straight_through", **kw
+        ),
+        lambda x, w, y: fmf.arcface(x, w, y, 0.4, 32.0, boundary="none", grad="straight_through"),
+        (
+            "ArcFaceLoss(num_classes=10, embedding_size=6, margin=0.4, scale=32, boundary='none',"
+            " grad='straight_through', reduction='mean', ignore_index=-100, backend='auto')"
+        ),
+    ),
+    "cosface": (
+        lambda **kw: fm.CosFaceLoss(10, 6, 0.2, 32.0, **kw),
+        lambda x, w, y: fmf.cosface(x, w, y, 0.2, 32.0),
+        (
+            "CosFaceLoss(num_classes=10, embedding_size=6, margin=0.2, scale=32, reduction='mean',"
+            " ignore_index=-100, backend='auto')"
+        ),
+    ),
+    "fixed_adacos": (
+        lambda **kw: fm.FixedAdaCosLoss(10, 6, **kw),
+        fmf.fixed_adacos,
+        (
+            "FixedAdaCosLoss(num_classes=10, embedding_size=6, scale=3.10734, reduction='mean',"
+            " ignore_index=-100, backend='auto')"
+        ),
+    ),
+    "normalized_softmax": (
+        lambda **kw: fm.NormalizedSoftmaxLoss(10, 6, 12.0, **kw),
+        lambda x, w, y: fmf.normalized_softmax(x, w, y, 12.0),
+        (
+            "NormalizedSoftmaxLoss(num_classes=10, embedding_size=6, scale=12, reduction='mean',"
+            " ignore_index=-100, backend='auto')"
+        ),
+    ),
+}
+each_module = pytest.mark.parametrize("name", MODULES)
+
+
+def _batch(rows: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(rows, 6), torch.randint(10, (rows,))
+
+
+@each_module
+def test_module_is_its_function(name: str) -> None:
+    make, function, _ = MODULES[name]
+    criterion = make()
+    for rows in (7, 3):  # a smaller last batch
+        x, labels = _batch(rows)
+        loss = criterion(x, labels)
+        torch.testing.assert_close(loss, function(x, criterion.weight, labels), rtol=0, atol=0)
+    loss.backward()
+    assert criterion.weight.grad is not None
+
+
+@each_module
+def test_options_reach_the_function(name: str) -> None:
+    make = MODULES[name][0]
+    x, labels = _batch()
+    labels[0] = 3
+    criterion = make(reduction="none", ignore_index=3, backend="reference")
+    loss = criterion(x, labels)
+    assert loss.shape == (7,)
+    assert (loss == 0).tolist() == (labels == 3).tolist()
+    summed = make(reduction="sum", ignore_index=3, backend="cpu")
+    summed.load_state_dict(criterion.state_dict())
+    torch.testing.assert_close(summed(x, labels), loss.sum())
+
+
+@each_module
+def test_weight_is_the_one_parameter(name: str) -> None:
+    criterion = MODULES[name][0]()
+    assert [key for key, _ in criterion.named_parameters()] == ["weight"]
+    assert list(criterion.state_dict()) == ["weight"]
+    assert isinstance(criterion.weight, nn.Parameter)
+    assert criterion.weight.shape == (10, 6)
+    assert criterion.weight.dtype is torch.float32
+    optimizer = torch.optim.SGD(criterion.parameters(), lr=0.1)
+    before = criterion.weight.detach().clone()
+    criterion(*_batch()).backward()
+    optimizer.step()
+    assert not torch.equal(before, criterion.weight)
+
+
+@each_module
+def test_repr(name: str) -> None:
+    make, _, expected = MODULES[name]
+    assert repr(make()) == expected
+
+
+@each_module
+def test_copies(name: str) -> None:
+    make = MODULES[name][0]
+    criterion, (x, labels) = make(), _batch()
+    expected = criterion(x, labels)
+    buffer = io.BytesIO()
+    torch.save(criterion.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = make()
+    assert not torch.equal(loaded(x, labels), expected)
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    for copied in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), loaded):
+        assert copied.weight is not criterion.weight
+        assert repr(copied) == repr(criterion)
+        assert torch.equal(copied(x, labels), expected)
+
+
+@each_module
+def test_dtype_and_device(name: str) -> None:
+    make = MODULES[name][0]
+    assert make(dtype=torch.float64).weight.dtype is torch.float64
+    criterion = make().to(torch.float64)
+    x, labels = _batch()
+    assert criterion(x.double(), labels).dtype is torch.float64
+    assert make(device="cpu").weight.device.type == "cpu"
+    meta = make(device="meta")
+    assert meta.weight.is_meta
+    materialised = meta.to_empty(device="cpu")
+    materialised.reset_parameters()
+    assert bool(materialised(x, labels).isfinite())
+
+
+@each_module
+def test_logits(name: str) -> None:
+    criterion = MODULES[name][0]()
+    x, _ = _batch()
+    cosine = nn.functional.cosine_similarity(x[:, None], criterion.weight[None], dim=2)
+    torch.testing.assert_close(criterion.logits(x), criterion.scale * cosine)
+    assert criterion.logits(x.bfloat16()).dtype is torch.float32
+
+
+def test_reset_parameters() -> None:
+    criterion = fm.ArcFaceLoss(2000, 64)
+    with torch.no_grad():
+        criterion.weight.fill_(7.0)
+    criterion.reset_parameters()
+    assert float(criterion.weight.detach().mean()) == pytest.approx(0.0, abs=0.002)
+    assert float(criterion.weight.detach().std()) == pytest.approx(64**-0.5, rel=0.02)
+    assert float(criterion.weight.detach().norm(dim=1).mean()) == pytest.approx(1.0, rel=0.02)
+
+
+def test_half_precision_input_leaves_the_master_weight_alone() -> None:
+    criterion = fm.ArcFaceLoss(10, 6)
+    x, labels = _batch()
+    loss = criterion(x.half(), labels)
+    loss.backward()
+    assert criterion.weight.dtype is torch.float32
+    assert criterion.weight.grad is not None
+    assert criterion.weight.grad.dtype is torch.float32
+
+
+# --- show_config ----------------------------------------------------------------------------------
+
+
+def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
+    fm.show_config()
+    text = capsys.readouterr().out
+    lines = dict(line.split(maxsplit=1) for line in text.splitlines() if line[0].islower())
+    assert lines["fused_margin"] == fm.__version__
+    assert lines["torch"].startswith(torch.__version__)
+    for key in ("python", "triton", "numpy", "cpu", "gpu", "backends", "label"):
+        assert lines[key]
+    auto = [line for line in text.splitlines() if line.startswith("auto")]
+    assert auto[0].split() == ["auto,", "cpu", "cpu"]
+    assert len(auto) == 2

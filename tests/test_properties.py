@@ -1,0 +1,261 @@
+"""Invariances, on examples that hypothesis chooses; the CPU backend's blocks and repeatability."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    ARCFACE,
+    BACKENDS,
+    COSFACE,
+    FIXED_ADACOS,
+    FP32,
+    FP64,
+    FUSED_BACKENDS,
+    HALF_MODES,
+    MODES,
+    NORMALIZED_SOFTMAX,
+    Loss,
+    Problem,
+    arcface,
+    check_loss,
+    cosface,
+    device_of,
+    problem,
+    run,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fused_margin.functional as fmf
+from fused_margin import _cpu
+
+SETTINGS = settings(max_examples=20, derandomize=True, deadline=None, database=None)
+TRITON_SETTINGS = settings(SETTINGS, max_examples=5)
+NONE: dict[str, Any] = {"reduction": "none"}  # a loss per row, and an upstream gradient for each
+
+
+def few_for_triton(function: Any) -> Any:
+    """Parametrise over backends, with fewer examples where kernels are interpreted."""
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test(backend: str) -> None:
+        chosen = TRITON_SETTINGS if backend == "triton" else SETTINGS
+
+        @chosen
+        @given(st.data())
+        def on_examples(data: st.DataObject) -> None:
+            function(data, backend)
+
+        on_examples()
+
+    test.__name__, test.__doc__ = function.__name__, function.__doc__
+    return test
+
+
+def _draw(data: st.DataObject) -> tuple[Loss, Problem]:
+    loss = data.draw(
+        st.sampled_from(
+            [
+                ARCFACE,
+                arcface(boundary="none"),
+                arcface(boundary="continuous", grad="straight_through"),
+                COSFACE,
+                FIXED_ADACOS,
+                NORMALIZED_SOFTMAX,
+            ]
+        )
+    )
+    rows, classes, dim = (data.draw(st.integers(low, 9)) for low in (1, 3, 2))
+    return loss, problem(rows, classes, dim, seed=data.draw(st.integers(0, 99)))
+
+
+def _close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(
+        actual, expected, rtol=1e-9, atol=1e-11 * float(expected.abs().max())
+    )
+
+
+@few_for_triton
+def test_rescaling_a_row_of_x(data: st.DataObject, backend: str) -> None:
+    """The loss stays, and so does every gradient but that row's, which is divided."""
+    loss, before = _draw(data)
+    row = data.draw(st.integers(0, len(before.x) - 1))
+    factor = data.draw(st.sampled_from([0.01, 0.5, 3.0, 1000.0]))
+    factors = torch.ones(len(before.x), 1, dtype=torch.float64)
+    factors[row] = factor
+    after = dataclasses.replace(before, x=before.x * factors)
+    expected, actual = (run(loss, part, FP64, backend, **NONE) for part in (before, after))
+    _close(actual.value, expected.value)
+    _close(actual.d_x * factors, expected.d_x)
+    _close(actual.d_w, expected.d_w)
+
+
+@few_for_triton
+def test_rescaling_a_row_of_w(data: st.DataObject, backend: str) -> None:
+    """The loss stays, and so does every gradient but that class's, which is divided."""
+    loss, before = _draw(data)
+    row = data.draw(st.integers(0, len(before.w) - 1))
+    factor = data.draw(st.sampled_from([0.01, 0.5, 3.0, 1000.0]))
+    factors = torch.ones(len(before.w), 1, dtype=torch.float64)
+    factors[row] = factor
+    after = dataclasses.replace(before, w=before.w * factors)
+    expected, actual = (run(loss, part, FP64, backend, **NONE) for part in (before, after))
+    _close(actual.value, expected.value)
+    _close(actual.d_x, expected.d_x)
+    _close(actual.d_w * factors, expected.d_w)
+
+
+@few_for_triton
+def test_permuting_classes(data: st.DataObject, backend: str) -> None:
+    """The gradient of W is permuted with W; nothing else changes."""
+    loss, before = _draw(data)
+    order = torch.tensor(data.draw(st.permutations(range(len(before.w)))))
+    after = dataclasses.replace(before, w=before.w[order], labels=order.argsort()[before.labels])
+    expected, actual = (run(loss, part, FP64, backend, **NONE) for part in (before, after))
+    _close(actual.value, expected.value)
+    _close(actual.d_x, expected.d_x)
+    _close(actual.d_w, expected.d_w[order])
+
+
+@few_for_triton
+def test_permuting_rows(data: st.DataObject, backend: str) -> None:
+    """Losses and the gradient of x are permuted with x; the gradient of W stays."""
+    loss, before = _draw(data)
+    order = torch.tensor(data.draw(st.permutations(range(len(before.x)))))
+    after = dataclasses.replace(
+        before,
+        x=before.x[order],
+        labels=before.labels[order],
+        upstream=before.upstream[order],
+    )
+    expected, actual = (run(loss, part, FP64, backend, **NONE) for part in (before, after))
+    _close(actual.value, expected.value[order])
+    _close(actual.d_x, expected.d_x[order])
+    _close(actual.d_w, expected.d_w)
+
+
+@few_for_triton
+def test_ignored_rows_change_nothing(data: st.DataObject, backend: str) -> None:
+    """Loss and gradients are those without the rows, whatever the rows hold."""
+    loss, full = _draw(data)
+    ignored = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=len(full.x), max_size=len(full.x)))
+    )
+    reduction = data.draw(st.sampled_from(["mean", "sum", "none"]))
+    ignore_index = data.draw(st.sampled_from([-100, -1, 10**6]))
+    kept = ~ignored
+    dropped = dataclasses.replace(
+        full, x=full.x[kept], labels=full.labels[kept], upstream=full.upstream[kept]
+    )
+    marked = dataclasses.replace(full, labels=full.labels.masked_fill(ignored, ignore_index))
+    options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index}
+    expected, actual = (run(loss, part, FP64, backend, **options) for part in (dropped, marked))
+    if reduction == "none":
+        assert bool((actual.value[ignored] == 0).all())
+        actual = actual._replace(value=actual.value[kept])
+    assert bool((actual.d_x[ignored] == 0).all())
+    if bool(kept.any()):
+        _close(actual.value, expected.value)
+        _close(actual.d_x[kept], expected.d_x)
+        _close(actual.d_w, expected.d_w)
+    else:
+        assert bool((actual.value == 0).all())
+        assert bool((actual.d_w == 0).all())
+
+
+@few_for_triton
+def test_no_margin_is_normalized_softmax(data: st.DataObject, backend: str) -> None:
+    _, before = _draw(data)
+    scale = data.draw(st.floats(0.1, 220.0))
+    plain = dataclasses.replace(NORMALIZED_SOFTMAX, arguments={"scale": scale})
+    expected = run(plain, before, FP64, backend, **NONE)
+    boundary = data.draw(st.sampled_from(["linear", "continuous", "none"]))
+    for loss in (cosface(0.0, scale), arcface(0.0, scale, boundary)):
+        for got, want in zip(run(loss, before, FP64, backend, **NONE), expected, strict=True):
+            _close(got, want)
+
+
+@few_for_triton
+def test_losses_are_positive_and_grow_with_the_margin(data: st.DataObject, backend: str) -> None:
+    _, before = _draw(data)
+    margins = sorted(data.draw(st.lists(st.floats(0.0, 1.5), min_size=2, max_size=2)))
+    for make in (arcface, cosface):
+        small, large = (run(make(m, 30.0), before, FP64, backend, **NONE).value for m in margins)
+        assert bool((small >= 0).all())
+        # arcface's linear extension drops where it begins when m is large, hence no theta + m > pi
+        monotone = torch.ones_like(small, dtype=torch.bool)
+        if make is arcface:
+            cosine = torch.nn.functional.cosine_similarity(before.x, before.w[before.labels])
+            monotone = cosine.acos() + margins[1] < torch.pi
+        assert bool((large >= small - 1e-9)[monotone].all())
+
+
+@few_for_triton
+def test_shards_merge_to_the_whole(data: st.DataObject, backend: str) -> None:
+    """One log-sum-exp merges the primitive over shards of the classes, their labels shifted."""
+    _, whole = _draw(data)
+    device = device_of(backend)
+    x, w, labels = (part.to(device) for part in (whole.x, whole.w, whole.labels))
+    x = x.detach()
+    w = torch.cat([w, w.flip(1)])  # so that a shard has 2 classes or more
+    cut = data.draw(st.integers(2, len(w) - 2))
+    lse, u = fmf.cosine_lse(x, w, labels, 30.0, backend=backend)
+    left = fmf.cosine_lse(x, w[:cut], labels, 30.0, backend=backend)
+    right = fmf.cosine_lse(x, w[cut:], labels - cut, 30.0, backend=backend)
+    _close(torch.logaddexp(left[0], right[0]), lse)
+    _close(left[1] + right[1], u)
+
+
+# --- the CPU backend's blocks ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [16.0, 220.0, 800.0], ids="scale {}".format)
+@pytest.mark.parametrize("size", [1, 2, 7, 40, 41, 64])
+def test_block_size_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, size: int, scale: float
+) -> None:
+    """With and without the shift of exp; a block of 1 may hold nothing but a row's target."""
+    before = problem(9, 41, 5)
+    loss = arcface(scale=scale)
+    expected = run(loss, before, FP64, "cpu", **NONE)
+    for name in ("MIN_BLOCK", "MAX_BLOCK"):
+        monkeypatch.setattr(_cpu, name, size)
+    assert _cpu.block_size(9, 41, 5, 8) == min(size, 41)
+    actual = run(loss, before, FP64, "cpu", **NONE)
+    for got, want in zip(actual, expected, strict=True):
+        _close(got, want)
+
+
+def test_blocks_shrink_to_their_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _cpu.block_size(256, 10**6, 128, 4) == 4096
+    assert _cpu.block_size(10**6, 10**6, 128, 4) == _cpu.MIN_BLOCK
+    assert _cpu.block_size(0, 10**6, 1, 4) == _cpu.MAX_BLOCK
+    monkeypatch.setattr(_cpu, "WEIGHT_BLOCK_BYTES", 1024 * 512 * 4)
+    assert _cpu.block_size(256, 10**6, 512, 4) == 1024
+
+
+@pytest.mark.parametrize("mode_name", ["fp32", "bf16", "bf16_master_fp32"])
+def test_blocks_in_lower_precision(monkeypatch: pytest.MonkeyPatch, mode_name: str) -> None:
+    (mode,) = (mode for mode in MODES if mode.name == mode_name)
+    monkeypatch.setattr(_cpu, "MIN_BLOCK", 16)
+    monkeypatch.setattr(_cpu, "MAX_BLOCK", 16)
+    check_loss(ARCFACE, problem(33, 257, 64), mode, "cpu", **NONE)
+
+
+# --- repeatability --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_repeats_are_equal_to_the_bit(backend: str) -> None:
+    shape = (20, 150, 40) if backend == "triton" else (64, 5000, 40)
+    before = problem(*shape)
+    for mode in (FP32, HALF_MODES[1]):
+        first = run(ARCFACE, before, mode, backend, **NONE)
+        for _ in range(2):
+            again = run(ARCFACE, before, mode, backend, **NONE)
+            for got, want in zip(again, first, strict=True):
+                assert torch.equal(got, want)
