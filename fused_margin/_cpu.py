@@ -19,15 +19,29 @@ from fused_margin._numerics import CLAMPED_INVERSE_NORM, NORM_EPS, accumulation_
 
 # Bytes of one (B, N) block, and of B rows of W. Measured (docs/design.md): products lose speed
 # below 1024 classes, and elementwise passes slow down once a block leaves the last-level cache.
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 2 << 20
 WEIGHT_BLOCK_BYTES = 16 << 20
 MIN_BLOCK, MAX_BLOCK = 128, 8192
+# Bytes of products that the forward leaves for the backward: those of the first classes. The others
+# are formed again, so that memory does not grow with N C.
+KEPT_BYTES = 32 << 20
 
 
 def block_size(num_rows: int, num_classes: int, dim: int, itemsize: int) -> int:
     """Classes in a block, so that the block and its rows of W stay within their budgets."""
     size = min(BLOCK_BYTES // (itemsize * max(num_rows, 1)), WEIGHT_BLOCK_BYTES // (itemsize * dim))
     return min(num_classes, max(MIN_BLOCK, min(MAX_BLOCK, size)))
+
+
+def kept_classes(num_rows: int, num_classes: int, dim: int, x: torch.Tensor, w: torch.Tensor,
+                 compute: torch.dtype) -> int:  # fmt: skip
+    """How many classes' products `forward` keeps: all, or whole blocks within KEPT_BYTES."""
+    accumulate = accumulation_dtype(x, w)
+    bytes_per_class = num_rows * product_dtype(compute, accumulate).itemsize
+    if num_classes * bytes_per_class <= KEPT_BYTES:
+        return num_classes
+    size = block_size(num_rows, num_classes, dim, accumulate.itemsize)
+    return KEPT_BYTES // (bytes_per_class * size) * size
 
 
 def product_dtype(compute: torch.dtype, accumulate: torch.dtype) -> torch.dtype:
@@ -63,14 +77,20 @@ class Block:
     inv_norm: torch.Tensor  # (B, 1)
     rows: torch.Tensor  # rows whose target lies in the block, (T,)
     targets: torch.Tensor  # their labels - start, (T,)
-    cosines: torch.Tensor  # (B, N), accumulation dtype; scaled once by ||w||, see `sweep`
+    product: torch.Tensor  # s ||w|| cos, (B, N), accumulation dtype; not to be written to
+    work: torch.Tensor  # (B, N), accumulation dtype, to be written to
 
 
 class Sweep:
-    """Iterates over the blocks of W, forming s * ||w|| * cos in a buffer that is reused."""
+    """Iterates over the blocks of W, forming s * ||w|| * cos in buffers that are reused."""
 
     def __init__(
-        self, x_scaled: torch.Tensor, w: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+        self,
+        x_scaled: torch.Tensor,
+        w: torch.Tensor,
+        labels: torch.Tensor,
+        dtype: torch.dtype,
+        kept: torch.Tensor,
     ) -> None:
         """Prepare buffers.
 
@@ -79,14 +99,18 @@ class Sweep:
             w: (C, D), any floating dtype and strides.
             labels: (N,) int64; outside [0, C) means no target.
             dtype: the product dtype.
+            kept: products of the first K classes, (K, N), that outlive the sweep.
         """
         num_rows, dim = x_scaled.shape
         self.w, self.dtype, self.accumulate = w, dtype, x_scaled.dtype
         self.operand = x_scaled.to(dtype).t()  # (D, N)
         self.size = block_size(num_rows, w.shape[0], dim, x_scaled.element_size())
-        self.cosines = x_scaled.new_empty(self.size, num_rows)
+        self.work = x_scaled.new_empty(self.size, num_rows)
+        self.product = x_scaled.new_empty(self.size, num_rows, dtype=dtype)
         converts = dtype is not self.accumulate
-        self.product = self.cosines.to(dtype) if converts else self.cosines
+        self.widened = torch.empty_like(self.work) if converts else None
+        self.scratch = self.product if self.widened is None else self.widened
+        self.kept = kept
         self.w_accumulate = (
             None if w.dtype is self.accumulate else x_scaled.new_empty(self.size, dim)
         )
@@ -94,8 +118,11 @@ class Sweep:
         self.order = labels.argsort(stable=True)
         self.sorted_labels = labels[self.order]
 
-    def blocks(self, inv_w: torch.Tensor, *, fill_norms: bool) -> Iterator[Block]:
-        """Yield each block with its cosines (times ||w||); fills ``inv_w`` (C,) if asked to."""
+    def blocks(self, inv_w: torch.Tensor, *, is_first: bool) -> Iterator[Block]:
+        """Yield each block with its product.
+
+        The first sweep fills ``inv_w`` (C,) and ``kept``; a later one reads them.
+        """
         num_classes = self.w.shape[0]
         starts = torch.arange(0, num_classes + self.size, self.size)
         bounds = torch.searchsorted(self.sorted_labels, starts.clamp_max(num_classes)).tolist()
@@ -105,16 +132,18 @@ class Sweep:
             weight = operand = self.w[start:stop]
             if self.w_accumulate is not None:
                 weight = operand = self.w_accumulate[:length].copy_(weight)
-            if fill_norms:
+            if is_first:
                 norm = torch.linalg.vector_norm(weight, dim=1, out=inv_w[start:stop])
                 norm.clamp_min_(NORM_EPS).reciprocal_()
             if self.w_operand is not None:
                 same = self.w.dtype is self.dtype
                 operand = self.w[start:stop] if same else self.w_operand[:length].copy_(weight)
-            cosines = self.cosines[:length]
-            torch.mm(operand, self.operand, out=self.product[:length])
-            if self.product is not self.cosines:
-                cosines.copy_(self.product[:length])
+            is_kept = stop <= self.kept.shape[0]
+            product = self.kept[start:stop] if is_kept else self.product[:length]
+            if is_first or not is_kept:
+                torch.mm(operand, self.operand, out=product)
+            if self.widened is not None:
+                product = self.widened[:length].copy_(product)
             rows = self.order[bounds[index] : bounds[index + 1]]
             yield Block(
                 start=start,
@@ -124,8 +153,15 @@ class Sweep:
                 inv_norm=inv_w[start:stop, None],
                 rows=rows,
                 targets=self.sorted_labels[bounds[index] : bounds[index + 1]] - start,
-                cosines=cosines,
+                product=product,
+                work=self.work[:length],
             )
+
+    def row_sums(self, block: Block, factors: torch.Tensor) -> torch.Tensor:
+        """Sum over rows of work * product * factors, (B,); the product is lost unless kept."""
+        length = block.stop - block.start
+        scratch = self.scratch[:length]
+        return torch.mul(block.work, block.product, out=scratch).mv(factors)
 
 
 def _inverse_norms(x: torch.Tensor) -> torch.Tensor:
@@ -134,29 +170,41 @@ def _inverse_norms(x: torch.Tensor) -> torch.Tensor:
 
 
 def forward(
-    x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor, scale: float, compute: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """lse and u (eq. 1, 2) in fp64, and the inverse norms of x and W.
+    x: torch.Tensor,
+    w: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float,
+    compute: torch.dtype,
+    *,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """lse and u (eq. 1, 2) in fp64, the inverse norms of x and W, and products for the backward.
 
     Args:
         x: (N, D). w: (C, D). labels: (N,) int64; outside [0, C) means no target.
         scale: s > 0. compute: the dtype asked for in products.
+        keep: whether a backward will follow.
 
     Returns:
-        lse (N,) fp64, u (N,) fp64, inv_x (N,), inv_w (C,) in the accumulation dtype.
+        lse (N,) fp64, u (N,) fp64, inv_x (N,), inv_w (C,) in the accumulation dtype, and the
+        products of the first classes, (K, N), in the product dtype.
     """
     accumulate = accumulation_dtype(x, w)
     x = x.to(accumulate)
     inv_x = _inverse_norms(x)
     inv_w = torch.empty(w.shape[0], dtype=accumulate)
-    sweep = Sweep(x * (inv_x * scale)[:, None], w, labels, product_dtype(compute, accumulate))
+    (num_rows, dim), num_classes = x.shape, w.shape[0]
+    num_kept = kept_classes(num_rows, num_classes, dim, x, w, compute) if keep else 0
+    dtype = product_dtype(compute, accumulate)
+    kept = torch.empty(num_kept, num_rows, dtype=dtype)
+    sweep = Sweep(x * (inv_x * scale)[:, None], w, labels, dtype, kept)
     num_blocks = -(-w.shape[0] // sweep.size)
     partial = torch.empty(num_blocks, x.shape[0], dtype=torch.float64)  # lse of each block
     # |s cos| <= s up to rounding: exp needs no shift where e^s times C neither overflows nor
     # e^-s underflows.
     needs_shift = scale + math.log(w.shape[0]) > 0.95 * math.log(torch.finfo(accumulate).max)
-    for index, block in enumerate(sweep.blocks(inv_w, fill_norms=True)):
-        z = block.cosines.mul_(block.inv_norm)  # s cos, (B, N)
+    for index, block in enumerate(sweep.blocks(inv_w, is_first=True)):
+        z = torch.mul(block.product, block.inv_norm, out=block.work)  # s cos, (B, N)
         z[block.targets, block.rows] = -float("inf")
         if needs_shift:
             # The lower bound keeps a block that holds nothing but a row's target at exp(-inf).
@@ -165,7 +213,7 @@ def forward(
         else:
             partial[index] = z.exp_().sum(dim=0)
     lse = partial.logsumexp(dim=0) if needs_shift else partial.sum(dim=0).log_()
-    return lse, _target_cosine(x, w, labels, inv_x, inv_w), inv_x, inv_w
+    return lse, _target_cosine(x, w, labels, inv_x, inv_w), inv_x, inv_w, kept
 
 
 def _target_rows(
@@ -202,6 +250,7 @@ def backward(
     u: torch.Tensor,
     inv_x: torch.Tensor,
     inv_w: torch.Tensor,
+    kept: torch.Tensor,
     *,
     need_x: bool,
     need_w: bool,
@@ -220,7 +269,7 @@ def backward(
     x_dtype, x = x.dtype, x.to(accumulate)
     x_hat = x * inv_x[:, None]
     dtype = product_dtype(compute, accumulate)
-    sweep = Sweep(x_hat * scale, w, labels, dtype)
+    sweep = Sweep(x_hat * scale, w, labels, dtype, kept)
     converts = dtype is not accumulate
     a = (g_lse.double() * scale).to(accumulate)  # G_nk = a_n exp(s c_nk - lse_n) for k != y_n
     x_weighted = x_hat * a[:, None]  # (N, D)
@@ -228,6 +277,8 @@ def backward(
     w_target, has_target = _target_rows(w, labels, inv_w)
     g_u = g_u.to(accumulate).where(has_target, 0)
     x_target = x_hat * g_u[:, None]  # the target's row of d_w_hat, (N, D)
+    gu_u = g_u * u.to(accumulate)
+    a_per_scale = a / scale
     minus_lse = lse.to(accumulate).neg()[None, :]
 
     wants_v = need_x or need_scale
@@ -236,15 +287,19 @@ def backward(
     d_w = torch.empty(w.shape, dtype=w.dtype) if need_w else None
     in_place = need_w and w.dtype is accumulate
     d_w_product = x.new_empty(sweep.size, x.shape[1], dtype=dtype) if need_w and converts else None
-    scratch = x.new_empty(sweep.size, x.shape[1]) if need_w else None
     d_w_block = None if not need_w or in_place else x.new_empty(sweep.size, x.shape[1])
 
-    for block in sweep.blocks(inv_w, fill_norms=False):
+    for block in sweep.blocks(inv_w, is_first=False):
         length = block.stop - block.start
-        p = block.cosines
-        torch.addcmul(minus_lse, p, block.inv_norm, out=p).exp_()  # exp(s c - lse), (B, N)
+        inv_norm = block.inv_norm
+        p = torch.addcmul(minus_lse, block.product, inv_norm, out=block.work).exp_()  # (B, N)
         p[block.targets, block.rows] = 0.0
-        p.mul_(block.inv_norm)
+        p.mul_(inv_norm)
+        radial = None
+        if need_w:
+            radial = sweep.row_sums(block, a_per_scale).mul_(inv_norm[:, 0])  # sum_n G c / ||w||
+            radial.index_add_(0, block.targets, gu_u[block.rows] * inv_norm[block.targets, 0])
+            radial.mul_(inv_norm[:, 0]).masked_fill_(inv_norm[:, 0] >= CLAMPED_INVERSE_NORM, 0.0)
         if converts:
             p = sweep.product[:length].copy_(p)
         if v is not None:
@@ -252,20 +307,16 @@ def backward(
                 v.add_(torch.mm(p.t(), block.operand, out=v_product))
             else:
                 v.addmm_(p.t(), block.operand)
-        if d_w is not None and scratch is not None:
+        if d_w is not None and radial is not None:
             grad = d_w[block.start : block.stop] if d_w_block is None else d_w_block[:length]
             if d_w_product is not None:
                 grad.copy_(torch.mm(p, x_operand, out=d_w_product[:length]))
             else:
                 torch.mm(p, x_operand, out=grad)
-            inv_norm = block.inv_norm
             if len(block.rows):
                 grad.index_add_(0, block.targets, x_target[block.rows] * inv_norm[block.targets])
             # grad = d_w_hat / ||w||; its radial part goes (below the norm's clamp there is none)
-            torch.mul(grad, block.weight, out=scratch[:length])
-            radial = scratch[:length].sum(dim=1, keepdim=True).mul_(inv_norm).mul_(inv_norm)
-            radial.masked_fill_(inv_norm >= CLAMPED_INVERSE_NORM, 0.0)
-            grad.addcmul_(block.weight, radial, value=-1.0)
+            grad.addcmul_(block.weight, radial[:, None], value=-1.0)
             if d_w_block is not None:
                 d_w[block.start : block.stop].copy_(grad)
 

@@ -26,22 +26,23 @@ _lib.define(
 )
 _lib.define(
     "cosine_lse(Tensor x, Tensor w, Tensor labels, float scale, Tensor? scale_tensor,"
-    " ScalarType compute, str backend)"
-    " -> (Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w)",
+    " ScalarType compute, str backend, bool keep)"
+    " -> (Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _lib.define(
     "margin_ce(Tensor x, Tensor w, Tensor labels, float scale, float cos_m, float sin_m,"
     " float threshold, float offset, bool straight_through, str reduction, int ignore_index,"
-    " ScalarType compute, str backend)"
+    " ScalarType compute, str backend, bool keep)"
     " -> (Tensor loss, Tensor lse, Tensor u, Tensor d_lse, Tensor d_u, Tensor count,"
-    " Tensor inv_x, Tensor inv_w)",
+    " Tensor inv_x, Tensor inv_w, Tensor kept)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _lib.define(
     "cosine_lse_backward(Tensor d_lse, Tensor d_u, Tensor? grad_loss, Tensor? count, Tensor x,"
     " Tensor w, Tensor labels, float scale, Tensor? scale_tensor, ScalarType compute, str backend,"
-    " Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, bool need_x, bool need_w, bool need_scale)"
+    " Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept,"
+    " bool need_x, bool need_w, bool need_scale)"
     " -> (Tensor d_x, Tensor d_w, Tensor d_scale)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -106,23 +107,35 @@ def _cosine_lse(
     scale_tensor: Tensor | None,
     compute: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, ...]:
     if backend == "triton":
         if scale_tensor is not None and scale_tensor.device.type == "cpu":
             _scale_value(scale, scale_tensor)
-        return _triton().cosine_lse(x, w, labels, scale, scale_tensor, compute)
+        outputs = _triton().cosine_lse(x, w, labels, scale, scale_tensor, compute)
+        return (*outputs, x.new_empty(0, x.shape[0]))
     with torch.autocast("cpu", enabled=False):
         value = _scale_value(scale, scale_tensor)
-        lse, u, inv_x, inv_w = _cpu.forward(x, w, labels.long(), value, compute)
-        return lse.to(inv_x.dtype), u.to(inv_x.dtype), inv_x, inv_w
+        lse, u, inv_x, inv_w, kept = _cpu.forward(x, w, labels.long(), value, compute, keep=keep)
+        return lse.to(inv_x.dtype), u.to(inv_x.dtype), inv_x, inv_w, kept
+
+
+def _fake_kept(x: Tensor, w: Tensor, compute: torch.dtype, backend: str, keep: bool) -> Tensor:
+    num_rows = x.shape[0]
+    if backend == "triton":
+        return x.new_empty(0, num_rows)
+    num_kept = _cpu.kept_classes(num_rows, w.shape[0], x.shape[1], x, w, compute) if keep else 0
+    dtype = _cpu.product_dtype(compute, accumulation_dtype(x, w))
+    return x.new_empty(num_kept, num_rows, dtype=dtype)
 
 
 @torch.library.register_fake("fused_margin::cosine_lse", lib=_lib)
-def _(x, w, labels, scale, scale_tensor, compute, backend):
+def _(x, w, labels, scale, scale_tensor, compute, backend, keep):
     dtype = accumulation_dtype(x, w)
     num_rows, num_classes = x.shape[0], w.shape[0]
     lse, u, inv_x = (x.new_empty(num_rows, dtype=dtype) for _ in range(3))
-    return lse, u, inv_x, x.new_empty(num_classes, dtype=dtype)
+    inv_w = x.new_empty(num_classes, dtype=dtype)
+    return lse, u, inv_x, inv_w, _fake_kept(x, w, compute, backend, keep)
 
 
 # --- margin_ce ------------------------------------------------------------------------------------
@@ -142,35 +155,38 @@ def _margin_ce(
     ignore_index: int,
     compute: torch.dtype,
     backend: str,
+    keep: bool,
 ) -> tuple[Tensor, ...]:
     margin = Margin(cos_m, sin_m, threshold, offset, straight_through)
     if backend == "triton":
         if labels.device.type == "cpu" or _validate.checks_labels_on_gpu():
             _raise_out_of_range(labels.long(), w.shape[0], ignore_index)
-        return _triton().margin_ce(x, w, labels, scale, margin, reduction, ignore_index, compute)
+        outputs = _triton().margin_ce(x, w, labels, scale, margin, reduction, ignore_index, compute)
+        return (*outputs, x.new_empty(0, x.shape[0]))
     with torch.autocast("cpu", enabled=False):
         labels = labels.long()
         _raise_out_of_range(labels, w.shape[0], ignore_index)
         targets = labels.where(labels != ignore_index, IGNORED)
-        lse, u, inv_x, inv_w = _cpu.forward(x, w, targets, scale, compute)
+        lse, u, inv_x, inv_w, kept = _cpu.forward(x, w, targets, scale, compute, keep=keep)
         loss, d_lse, d_u, count = _cpu.margin_forward(lse, u, targets, scale, margin, IGNORED)
         if reduction != "none":
             loss = loss.sum()
         if reduction == "mean":
             loss = loss / count.clamp_min(1.0)
         rows = (part.to(inv_x.dtype) for part in (loss, lse, u, d_lse, d_u, count))
-        return (*rows, inv_x, inv_w)
+        return (*rows, inv_x, inv_w, kept)
 
 
 @torch.library.register_fake("fused_margin::margin_ce", lib=_lib)
 def _(x, w, labels, scale, cos_m, sin_m, threshold, offset, straight_through, reduction,
-      ignore_index, compute, backend):  # fmt: skip
+      ignore_index, compute, backend, keep):  # fmt: skip
     dtype = accumulation_dtype(x, w)
     num_rows, num_classes = x.shape[0], w.shape[0]
     loss = x.new_empty((num_rows,) if reduction == "none" else (), dtype=dtype)
     lse, u, d_lse, d_u, inv_x = (x.new_empty(num_rows, dtype=dtype) for _ in range(5))
     count, inv_w = x.new_empty((), dtype=dtype), x.new_empty(num_classes, dtype=dtype)
-    return loss, lse, u, d_lse, d_u, count, inv_x, inv_w
+    kept = _fake_kept(x, w, compute, backend, keep)
+    return loss, lse, u, d_lse, d_u, count, inv_x, inv_w, kept
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -192,6 +208,7 @@ def _backward(
     u: Tensor,
     inv_x: Tensor,
     inv_w: Tensor,
+    kept: Tensor,
     need_x: bool,
     need_w: bool,
     need_scale: bool,
@@ -208,7 +225,8 @@ def _backward(
                 d_lse, d_u = d_lse * factor, d_u * factor
             d_x, d_w, d_scale = _cpu.backward(
                 d_lse, d_u, x, w, labels.long(), _scale_value(scale, scale_tensor), compute,
-                lse, u, inv_x, inv_w, need_x=need_x, need_w=need_w, need_scale=need_scale,
+                lse, u, inv_x, inv_w, kept,
+                need_x=need_x, need_w=need_w, need_scale=need_scale,
             )  # fmt: skip
     if d_scale is not None and scale_tensor is not None:
         d_scale = d_scale.to(scale_tensor.dtype).reshape(scale_tensor.shape)
@@ -224,7 +242,7 @@ def _backward(
 
 @torch.library.register_fake("fused_margin::cosine_lse_backward", lib=_lib)
 def _(d_lse, d_u, grad_loss, count, x, w, labels, scale, scale_tensor, compute, backend,
-      lse, u, inv_x, inv_w, need_x, need_w, need_scale):  # fmt: skip
+      lse, u, inv_x, inv_w, kept, need_x, need_w, need_scale):  # fmt: skip
     like_scale = x if scale_tensor is None else scale_tensor
     return (
         x.new_empty(x.shape if need_x else (0,)),
@@ -250,39 +268,39 @@ def _gradients(
     count: Tensor | None,
     saved: tuple[Any, ...],
 ) -> tuple[Tensor | None, ...]:
-    x, w, labels, scale_tensor, lse, u, inv_x, inv_w = saved
+    x, w, labels, scale_tensor, lse, u, inv_x, inv_w, kept = saved
     need_x, need_w = ctx.needs_input_grad[:2]
     need_scale = scale_tensor is not None and ctx.needs_input_grad[4]
     d_x, d_w, d_scale = _ops.cosine_lse_backward(
         d_lse, d_u, grad_loss, count, x, w, labels, ctx.scale, scale_tensor, ctx.compute,
-        ctx.backend, lse, u, inv_x, inv_w, need_x, need_w, need_scale,
+        ctx.backend, lse, u, inv_x, inv_w, kept, need_x, need_w, need_scale,
     )  # fmt: skip
     return d_x if need_x else None, d_w if need_w else None, d_scale if need_scale else None
 
 
 class _CosineLse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w, labels, scale, scale_tensor, compute, backend):
+    def forward(ctx: Any, x, w, labels, scale, scale_tensor, compute, backend, keep):
         with torch._C._AutoDispatchBelowAutograd():
-            lse, u, inv_x, inv_w = _ops.cosine_lse(
-                x, w, labels, scale, scale_tensor, compute, backend
+            lse, u, inv_x, inv_w, kept = _ops.cosine_lse(
+                x, w, labels, scale, scale_tensor, compute, backend, keep
             )
-        ctx.save_for_backward(x, w, labels, scale_tensor, lse, u, inv_x, inv_w)
-        ctx.mark_non_differentiable(inv_x, inv_w)
+        ctx.save_for_backward(x, w, labels, scale_tensor, lse, u, inv_x, inv_w, kept)
+        ctx.mark_non_differentiable(inv_x, inv_w, kept)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.compute, ctx.backend = scale, compute, backend
-        return lse, u, inv_x, inv_w
+        return lse, u, inv_x, inv_w, kept
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         saved = ctx.saved_tensors
         g_lse, g_u = grad_outputs[:2]
         if g_lse is None and g_u is None:
-            return (None,) * 7
+            return (None,) * 8
         g_lse = torch.zeros_like(saved[4]) if g_lse is None else g_lse
         g_u = torch.zeros_like(saved[5]) if g_u is None else g_u
         d_x, d_w, d_scale = _gradients(ctx, g_lse, g_u, None, None, saved)
-        return d_x, d_w, None, None, d_scale, None, None
+        return d_x, d_w, None, None, d_scale, None, None, None
 
 
 class _MarginCe(torch.autograd.Function):
@@ -290,11 +308,11 @@ class _MarginCe(torch.autograd.Function):
     def forward(ctx: Any, x, w, labels, scale, *settings):
         with torch._C._AutoDispatchBelowAutograd():
             outputs = _ops.margin_ce(x, w, labels, scale, *settings)
-        _, lse, u, d_lse, d_u, count, inv_x, inv_w = outputs
-        ctx.save_for_backward(x, w, labels, lse, u, d_lse, d_u, count, inv_x, inv_w)
+        _, lse, u, d_lse, d_u, count, inv_x, inv_w, kept = outputs
+        ctx.save_for_backward(x, w, labels, lse, u, d_lse, d_u, count, inv_x, inv_w, kept)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        ctx.scale, (ctx.compute, ctx.backend) = scale, settings[-2:]
+        ctx.scale, (ctx.compute, ctx.backend) = scale, settings[-3:-1]
         ctx.is_mean = settings[5] == "mean"
         ctx.num_settings = len(settings)
         return outputs
@@ -304,8 +322,8 @@ class _MarginCe(torch.autograd.Function):
         grad_loss = grad_outputs[0]
         if grad_loss is None:
             return (None,) * (4 + ctx.num_settings)
-        x, w, labels, lse, u, d_lse, d_u, count, inv_x, inv_w = ctx.saved_tensors
-        saved = (x, w, labels, None, lse, u, inv_x, inv_w)
+        x, w, labels, lse, u, d_lse, d_u, count, inv_x, inv_w, kept = ctx.saved_tensors
+        saved = (x, w, labels, None, lse, u, inv_x, inv_w, kept)
         d_x, d_w, _ = _gradients(ctx, d_lse, d_u, grad_loss, count if ctx.is_mean else None, saved)
         return d_x, d_w, None, None, *(None,) * ctx.num_settings
 
@@ -329,6 +347,11 @@ _lib.impl("margin_ce", lambda *args: _MarginCe.apply(*args), "Autograd")
 _lib.impl("cosine_lse_backward", lambda *args: _Backward.apply(*args), "Autograd")
 
 
+def _will_differentiate(*tensors: Tensor | None) -> bool:
+    """Whether a backward can follow, for which products are worth keeping."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def cosine_lse(
     x: Tensor,
     w: Tensor,
@@ -339,8 +362,9 @@ def cosine_lse(
 ) -> tuple[Tensor, Tensor]:
     """Call the ``cosine_lse`` operator; differentiable in x, w and a tensor scale."""
     value, tensor = (0.0, scale) if isinstance(scale, Tensor) else (scale, None)
-    lse, u, _, _ = _ops.cosine_lse(x, w, labels, value, tensor, compute, backend)
-    return lse, u
+    keep = _will_differentiate(x, w, tensor)
+    outputs = _ops.cosine_lse(x, w, labels, value, tensor, compute, backend, keep)
+    return outputs[0], outputs[1]
 
 
 def margin_ce(
@@ -355,8 +379,9 @@ def margin_ce(
     backend: str,
 ) -> Tensor:
     """Call the ``margin_ce`` operator; differentiable in x and w."""
+    keep = _will_differentiate(x, w)
     outputs = _ops.margin_ce(
-        x, w, labels, scale, *margin, reduction, ignore_index, compute, backend
+        x, w, labels, scale, *margin, reduction, ignore_index, compute, backend, keep
     )
     return outputs[0]
 

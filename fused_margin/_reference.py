@@ -31,8 +31,11 @@ def cosine_lse(
         lse (N,), u (N,), differentiable twice.
     """
     dtype = accumulation_dtype(x, w)
-    is_readable = isinstance(scale, torch.Tensor) and scale.device.type == "cpu"
-    if is_readable and not torch.compiler.is_compiling():
+    if (
+        isinstance(scale, torch.Tensor)
+        and scale.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    ):
         _validate.positive_scale(scale.detach().item())
     with torch.autocast(x.device.type, enabled=False):
         x, w = normalize(x, dtype), normalize(w, dtype)
