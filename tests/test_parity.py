@@ -41,8 +41,16 @@ from helpers import (
 )
 
 import fused_margin.functional as fmf
+from fused_margin import _cpu
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "_forms_products_again")
+
+
+@pytest.fixture
+def _forms_products_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Problems this small would keep every product; other files test that."""
+    monkeypatch.setattr(_cpu, "KEPT_BYTES", 0)
+
 
 # N, C and D below, at and above what a tile or a block holds, and never a multiple of it.
 SHAPES = (

@@ -213,17 +213,22 @@ def test_shards_merge_to_the_whole(data: st.DataObject, backend: str) -> None:
 # --- the CPU backend's blocks ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 9 * 20 * 8, 1 << 20], ids="keeps {} bytes".format)
 @pytest.mark.parametrize("scale", [16.0, 220.0, 800.0], ids="scale {}".format)
 @pytest.mark.parametrize("size", [1, 2, 7, 40, 41, 64])
 def test_block_size_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, size: int, scale: float
+    monkeypatch: pytest.MonkeyPatch, size: int, scale: float, kept_bytes: int
 ) -> None:
-    """With and without the shift of exp; a block of 1 may hold nothing but a row's target."""
+    """With and without the shift of exp; a block of 1 may hold nothing but a row's target.
+
+    The products of no class, of about half of them and of all outlive the forward.
+    """
     before = problem(9, 41, 5)
     loss = arcface(scale=scale)
     expected = run(loss, before, FP64, "cpu", **NONE)
     for name in ("MIN_BLOCK", "MAX_BLOCK"):
         monkeypatch.setattr(_cpu, name, size)
+    monkeypatch.setattr(_cpu, "KEPT_BYTES", kept_bytes)
     assert _cpu.block_size(9, 41, 5, 8) == min(size, 41)
     actual = run(loss, before, FP64, "cpu", **NONE)
     for got, want in zip(actual, expected, strict=True):
@@ -231,15 +236,33 @@ def test_block_size_changes_nothing(
 
 
 def test_blocks_shrink_to_their_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _cpu.block_size(256, 10**6, 128, 4) == 4096
+    assert _cpu.block_size(256, 10**6, 128, 4) == 2048
     assert _cpu.block_size(10**6, 10**6, 128, 4) == _cpu.MIN_BLOCK
     assert _cpu.block_size(0, 10**6, 1, 4) == _cpu.MAX_BLOCK
     monkeypatch.setattr(_cpu, "WEIGHT_BLOCK_BYTES", 1024 * 512 * 4)
     assert _cpu.block_size(256, 10**6, 512, 4) == 1024
 
 
+def test_what_is_kept_stays_within_its_budget() -> None:
+    def kept(num_rows: int, num_classes: int, dtype: torch.dtype) -> int:
+        x, w = torch.empty(num_rows, 8, dtype=dtype), torch.empty(1, 8).expand(num_classes, 8)
+        return _cpu.kept_classes(num_rows, num_classes, 8, x, w, dtype)
+
+    assert kept(64, 1000, torch.float32) == 1000
+    for num_rows in (1, 64, 256, 5000):
+        classes = kept(num_rows, 10**8, torch.float32)
+        assert 0 < classes * num_rows * 4 <= _cpu.KEPT_BYTES
+        assert classes % _cpu.block_size(num_rows, 10**8, 8, 4) == 0
+    if _cpu.has_bf16_products():
+        assert kept(256, 10**6, torch.bfloat16) == 2 * kept(256, 10**6, torch.float32)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 33 * 100 * 4, 1 << 20], ids="keeps {} bytes".format)
 @pytest.mark.parametrize("mode_name", ["fp32", "bf16", "bf16_master_fp32"])
-def test_blocks_in_lower_precision(monkeypatch: pytest.MonkeyPatch, mode_name: str) -> None:
+def test_blocks_in_lower_precision(
+    monkeypatch: pytest.MonkeyPatch, mode_name: str, kept_bytes: int
+) -> None:
+    monkeypatch.setattr(_cpu, "KEPT_BYTES", kept_bytes)
     (mode,) = (mode for mode in MODES if mode.name == mode_name)
     monkeypatch.setattr(_cpu, "MIN_BLOCK", 16)
     monkeypatch.setattr(_cpu, "MAX_BLOCK", 16)
