@@ -282,8 +282,9 @@ def backward(
     minus_lse = lse.to(accumulate).neg()[None, :]
 
     wants_v = need_x or need_scale
-    v = torch.zeros_like(x) if wants_v else None
-    v_product = torch.empty_like(x, dtype=dtype) if wants_v and converts else None
+    # contiguous whatever x's strides, as the operator's fake promises
+    v = x.new_zeros(x.shape) if wants_v else None
+    v_product = x.new_empty(x.shape, dtype=dtype) if wants_v and converts else None
     d_w = torch.empty(w.shape, dtype=w.dtype) if need_w else None
     in_place = need_w and w.dtype is accumulate
     d_w_product = x.new_empty(sweep.size, x.shape[1], dtype=dtype) if need_w and converts else None

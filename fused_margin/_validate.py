@@ -50,12 +50,15 @@ def tensors(embeddings: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
     if not isinstance(labels, torch.Tensor):
         raise TypeError(f"labels must be a tensor of class indices, got {type(labels).__name__}")
     if labels.dtype not in INTEGERS:
-        hint = " (one-hot or soft targets are not supported)" if labels.ndim == 2 else ""
-        raise TypeError(f"labels must have an integer dtype, got {labels.dtype}{hint}; use .long()")
+        remedy = "turn one-hot targets into indices with .argmax(1)" if labels.ndim == 2 else ""
+        raise TypeError(
+            f"labels must have an integer dtype, got {labels.dtype}; {remedy or 'use .long()'}"
+        )
     if labels.ndim != 1 or labels.shape[0] != embeddings.shape[0]:
         raise ValueError(
             f"labels must have shape ({embeddings.shape[0]},), one class index per row of"
             f" embeddings, got {tuple(labels.shape)}"
+            + ("; use .squeeze(1), or .argmax(1) for one-hot targets" if labels.ndim == 2 else "")
         )
     if labels.device != embeddings.device:
         raise ValueError(
@@ -68,7 +71,10 @@ def matrices(embeddings: torch.Tensor, weight: torch.Tensor) -> None:
     """Check types, dtypes, shapes and devices of embeddings (N, D) and weight (C, D)."""
     for name, tensor in (("embeddings", embeddings), ("weight", weight)):
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+            raise TypeError(
+                f"{name} must be a tensor, got {type(tensor).__name__}; torch.as_tensor converts"
+                " arrays and lists"
+            )
         if _is_distributed(tensor):
             raise TypeError(
                 f"{name} is a DTensor, whose shards the kernels cannot address; pass a plain"
@@ -90,12 +96,17 @@ def matrices(embeddings: torch.Tensor, weight: torch.Tensor) -> None:
     if embeddings.shape[1] != weight.shape[1]:
         raise ValueError(
             f"embeddings have D = {embeddings.shape[1]} columns but weight has D ="
-            f" {weight.shape[1]}; build the loss with embedding_size={embeddings.shape[1]}"
+            f" {weight.shape[1]}; "
+            + (
+                "weight is (C, D), so pass its transpose, weight.t()"
+                if weight.shape[0] == embeddings.shape[1]
+                else f"build the loss with embedding_size={embeddings.shape[1]}"
+            )
         )
     if weight.dtype not in (torch.float32, torch.float64, embeddings.dtype):
         raise TypeError(
             f"weight is {weight.dtype} but embeddings are {embeddings.dtype}; weight must be fp32,"
-            " fp64 or the embeddings' dtype"
+            " fp64 or the embeddings' dtype: keep the loss in fp32 with criterion.float()"
         )
     if embeddings.device != weight.device:
         raise ValueError(
@@ -184,15 +195,27 @@ def _margin(
     return float(value)
 
 
+def _largest(margin: float | torch.Tensor) -> float:
+    """The margin largest in magnitude; 0 where reading a tensor would cost a synchronisation."""
+    if not isinstance(margin, torch.Tensor):
+        return margin
+    is_readable = margin.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not is_readable or margin.numel() == 0:
+        return 0.0
+    margin = margin.detach()
+    return round(margin[margin.abs().argmax()].item(), 6)
+
+
 def angular_margin(
     value: float | torch.Tensor, embeddings: torch.Tensor | None = None
 ) -> float | torch.Tensor:
     """Check ArcFace's margin, in radians; only a functional call may pass an (N,) tensor."""
     value = _margin(value, embeddings, "angle in radians")
-    if isinstance(value, float) and abs(value) > math.pi:
+    largest = _largest(value)
+    if abs(largest) > math.pi:
         raise ValueError(
-            f"margin is an angle in radians, at most pi; got {value}. If that is in degrees, pass"
-            f" math.radians({value:g}) = {math.radians(value):.4g}"
+            f"margin is an angle in radians, at most pi; got {largest}. If that is in degrees,"
+            f" pass math.radians({largest:g}) = {math.radians(largest):.4g}"
         )
     return value
 
@@ -202,9 +225,10 @@ def cosine_margin(
 ) -> float | torch.Tensor:
     """Check CosFace's margin, a cosine offset; only a functional call may pass an (N,) tensor."""
     value = _margin(value, embeddings, "cosine offset")
-    if isinstance(value, float) and abs(value) > 2.0:
+    largest = _largest(value)
+    if abs(largest) > 2.0:
         raise ValueError(
-            f"CosFace's margin is an offset of the cosine, at most 2; got {value} (0.35 is usual)"
+            f"CosFace's margin is an offset of the cosine, at most 2; got {largest} (0.35 is usual)"
         )
     return value
 

@@ -56,7 +56,7 @@ def show_config() -> None:
         "matmul precision": f"{precision} (fp32 products on a GPU: highest = IEEE, else TF32)",
         "backends": f"reference (any device), cpu (CPU tensors), triton ({triton_use})",
         "auto, cpu": _choice("cpu"),
-        "auto, cuda": _choice("cuda"),
+        "auto, cuda": _choice("cuda") if torch.cuda.is_available() else "no device",
         "label check": f"{on_gpu} on a GPU (FUSED_MARGIN_CHECK_LABELS=1 turns it on)",
     }
     print("\n".join(f"{name:16} {value}" for name, value in rows.items()))

@@ -6,7 +6,8 @@ For row n with cosines :math:`c_{nk} = \hat x_n \cdot \hat w_k` and label :math:
     \qquad u_n = c_{n y_n},
 
 with a margin :math:`\psi` on the target cosine. Neither the (N, C) cosines nor a normalised copy of
-the weights is ever built, except by ``backend="reference"``.
+the weights is built, except by ``backend="reference"``; on a CPU at most 32 MiB of cosines are kept
+for the backward.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def _margin_softmax(
     _validate.ignore_index(ignore_index)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
-    compute = compute_dtype(embeddings, weight)
     if not (isinstance(scale, torch.Tensor) or margin.is_tensor or backend == "reference"):
+        compute = compute_dtype(embeddings, weight)
         return _ops.margin_ce(
             embeddings, weight, labels, scale, margin, reduction, ignore_index, compute, backend
         )
@@ -54,6 +55,7 @@ def _margin_softmax(
     if backend == "reference":
         lse, u = _reference.cosine_lse(embeddings, weight, labels, scale)
     else:
+        compute = compute_dtype(embeddings, weight)
         lse, u = _ops.cosine_lse(embeddings, weight, labels, scale, compute, backend)
     with torch.autocast(embeddings.device.type, enabled=False):
         # -log sigmoid(t - lse) is the cross-entropy without cancellation (eq. 4)
@@ -91,7 +93,9 @@ def arcface(
         labels: (N,), any integer dtype, in [0, C) or equal to ``ignore_index``.
         margin: m in radians, at most pi; float, or (N,) floating tensor (one margin per row;
             differentiable).
-        scale: s > 0; float, or 0-d floating tensor (differentiable).
+        scale: s > 0; float, or 0-d floating tensor (differentiable). The values of tensors on a
+            GPU are not checked, since reading them would need a synchronisation; nor is a tensor
+            margin under ``torch.compile``.
         boundary: where theta + m > pi: ``"linear"`` uses cos(theta) - m sin(m), ``"continuous"``
             cos(theta) - (1 + cos(pi - m)), ``"none"`` keeps cos(theta + m).
         grad: ``"exact"``, or ``"straight_through"``, which takes psi' as 1.

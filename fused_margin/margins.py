@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 # psi'(u) divides by sqrt(max(1 - u^2, SINE_SQUARED_FLOOR)). With 1e-7 instead, fp32 gradients at
-# angles below 3e-3 rad were up to 57 % off; with 1e-5, 1 %. One constant for every backend.
+# angles below 3e-3 rad could be 60 % off; with 1e-5, 0.6 % (docs/math.md). Shared by every backend.
 SINE_SQUARED_FLOOR = 1e-5
 
 # Cosines lie in [-1, 1], so these thresholds mean "first branch never" and "first branch always".

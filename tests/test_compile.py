@@ -146,6 +146,23 @@ def test_inductor() -> None:
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_transposed_embeddings(backend: str) -> None:
+    """The gradient has the strides that the operator's fake promises, whatever those of x."""
+    device = device_of(backend)
+    x = torch.randn(DIM, 6, device=device).t().requires_grad_()
+    w = torch.randn(CLASSES, DIM, device=device, requires_grad=True)
+    labels = torch.randint(CLASSES, (6,), device=device)
+
+    def call(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return fmf.arcface(x * 1.0, w, labels, backend=backend)
+
+    expected = torch.autograd.grad(call(x, w), (x, w))
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    actual = torch.autograd.grad(compiled(x, w), (x, w))
+    torch.testing.assert_close(actual, expected)
+
+
 # --- opcheck --------------------------------------------------------------------------------------
 
 OPS = torch.ops.fused_margin

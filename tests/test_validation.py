@@ -66,9 +66,9 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "labels float": (call(labels=LABELS.float()), TypeError, ("integer", "float32", ".long()")),
     "labels bool": (call(labels=LABELS > 1), TypeError, ("integer", "torch.bool", ".long()")),
     "labels one-hot": (
-        call(labels=torch.eye(5)[LABELS]), TypeError, ("torch.float32", "one-hot", ".long()"),
+        call(labels=torch.eye(5)[LABELS]), TypeError, ("torch.float32", "one-hot", ".argmax(1)"),
     ),
-    "labels shape": (call(labels=LABELS[:, None]), ValueError, ("shape (4,)", "(4, 1)")),
+    "labels shape": (call(labels=LABELS[:, None]), ValueError, ("shape (4,)", "(4, 1)", "squeeze")),
     "labels number": (call(labels=LABELS[:2]), ValueError, ("shape (4,)", "(2,)", "per row")),
     "label too large": (
         call(labels=LABELS + 1), ValueError,
@@ -123,6 +123,13 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     # margin
     "degrees": (
         call(margin=28.6), ValueError, ("radians", "got 28.6", "math.radians(28.6) = 0.4992"),
+    ),
+    "tensor of degrees": (
+        call(margin=torch.tensor([0.5, -28.6, 0.1, 0.2])), ValueError,
+        ("radians", "got -28.6", "math.radians(-28.6)"),
+    ),
+    "tensor of cosine margins": (
+        call(fmf.cosface, margin=torch.full((4,), 35.0)), ValueError, ("offset", "35.0"),
     ),
     "negative degrees": (call(margin=-28.6), ValueError, ("math.radians(-28.6)",)),
     "cosine margin": (

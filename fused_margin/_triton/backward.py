@@ -85,9 +85,11 @@ def weight_kernel(
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """d_w of one tile (eq. 8), (BLOCK_C, BLOCK_D), written once to d_w (C, D) contiguous."""
-    offs_local = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    num_blocks_d = tl.cdiv(D, BLOCK_D)
+    pid_c, pid_d = tl.program_id(0) // num_blocks_d, tl.program_id(0) % num_blocks_d
+    offs_local = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_local < num_classes
-    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     OPERAND: tl.constexpr = g_ptr.dtype.element_ty
     g_rows = g_ptr + offs_local.to(tl.int64)[:, None] * N

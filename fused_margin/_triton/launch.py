@@ -283,7 +283,8 @@ def backward(
                 **_options(tile),
             )  # fmt: skip
             if d_w is not None:
-                weight_kernel[(triton.cdiv(dim, dw_d), triton.cdiv(length, dw_c))](
+                # one axis: the others of a CUDA grid end at 65,535
+                weight_kernel[(triton.cdiv(dim, dw_d) * triton.cdiv(length, dw_c),)](
                     x, w, g, radial, inv_w, d_w, first, length, num_rows, dim, row_blocks,
                     *x.stride(), *w.stride(), ACC=acc, PRECISION=p.gradient_precision,
                     BLOCK_C=dw_c, BLOCK_D=dw_d, BLOCK_K=_power_of_two(num_rows, dw_tile.inner),
