@@ -106,7 +106,6 @@ def _kernels(architecture: str, operands: str, dim: int) -> Iterator[tuple[Any, 
     """(kernel, types of pointers, constants, options) of each kernel with its default tiles."""
     x, w, g, acc, compute, precision, gradient_precision = TYPES[operands]
     config = configs.config(configs.family(*_target(architecture)), operands)
-    names = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp64": "fp64"}
     pointers = {
         "x_ptr": f"*{x}", "w_ptr": f"*{w}", "d_x_ptr": f"*{x}", "d_w_ptr": f"*{w}",
         "g_ptr": f"*{g}", "labels_ptr": "*i64", "counters_ptr": "*i32",
@@ -115,10 +114,10 @@ def _kernels(architecture: str, operands: str, dim: int) -> Iterator[tuple[Any, 
         for name in ("partial", "lse", "u", "inv_x", "inv_w", "row_loss", "loss", "d_lse", "d_u",
                      "count", "radial", "grad", "d_scale")
     }  # fmt: skip
-    dtype = {name: triton.language.str_to_ty(name, None) for name in names}
-    common = {"ACC": dtype[acc], "stride_xd": 1, "stride_wd": 1}
+    common = {"ACC": triton.language.str_to_ty(acc, None), "stride_xd": 1, "stride_wd": 1}
     cosine = common | {
-        "COMPUTE": dtype[compute], "PRECISION": precision, "NORMALIZE_FIRST": compute == "fp16",
+        "COMPUTE": triton.language.str_to_ty(compute, None),
+        "PRECISION": precision, "NORMALIZE_FIRST": compute == "fp16",
         "HAS_SCALE_TENSOR": False, "scale_ptr": None, "stride_label": 1,
     }  # fmt: skip
     product = common | {"PRECISION": gradient_precision}

@@ -33,9 +33,9 @@ def block_size(num_rows: int, num_classes: int, dim: int, itemsize: int) -> int:
     return min(num_classes, max(MIN_BLOCK, min(MAX_BLOCK, size)))
 
 
-def kept_classes(num_rows: int, num_classes: int, dim: int, x: torch.Tensor, w: torch.Tensor,
-                 compute: torch.dtype) -> int:  # fmt: skip
+def kept_classes(x: torch.Tensor, w: torch.Tensor, compute: torch.dtype) -> int:
     """How many classes' products `forward` keeps: all, or whole blocks within KEPT_BYTES."""
+    (num_rows, dim), num_classes = x.shape, w.shape[0]
     accumulate = accumulation_dtype(x, w)
     bytes_per_class = num_rows * product_dtype(compute, accumulate).itemsize
     if num_classes * bytes_per_class <= KEPT_BYTES:
@@ -193,13 +193,13 @@ def forward(
     x = x.to(accumulate)
     inv_x = _inverse_norms(x)
     inv_w = torch.empty(w.shape[0], dtype=accumulate)
-    (num_rows, dim), num_classes = x.shape, w.shape[0]
-    num_kept = kept_classes(num_rows, num_classes, dim, x, w, compute) if keep else 0
     dtype = product_dtype(compute, accumulate)
-    kept = torch.empty(num_kept, num_rows, dtype=dtype)
+    kept = torch.empty(kept_classes(x, w, compute) if keep else 0, x.shape[0], dtype=dtype)
     sweep = Sweep(x * (inv_x * scale)[:, None], w, labels, dtype, kept)
     num_blocks = -(-w.shape[0] // sweep.size)
-    partial = torch.empty(num_blocks, x.shape[0], dtype=torch.float64)  # lse of each block
+    partial = torch.empty(
+        num_blocks, x.shape[0], dtype=torch.float64
+    )  # sum, or its log, of each block
     # |s cos| <= s up to rounding: exp needs no shift where e^s times C neither overflows nor
     # e^-s underflows.
     needs_shift = scale + math.log(w.shape[0]) > 0.95 * math.log(torch.finfo(accumulate).max)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-NORM_EPS = (
-    1e-12  # x_hat = x / max(||x||, NORM_EPS), the convention of torch.nn.functional.normalize
-)
+# x_hat = x / max(||x||, NORM_EPS), the convention of torch.nn.functional.normalize
+NORM_EPS = 1e-12
 
 # An inverse norm from here on comes from the clamp, where the gradient has no projection. A little
 # below 1 / NORM_EPS, which rounding may miss.

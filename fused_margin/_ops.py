@@ -124,7 +124,7 @@ def _fake_kept(x: Tensor, w: Tensor, compute: torch.dtype, backend: str, keep: b
     num_rows = x.shape[0]
     if backend == "triton":
         return x.new_empty(0, num_rows)
-    num_kept = _cpu.kept_classes(num_rows, w.shape[0], x.shape[1], x, w, compute) if keep else 0
+    num_kept = _cpu.kept_classes(x, w, compute) if keep else 0
     dtype = _cpu.product_dtype(compute, accumulation_dtype(x, w))
     return x.new_empty(num_kept, num_rows, dtype=dtype)
 

@@ -246,7 +246,7 @@ def test_blocks_shrink_to_their_budgets(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_is_kept_stays_within_its_budget() -> None:
     def kept(num_rows: int, num_classes: int, dtype: torch.dtype) -> int:
         x, w = torch.empty(num_rows, 8, dtype=dtype), torch.empty(1, 8).expand(num_classes, 8)
-        return _cpu.kept_classes(num_rows, num_classes, 8, x, w, dtype)
+        return _cpu.kept_classes(x, w, dtype)
 
     assert kept(64, 1000, torch.float32) == 1000
     for num_rows in (1, 64, 256, 5000):

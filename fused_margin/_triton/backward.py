@@ -155,6 +155,17 @@ def embeddings_kernel(
 
 
 @triton.jit
+def _merge_partials(partial_ptr, rows, offs_d, mask, N, D, num_splits, ACC: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """d_x before the projection, (BLOCK_N, BLOCK_D): the sum over splits, in order."""
+    v = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    for j in range(0, num_splits):
+        offs = (tl.cast(j, tl.int64) * N + rows)[:, None] * D + offs_d
+        v += tl.load(partial_ptr + offs, mask=mask, other=0.0)
+    return v
+
+
+@triton.jit
 def finish_kernel(
     x_ptr, partial_ptr, scale_ptr, grad_ptr, count_ptr, d_u_ptr, u_ptr, inv_x_ptr,
     d_x_ptr, d_scale_ptr, scale: tl.float64, N, D, num_splits, stride_xn, stride_xd, stride_grad,
@@ -171,13 +182,9 @@ def finish_kernel(
         offs_d = d + tl.arange(0, BLOCK_D)
         mask = mask_n[:, None] & (offs_d < D)[None, :]
         offs_d = offs_d.to(tl.int64)[None, :]
-        v = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-        for j in range(0, num_splits):
-            v += tl.load(
-                partial_ptr + (tl.cast(j, tl.int64) * N + rows)[:, None] * D + offs_d,
-                mask=mask,
-                other=0.0,
-            )
+        v = _merge_partials(
+            partial_ptr, rows, offs_d, mask, N, D, num_splits, ACC, BLOCK_N, BLOCK_D
+        )
         x = tl.load(x_ptr + rows[:, None] * stride_xn + offs_d * stride_xd, mask=mask, other=0.0)
         radial += tl.sum(v * x.to(ACC), axis=1)
     if NEED_SCALE:
@@ -195,13 +202,9 @@ def finish_kernel(
             offs_d = d + tl.arange(0, BLOCK_D)
             mask = mask_n[:, None] & (offs_d < D)[None, :]
             offs_d = offs_d.to(tl.int64)[None, :]
-            v = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-            for j in range(0, num_splits):
-                v += tl.load(
-                    partial_ptr + (tl.cast(j, tl.int64) * N + rows)[:, None] * D + offs_d,
-                    mask=mask,
-                    other=0.0,
-                )
+            v = _merge_partials(
+                partial_ptr, rows, offs_d, mask, N, D, num_splits, ACC, BLOCK_N, BLOCK_D
+            )
             x = tl.load(
                 x_ptr + rows[:, None] * stride_xn + offs_d * stride_xd, mask=mask, other=0.0
             )

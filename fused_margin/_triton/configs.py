@@ -6,7 +6,7 @@ The tiles are chosen from what the compiler reports without a GPU (registers, sp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class Config:
     embeddings: Tile
 
 
-FAMILIES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "interpreter")
 OPERANDS = ("bf16", "fp16", "tf32", "ieee", "fp64")
 
 _HALF = Config(
@@ -61,18 +60,7 @@ _FP16 = Config(
     embeddings=_TF32.embeddings,
 )
 # IEEE fp32 has no matrix unit: small tiles, or the fused multiply-adds spill.
-_IEEE = Config(
-    forward=Tile(64, 64, 16, 8, 2),
-    gradient=Tile(64, 64, 16, 8, 2),
-    weight=Tile(64, 64, 16, 8, 2),
-    embeddings=Tile(64, 64, 16, 8, 2),
-)
-_FP64 = Config(
-    forward=Tile(64, 64, 16, 8, 2),
-    gradient=Tile(64, 64, 16, 8, 2),
-    weight=Tile(64, 64, 16, 8, 2),
-    embeddings=Tile(64, 64, 16, 8, 2),
-)
+_SMALL = Config(*[Tile(64, 64, 16, 8, 2)] * 4)
 _TINY = Config(
     forward=Tile(16, 32, 16, 1, 1),
     gradient=Tile(16, 32, 16, 1, 1),
@@ -82,18 +70,15 @@ _TINY = Config(
 
 
 def _shallow(config: Config, stages: int) -> Config:
-    def shallow(tile: Tile) -> Tile:
-        return Tile(tile.rows, tile.columns, tile.inner, tile.num_warps, stages)
-
-    return Config(*(shallow(t) for t in (config.forward, config.gradient, config.weight,
-                                         config.embeddings)))  # fmt: skip
+    tiles = (config.forward, config.gradient, config.weight, config.embeddings)
+    return Config(*(replace(tile, num_stages=stages) for tile in tiles))
 
 
 def _small_cosines(config: Config, tile: Tile) -> Config:
-    return Config(tile, tile, config.weight, config.embeddings)
+    return replace(config, forward=tile, gradient=tile)
 
 
-_DEFAULT = {"bf16": _HALF, "fp16": _FP16, "tf32": _TF32, "ieee": _IEEE, "fp64": _FP64}
+_DEFAULT = {"bf16": _HALF, "fp16": _FP16, "tf32": _TF32, "ieee": _SMALL, "fp64": _SMALL}
 _TABLE: dict[str, dict[str, Config]] = {
     "sm_80": _DEFAULT,
     # 99 KiB of shared memory
