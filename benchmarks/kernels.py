@@ -1,8 +1,9 @@
 """What the compiler makes of every kernel with its default configuration, without a GPU.
 
 ``python -m benchmarks.kernels`` compiles each kernel for each architecture and prints registers,
-spilled bytes, shared memory and matrix instructions; it fails if a default spills or misses the
-matrix unit. Triton must not be in interpreter mode (unset TRITON_INTERPRET).
+spilled bytes, shared memory, the share of the warps a processor can hold that these allow
+(occupancy), matrix instructions and the widths of global loads; it fails if a default spills or
+misses the matrix unit. Triton must not be in interpreter mode (unset TRITON_INTERPRET).
 """
 
 from __future__ import annotations
@@ -39,7 +40,17 @@ SHARED_MEMORY_LIMIT = {  # bytes a program may use
     "sm_100": 227 << 10,
     "gfx942": 64 << 10,
 }
-DIMS = (128, 512, 1024)
+# what a multiprocessor has: registers, bytes of shared memory, warps, programs
+MULTIPROCESSOR = {
+    "sm_80": (65536, 164 << 10, 64, 32),
+    "sm_86": (65536, 100 << 10, 48, 16),
+    "sm_90": (65536, 228 << 10, 64, 32),
+    "sm_100": (65536, 228 << 10, 64, 32),
+}
+AMD_REGISTERS, AMD_WAVES, AMD_SIMDS = 512, 8, 4  # of a SIMD's lane, of a SIMD, of a compute unit
+AMD_SHARED = 64 << 10
+WITHOUT_PRODUCT = ("finish_kernel", "gradient_kernel, kept")
+DIMS = (64, 128, 512, 1024)
 # operand type -> (dtype of x, of W, of G, accumulation, compute, precision of cosines, of the rest)
 TYPES = {
     "bf16": ("bf16", "fp32", "bf16", "fp32", "bf16", "ieee", "ieee"),
@@ -51,6 +62,10 @@ TYPES = {
 # instructions of the matrix units: NVIDIA's warp-group, warp and fp64 products, Blackwell's, AMD's
 MATRIX = re.compile(r"\b(HGMMA|HMMA|DMMA|UTCHMMA|UTC\w*MMA|v_mfma\w*|v_smfma\w*)")
 SPILLS = re.compile(r"\b(LDL|STL)\b")
+CUDA_LOADS = re.compile(r"\bLDG(?:STS)?\.([\w.]+)")  # to registers, or straight to shared memory
+HIP_LOADS = re.compile(r"\b(?:global|buffer|flat)_load_(\w+)")
+CUDA_WIDTHS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+HIP_WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,8 @@ class Row:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    occupancy: float  # warps resident at once, of those that a multiprocessor has room for
+    loads: str  # widths of global loads in bits, with their counts
     matrix: str  # matrix instructions found, with their counts
     wide_offsets: bool  # the pointer arithmetic on classes is 64-bit
     ordered_merge: bool | None  # forward: store, barrier, atomic in this order
@@ -80,7 +97,7 @@ class Row:
         without_fp64 = ("sm_86", "sm_100")
         is_fp64 = self.operands == "fp64"
         has_unit = self.operands != "ieee" and not (is_fp64 and self.architecture in without_fp64)
-        if has_unit and not self.matrix and self.kernel != "finish_kernel":
+        if has_unit and not self.matrix and self.kernel not in WITHOUT_PRODUCT:
             found.append("misses the matrix unit")
         if not self.wide_offsets:
             found.append("has 32-bit offsets")
@@ -102,29 +119,38 @@ def _signature(kernel: Any, types: dict[str, str], constants: dict[str, Any]) ->
     return signature
 
 
-def _kernels(architecture: str, operands: str, dim: int) -> Iterator[tuple[Any, dict, dict, dict]]:
-    """(kernel, types of pointers, constants, options) of each kernel with its default tiles."""
+def _kernels(
+    architecture: str, operands: str, dim: int
+) -> Iterator[tuple[str, Any, dict, dict, dict]]:
+    """(name, kernel, types of pointers, constants, options) of each kernel with its default tiles.
+
+    A name with a word after the kernel's is a variant with other flags.
+    """
     x, w, g, acc, compute, precision, gradient_precision = TYPES[operands]
     config = configs.config(configs.family(*_target(architecture)), operands)
     pointers = {
         "x_ptr": f"*{x}", "w_ptr": f"*{w}", "d_x_ptr": f"*{x}", "d_w_ptr": f"*{w}",
-        "g_ptr": f"*{g}", "labels_ptr": "*i64", "counters_ptr": "*i32",
+        "g_ptr": f"*{g}", "kept_ptr": f"*{g}", "labels_ptr": "*i64", "counters_ptr": "*i32",
     } | {
         f"{name}_ptr": f"*{acc}"
         for name in ("partial", "lse", "u", "inv_x", "inv_w", "row_loss", "loss", "d_lse", "d_u",
-                     "count", "radial", "grad", "d_scale")
+                     "count", "radial", "grad", "d_scale", "row_radial", "shift")
     }  # fmt: skip
     common = {"ACC": triton.language.str_to_ty(acc, None), "stride_xd": 1, "stride_wd": 1}
-    cosine = common | {
+    scale = {"HAS_SCALE_TENSOR": False, "scale_ptr": None}
+    grad = {"HAS_GRAD": True, "HAS_COUNT": True}
+    cosine = common | scale | {
         "COMPUTE": triton.language.str_to_ty(compute, None),
-        "PRECISION": precision, "NORMALIZE_FIRST": compute == "fp16",
-        "HAS_SCALE_TENSOR": False, "scale_ptr": None, "stride_label": 1,
+        "PRECISION": precision, "NORMALIZE_FIRST": compute == "fp16", "stride_label": 1,
     }  # fmt: skip
     product = common | {"PRECISION": gradient_precision}
 
+    def absent(*names: str) -> dict[str, None]:
+        return dict.fromkeys(f"{name}_ptr" for name in names)
+
     def blocks(tile: configs.Tile, rows: str, columns: str) -> dict[str, int]:
         columns_size = min(tile.columns, dim) if columns == "BLOCK_D" else tile.columns
-        return {rows: tile.rows, columns: columns_size, "BLOCK_K": tile.inner}
+        return {rows: tile.rows, columns: columns_size, "BLOCK_K": min(tile.inner, dim)}
 
     def options(tile: configs.Tile) -> dict[str, Any]:
         return {
@@ -133,44 +159,54 @@ def _kernels(architecture: str, operands: str, dim: int) -> Iterator[tuple[Any, 
             "enable_fp_fusion": True,
         }
 
-    yield (
-        forward.forward_kernel,
-        pointers,
-        cosine
-        | blocks(config.forward, "BLOCK_N", "BLOCK_C")
-        | {"HAS_MARGIN": True, "STRAIGHT_THROUGH": False, "REDUCTION": "mean"},
-        options(config.forward),
-    )
-    yield (
-        backward.gradient_kernel,
-        pointers,
-        cosine
-        | blocks(config.gradient, "BLOCK_N", "BLOCK_C")
-        | {"HAS_GRAD": True, "HAS_COUNT": True},
-        options(config.gradient),
-    )
-    yield (
-        backward.weight_kernel,
-        pointers,
-        product | blocks(config.weight, "BLOCK_C", "BLOCK_D"),
-        options(config.weight),
-    )
-    yield (
-        backward.embeddings_kernel,
-        pointers,
-        {key: value for key, value in product.items() if key != "stride_xd"}
-        | blocks(config.embeddings, "BLOCK_N", "BLOCK_D")
-        | {"IS_FIRST": False},
-        options(config.embeddings),
-    )
-    finish = common | {
-        "HAS_SCALE_TENSOR": False, "scale_ptr": None, "HAS_GRAD": True, "HAS_COUNT": True,
-        "NEED_X": True, "NEED_SCALE": False, "d_scale_ptr": None,
-        "BLOCK_N": FINISH_ROWS, "BLOCK_D": min(FINISH_COLUMNS, dim),
+    tile = config.forward
+    for name, flags in (
+        ("forward_kernel", {"KEEP": False} | absent("kept", "shift")),
+        ("forward_kernel, keeping", {"KEEP": True}),
+    ):
+        constants = cosine | blocks(tile, "BLOCK_N", "BLOCK_C") | flags
+        constants |= {"HAS_MARGIN": True, "STRAIGHT_THROUGH": False, "REDUCTION": "mean"}
+        yield name, forward.forward_kernel, pointers, constants, options(tile)
+    tile = config.gradient
+    for name, flags in (
+        ("gradient_kernel",
+         {"KEPT_BLOCK": 0, "IS_ONLY": False} | absent("kept", "shift", "row_radial")),
+        ("gradient_kernel, only", {"KEPT_BLOCK": 0, "IS_ONLY": True} | absent("kept", "shift")),
+        ("gradient_kernel, kept",
+         {"KEPT_BLOCK": config.forward.columns, "IS_ONLY": False} | absent("row_radial")),
+    ):  # fmt: skip
+        constants = cosine | grad | blocks(tile, "BLOCK_N", "BLOCK_C") | flags
+        yield name, backward.gradient_kernel, pointers, constants, options(tile)
+    tile = config.weight
+    constants = product | blocks(tile, "BLOCK_C", "BLOCK_D") | {"BLOCK_K": tile.inner}
+    yield "weight_kernel", backward.weight_kernel, pointers, constants, options(tile)
+    tile = config.embeddings
+    for name, flags in (
+        ("embeddings_kernel",
+         {"IS_FIRST": False, "IS_ONLY": False} | absent("x", "row_radial", "inv_x", "d_x")),
+        ("embeddings_kernel, only", {"IS_FIRST": True, "IS_ONLY": True} | absent("partial")),
+    ):  # fmt: skip
+        constants = product | blocks(tile, "BLOCK_N", "BLOCK_D") | {"BLOCK_K": tile.inner} | flags
+        yield name, backward.embeddings_kernel, pointers, constants, options(tile)
+    tiles = config.fused_tiles(dim)
+    if tiles is not None:
+        fused = cosine | grad | {
+            "GRADIENT": triton.language.str_to_ty(g, None),
+            "GRADIENT_PRECISION": gradient_precision, "BLOCK_D": dim,
+        }  # fmt: skip
+        for name, kernel, tile in (
+            ("fused_weight_kernel", backward.fused_weight_kernel, tiles[0]),
+            ("fused_embeddings_kernel", backward.fused_embeddings_kernel, tiles[1]),
+        ):
+            constants = fused | {"BLOCK_N": tile.rows, "BLOCK_C": tile.columns}
+            yield name, kernel, pointers, constants, options(tile)
+    constants = common | scale | grad | absent("d_scale") | {
+        "NEED_X": True, "NEED_SCALE": False,
+        "BLOCK_N": FINISH_ROWS, "BLOCK_D": FINISH_COLUMNS,
     }  # fmt: skip
-    del finish["stride_wd"]
+    del constants["stride_wd"]
     tile = configs.Tile(FINISH_ROWS, FINISH_COLUMNS, 0, 4, 2)
-    yield backward.finish_kernel, pointers, finish, options(tile)
+    yield "finish_kernel", backward.finish_kernel, pointers, constants, options(tile)
 
 
 def _target(architecture: str) -> tuple[str, int | str]:
@@ -261,7 +297,41 @@ def _ordered_merge(ptx: str) -> bool:
     return "store" in before and before[-1] == "barrier" and events[first_atomic + 1] == "barrier"
 
 
-def compile_row(kernel: Any, pointers: dict, constants: dict, options: dict,
+def _occupancy(architecture: str, registers: int, shared_bytes: int, num_warps: int) -> float:
+    """Share of a multiprocessor's warps that can be resident at once."""
+    rounded = -(-registers // 8) * 8  # registers are given out in eights per thread
+    if architecture not in MULTIPROCESSOR:
+        waves = min(AMD_WAVES, AMD_REGISTERS // max(rounded, 1))
+        programs = waves * AMD_SIMDS // num_warps
+        if shared_bytes:
+            programs = min(programs, AMD_SHARED // shared_bytes)
+        return programs * num_warps / (AMD_WAVES * AMD_SIMDS)
+    available, shared, warps, most = MULTIPROCESSOR[architecture]
+    programs = min(
+        most,
+        warps // num_warps,
+        available // (32 * rounded * num_warps),
+        shared // (shared_bytes + (1 << 10)),  # the system takes 1 KiB for each
+    )
+    return programs * num_warps / warps
+
+
+def _loads(assembly: str, is_cuda: bool) -> str:
+    """Widths of global loads in bits, widest first, with their counts."""
+    counts: dict[int, int] = {}
+    if is_cuda:
+        for modifiers in CUDA_LOADS.findall(assembly):
+            found = [CUDA_WIDTHS[part] for part in modifiers.split(".") if part in CUDA_WIDTHS]
+            width = found[0] if found else 32
+            counts[width] = counts.get(width, 0) + 1
+    else:
+        for kind in HIP_LOADS.findall(assembly):
+            width = HIP_WIDTHS.get(kind, 16 if "short" in kind else 8)
+            counts[width] = counts.get(width, 0) + 1
+    return " ".join(f"{width}b x{counts[width]}" for width in sorted(counts, reverse=True))
+
+
+def compile_row(name: str, kernel: Any, pointers: dict, constants: dict, options: dict,
                 architecture: str, operands: str, dim: int) -> Row:  # fmt: skip
     """Compile one kernel and read off what became of it."""
     signature = _signature(kernel, pointers, constants)
@@ -277,17 +347,21 @@ def compile_row(kernel: Any, pointers: dict, constants: dict, options: dict,
     is_cuda = TARGETS[architecture].backend == "cuda"
     registers, spilled, assembly = (_cuda_usage if is_cuda else _hip_usage)(compiled)
     counts: dict[str, int] = {}
-    for name in MATRIX.findall(assembly):
-        counts[name] = counts.get(name, 0) + 1
+    for instruction in MATRIX.findall(assembly):
+        counts[instruction] = counts.get(instruction, 0) + 1
     return Row(
-        kernel=kernel.__name__,
+        kernel=name,
         architecture=architecture,
         operands=operands,
         dim=dim,
         registers=registers,
         spill_bytes=spilled,
         shared_bytes=compiled.metadata.shared,
-        matrix=" ".join(f"{name} x{count}" for name, count in sorted(counts.items())),
+        occupancy=_occupancy(
+            architecture, registers, compiled.metadata.shared, options["num_warps"]
+        ),
+        loads=_loads(assembly, is_cuda),
+        matrix=" ".join(f"{what} x{count}" for what, count in sorted(counts.items())),
         wide_offsets=_wide_offsets(compiled.asm["ttir"]),
         ordered_merge=(
             _ordered_merge(compiled.asm["ptx"])
@@ -303,11 +377,13 @@ def report(architectures: list[str], operand_types: list[str], dims: list[int]) 
         for operands in operand_types:
             done: dict[str, Row] = {}
             for dim in dims:
-                for kernel, pointers, constants, options in _kernels(architecture, operands, dim):
-                    key = f"{kernel.__name__} {constants} {options}"
+                for name, kernel, pointers, constants, options in _kernels(
+                    architecture, operands, dim
+                ):
+                    key = f"{name} {constants} {options}"
                     if key not in done:
                         done[key] = compile_row(
-                            kernel, pointers, constants, options, architecture, operands, dim
+                            name, kernel, pointers, constants, options, architecture, operands, dim
                         )
                     yield Row(**{**asdict(done[key]), "dim": dim})
 
@@ -321,15 +397,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the rows here")
     options = parser.parse_args(arguments)
     rows = []
-    columns = f"{'kernel':18} {'arch':7} {'type':5} {'D':>5} {'regs':>4} {'spill':>5} {'shared':>7}"
-    print(f"{columns}  matrix instructions")
+    columns = f"{'kernel':29} {'arch':7} {'type':5} {'D':>5} {'regs':>4} {'spill':>5} {'shared':>7}"
+    print(f"{columns} {'warps':>5}  matrix instructions; global loads")
     for row in report(options.architectures, options.operands, options.dims):
         rows.append(row)
         problems = "; ".join(row.problems())
         print(
-            f"{row.kernel:18} {row.architecture:7} {row.operands:5} {row.dim:5} {row.registers:4}"
-            f" {row.spill_bytes:5} {row.shared_bytes:7}  {row.matrix or '-'}"
-            + (f"  <-- {problems}" if problems else ""),
+            f"{row.kernel:29} {row.architecture:7} {row.operands:5} {row.dim:5} {row.registers:4}"
+            f" {row.spill_bytes:5} {row.shared_bytes:7} {row.occupancy:5.0%}"
+            f"  {row.matrix or '-'}; {row.loads}" + (f"  <-- {problems}" if problems else ""),
             flush=True,
         )
     if options.json:

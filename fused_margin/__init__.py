@@ -5,7 +5,8 @@ ArcFace, CosFace, Fixed AdaCos and normalised softmax as drop-in modules
 and as Triton kernels on a GPU. Importing the package never imports Triton.
 """
 
-from fused_margin import functional
+from fused_margin import functional, regularizers
+from fused_margin._cpu import empty_cache
 from fused_margin._version import __version__
 from fused_margin.config import show_config
 from fused_margin.losses import (
@@ -21,6 +22,8 @@ __all__ = [
     "FixedAdaCosLoss",
     "NormalizedSoftmaxLoss",
     "__version__",
+    "empty_cache",
     "functional",
+    "regularizers",
     "show_config",
 ]

@@ -8,40 +8,63 @@ classes run along the outer dimension. Elementwise work is in place on that bloc
 from __future__ import annotations
 
 import math
+import platform
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from fused_margin import margins
 from fused_margin._numerics import CLAMPED_INVERSE_NORM, NORM_EPS, accumulation_dtype
 
-# Bytes of one (B, N) block, and of B rows of W. Measured (docs/design.md): products lose speed
-# below 1024 classes, and elementwise passes slow down once a block leaves the last-level cache.
+# Bytes of one (B, N) block, and of B rows of W. Measured (docs/design.md): elementwise passes slow
+# down once a block leaves the last-level cache, but with many rows products and the passes over B
+# rows of W lose more below 2048 classes: a block may take up to four times as much for those.
 BLOCK_BYTES = 2 << 20
 WEIGHT_BLOCK_BYTES = 16 << 20
-MIN_BLOCK, MAX_BLOCK = 128, 8192
-# Bytes of products that the forward leaves for the backward: those of the first classes. The others
-# are formed again, so that memory does not grow with N C.
-KEPT_BYTES = 32 << 20
+MIN_BLOCK, EFFICIENT_BLOCK, MAX_BLOCK = 128, 2048, 8192
+# Bytes of products that the forward leaves for the backward: those of the first classes, this much
+# in all or for each row of the batch, whichever is more. The others are formed again, so that
+# memory does not grow with N C.
+KEPT_BYTES = 48 << 20
+KEPT_BYTES_PER_ROW = 192 << 10
+# From this size on, kept products and d_w lie in memory that the next step uses again. The C
+# library would give it back to the system, and touching 200 MB of new pages takes as long as half a
+# product.
+REUSED_BYTES = 4 << 20
+
+# Cosines are formed in units of log2(e), for exp2: torch's exp takes three times as long.
+LOG2_E = 1.0 / math.log(2.0)
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
 def block_size(num_rows: int, num_classes: int, dim: int, itemsize: int) -> int:
     """Classes in a block, so that the block and its rows of W stay within their budgets."""
-    size = min(BLOCK_BYTES // (itemsize * max(num_rows, 1)), WEIGHT_BLOCK_BYTES // (itemsize * dim))
+    size = BLOCK_BYTES // (itemsize * max(num_rows, 1))
+    size = max(size, min(EFFICIENT_BLOCK, 4 * size))
+    size = min(size, WEIGHT_BLOCK_BYTES // (itemsize * dim))
     return min(num_classes, max(MIN_BLOCK, min(MAX_BLOCK, size)))
 
 
-def kept_classes(x: torch.Tensor, w: torch.Tensor, compute: torch.dtype) -> int:
-    """How many classes' products `forward` keeps: all, or whole blocks within KEPT_BYTES."""
+def kept_classes(x: torch.Tensor, w: torch.Tensor, compute: torch.dtype, budget: int) -> int:
+    """How many classes' products `forward` keeps: all, or whole blocks within ``budget`` bytes.
+
+    A negative budget stands for the default.
+    """
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     accumulate = accumulation_dtype(x, w)
     bytes_per_class = num_rows * product_dtype(compute, accumulate).itemsize
-    if num_classes * bytes_per_class <= KEPT_BYTES:
+    if budget < 0:
+        budget = max(KEPT_BYTES, num_rows * KEPT_BYTES_PER_ROW)
+    if num_classes * bytes_per_class <= budget:
         return num_classes
     size = block_size(num_rows, num_classes, dim, accumulate.itemsize)
-    return KEPT_BYTES // (bytes_per_class * size) * size
+    return budget // (bytes_per_class * size) * size
 
 
 def product_dtype(compute: torch.dtype, accumulate: torch.dtype) -> torch.dtype:
@@ -66,6 +89,58 @@ def _has_bf16_instructions() -> bool:
     return True  # elsewhere oneDNN's own answer is about hardware products
 
 
+def _multiply_transposed(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """A b^T in ``out``, or in memory of its own.
+
+    Args:
+        a: (M, K). b: (N, K). out: (M, N), which may stay unwritten.
+    """
+    if HAS_ONEDNN and a.dtype is torch.float32 and out.numel() and a.numel():
+        # IEEE fp32 as `mm`, which asks MKL: on AMD's CPUs 5 to 10 % slower
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return torch.mm(a, b.t(), out=out)
+
+
+class Lender:
+    """Makes tensors in memory that outlives them, for the next tensor of about the same size.
+
+    One piece of memory at most is put aside. It is lent again only after the last reference to a
+    tensor's storage, that of a view included, is gone; whoever asks meanwhile gets a new piece.
+    """
+
+    def __init__(self) -> None:
+        self.released: deque[np.ndarray] = deque(maxlen=1)
+
+    def empty(self, num_rows: int, num_columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """torch.empty((num_rows, num_columns), dtype=dtype); large ones in lent memory."""
+        size = num_rows * num_columns * dtype.itemsize
+        if size < REUSED_BYTES:
+            return torch.empty(num_rows, num_columns, dtype=dtype)
+        try:
+            memory = self.released.pop()
+        except IndexError:
+            memory = None
+        if memory is None or not size <= memory.nbytes <= 2 * size:
+            memory = None  # what doesn't fit goes before the new piece is made
+            memory = torch.empty(size, dtype=torch.uint8).numpy()
+        lent = memory[:size]  # an object of its own, which lives as long as the tensor's storage
+        weakref.finalize(lent, self.released.append, memory).atexit = False
+        return torch.from_numpy(lent).view(dtype).view(num_rows, num_columns)
+
+
+_kept_memory, _gradient_memory = Lender(), Lender()
+
+
+def empty_cache() -> None:
+    """Give back to the system the memory that the CPU backend puts aside for the next step.
+
+    That is at most the size of one gradient of the class weights and of the cosines kept for a
+    backward. Tensors that are in use are not touched.
+    """
+    _kept_memory.released.clear()
+    _gradient_memory.released.clear()
+
+
 @dataclass
 class Block:
     """One block of classes: rows ``start`` to ``stop`` of W."""
@@ -77,12 +152,12 @@ class Block:
     inv_norm: torch.Tensor  # (B, 1)
     rows: torch.Tensor  # rows whose target lies in the block, (T,)
     targets: torch.Tensor  # their labels - start, (T,)
-    product: torch.Tensor  # s ||w|| cos, (B, N), accumulation dtype; not to be written to
+    product: torch.Tensor  # s log2(e) ||w|| cos, (B, N), accumulation dtype; not to be written to
     work: torch.Tensor  # (B, N), accumulation dtype, to be written to
 
 
 class Sweep:
-    """Iterates over the blocks of W, forming s * ||w|| * cos in buffers that are reused."""
+    """Iterates over the blocks of W, forming s log2(e) ||w|| cos in buffers that are reused."""
 
     def __init__(
         self,
@@ -95,7 +170,7 @@ class Sweep:
         """Prepare buffers.
 
         Args:
-            x_scaled: s * x_hat, (N, D), accumulation dtype.
+            x_scaled: s log2(e) x_hat, (N, D), accumulation dtype.
             w: (C, D), any floating dtype and strides.
             labels: (N,) int64; outside [0, C) means no target.
             dtype: the product dtype.
@@ -103,7 +178,7 @@ class Sweep:
         """
         num_rows, dim = x_scaled.shape
         self.w, self.dtype, self.accumulate = w, dtype, x_scaled.dtype
-        self.operand = x_scaled.to(dtype).t()  # (D, N)
+        self.operand = x_scaled.to(dtype)  # (N, D)
         self.size = block_size(num_rows, w.shape[0], dim, x_scaled.element_size())
         self.work = x_scaled.new_empty(self.size, num_rows)
         self.product = x_scaled.new_empty(self.size, num_rows, dtype=dtype)
@@ -141,7 +216,8 @@ class Sweep:
             is_kept = stop <= self.kept.shape[0]
             product = self.kept[start:stop] if is_kept else self.product[:length]
             if is_first or not is_kept:
-                torch.mm(operand, self.operand, out=product)
+                formed = _multiply_transposed(operand, self.operand, out=product)
+                product = product.copy_(formed) if is_kept and formed is not product else formed
             if self.widened is not None:
                 product = self.widened[:length].copy_(product)
             rows = self.order[bounds[index] : bounds[index + 1]]
@@ -175,15 +251,14 @@ def forward(
     labels: torch.Tensor,
     scale: float,
     compute: torch.dtype,
-    *,
-    keep: bool,
+    budget: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """lse and u (eq. 1, 2) in fp64, the inverse norms of x and W, and products for the backward.
 
     Args:
         x: (N, D). w: (C, D). labels: (N,) int64; outside [0, C) means no target.
         scale: s > 0. compute: the dtype asked for in products.
-        keep: whether a backward will follow.
+        budget: bytes to keep for a backward, negative for the default.
 
     Returns:
         lse (N,) fp64, u (N,) fp64, inv_x (N,), inv_w (C,) in the accumulation dtype, and the
@@ -194,8 +269,8 @@ def forward(
     inv_x = _inverse_norms(x)
     inv_w = torch.empty(w.shape[0], dtype=accumulate)
     dtype = product_dtype(compute, accumulate)
-    kept = torch.empty(kept_classes(x, w, compute) if keep else 0, x.shape[0], dtype=dtype)
-    sweep = Sweep(x * (inv_x * scale)[:, None], w, labels, dtype, kept)
+    kept = _kept_memory.empty(kept_classes(x, w, compute, budget), x.shape[0], dtype)
+    sweep = Sweep(x * (inv_x * (scale * LOG2_E))[:, None], w, labels, dtype, kept)
     num_blocks = -(-w.shape[0] // sweep.size)
     partial = torch.empty(
         num_blocks, x.shape[0], dtype=torch.float64
@@ -204,14 +279,15 @@ def forward(
     # e^-s underflows.
     needs_shift = scale + math.log(w.shape[0]) > 0.95 * math.log(torch.finfo(accumulate).max)
     for index, block in enumerate(sweep.blocks(inv_w, is_first=True)):
-        z = torch.mul(block.product, block.inv_norm, out=block.work)  # s cos, (B, N)
+        z = torch.mul(block.product, block.inv_norm, out=block.work)  # s log2(e) cos, (B, N)
         z[block.targets, block.rows] = -float("inf")
         if needs_shift:
             # The lower bound keeps a block that holds nothing but a row's target at exp(-inf).
             shift = z.amax(dim=0).clamp_min_(torch.finfo(accumulate).min)
-            partial[index] = z.sub_(shift).exp_().sum(dim=0).double().log_().add_(shift)
+            total = z.sub_(shift).exp2_().sum(dim=0).double()
+            partial[index] = total.log_().add_(shift, alpha=1.0 / LOG2_E)
         else:
-            partial[index] = z.exp_().sum(dim=0)
+            partial[index] = z.exp2_().sum(dim=0)
     lse = partial.logsumexp(dim=0) if needs_shift else partial.sum(dim=0).log_()
     return lse, _target_cosine(x, w, labels, inv_x, inv_w), inv_x, inv_w, kept
 
@@ -269,23 +345,23 @@ def backward(
     x_dtype, x = x.dtype, x.to(accumulate)
     x_hat = x * inv_x[:, None]
     dtype = product_dtype(compute, accumulate)
-    sweep = Sweep(x_hat * scale, w, labels, dtype, kept)
+    sweep = Sweep(x_hat * (scale * LOG2_E), w, labels, dtype, kept)
     converts = dtype is not accumulate
     a = (g_lse.double() * scale).to(accumulate)  # G_nk = a_n exp(s c_nk - lse_n) for k != y_n
     x_weighted = x_hat * a[:, None]  # (N, D)
-    x_operand = x_weighted.to(dtype)
+    x_operand = x_weighted.to(dtype).t()  # (D, N)
     w_target, has_target = _target_rows(w, labels, inv_w)
     g_u = g_u.to(accumulate).where(has_target, 0)
     x_target = x_hat * g_u[:, None]  # the target's row of d_w_hat, (N, D)
     gu_u = g_u * u.to(accumulate)
-    a_per_scale = a / scale
-    minus_lse = lse.to(accumulate).neg()[None, :]
+    a_per_unit = a / (scale * LOG2_E)
+    minus_lse = (lse * -LOG2_E).to(accumulate)[None, :]
 
     wants_v = need_x or need_scale
     # contiguous whatever x's strides, as the operator's fake promises
     v = x.new_zeros(x.shape) if wants_v else None
     v_product = x.new_empty(x.shape, dtype=dtype) if wants_v and converts else None
-    d_w = torch.empty(w.shape, dtype=w.dtype) if need_w else None
+    d_w = _gradient_memory.empty(w.shape[0], w.shape[1], w.dtype) if need_w else None
     in_place = need_w and w.dtype is accumulate
     d_w_product = x.new_empty(sweep.size, x.shape[1], dtype=dtype) if need_w and converts else None
     d_w_block = None if not need_w or in_place else x.new_empty(sweep.size, x.shape[1])
@@ -293,12 +369,12 @@ def backward(
     for block in sweep.blocks(inv_w, is_first=False):
         length = block.stop - block.start
         inv_norm = block.inv_norm
-        p = torch.addcmul(minus_lse, block.product, inv_norm, out=block.work).exp_()  # (B, N)
+        p = torch.addcmul(minus_lse, block.product, inv_norm, out=block.work).exp2_()  # (B, N)
         p[block.targets, block.rows] = 0.0
         p.mul_(inv_norm)
         radial = None
         if need_w:
-            radial = sweep.row_sums(block, a_per_scale).mul_(inv_norm[:, 0])  # sum_n G c / ||w||
+            radial = sweep.row_sums(block, a_per_unit).mul_(inv_norm[:, 0])  # sum_n G c / ||w||
             radial.index_add_(0, block.targets, gu_u[block.rows] * inv_norm[block.targets, 0])
             radial.mul_(inv_norm[:, 0]).masked_fill_(inv_norm[:, 0] >= CLAMPED_INVERSE_NORM, 0.0)
         if converts:
@@ -310,14 +386,15 @@ def backward(
                 v.addmm_(p.t(), block.operand)
         if d_w is not None and radial is not None:
             grad = d_w[block.start : block.stop] if d_w_block is None else d_w_block[:length]
-            if d_w_product is not None:
-                grad.copy_(torch.mm(p, x_operand, out=d_w_product[:length]))
+            if d_w_product is None:
+                tangent = _multiply_transposed(p, x_operand, out=grad)
             else:
-                torch.mm(p, x_operand, out=grad)
+                product = _multiply_transposed(p, x_operand, out=d_w_product[:length])
+                tangent = grad.copy_(product)
             if len(block.rows):
-                grad.index_add_(0, block.targets, x_target[block.rows] * inv_norm[block.targets])
-            # grad = d_w_hat / ||w||; its radial part goes (below the norm's clamp there is none)
-            grad.addcmul_(block.weight, radial[:, None], value=-1.0)
+                tangent.index_add_(0, block.targets, x_target[block.rows] * inv_norm[block.targets])
+            # d_w_hat / ||w|| less its radial part (below the norm's clamp there is none)
+            torch.addcmul(tangent, block.weight, radial[:, None], value=-1.0, out=grad)
             if d_w_block is not None:
                 d_w[block.start : block.stop].copy_(grad)
 

@@ -26,14 +26,14 @@ _lib.define(
 )
 _lib.define(
     "cosine_lse(Tensor x, Tensor w, Tensor labels, float scale, Tensor? scale_tensor,"
-    " ScalarType compute, str backend, bool keep)"
+    " ScalarType compute, str backend, int budget)"
     " -> (Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _lib.define(
     "margin_ce(Tensor x, Tensor w, Tensor labels, float scale, float cos_m, float sin_m,"
     " float threshold, float offset, bool straight_through, str reduction, int ignore_index,"
-    " ScalarType compute, str backend, bool keep)"
+    " ScalarType compute, str backend, int budget)"
     " -> (Tensor loss, Tensor lse, Tensor u, Tensor d_lse, Tensor d_u, Tensor count,"
     " Tensor inv_x, Tensor inv_w, Tensor kept)",
     tags=torch.Tag.pt2_compliant_tag,
@@ -107,35 +107,33 @@ def _cosine_lse(
     scale_tensor: Tensor | None,
     compute: torch.dtype,
     backend: str,
-    keep: bool,
+    budget: int,
 ) -> tuple[Tensor, ...]:
     if backend == "triton":
         if scale_tensor is not None and scale_tensor.device.type == "cpu":
             _scale_value(scale, scale_tensor)
-        outputs = _triton().cosine_lse(x, w, labels, scale, scale_tensor, compute)
-        return (*outputs, x.new_empty(0, x.shape[0]))
+        return _triton().cosine_lse(x, w, labels, scale, scale_tensor, compute, budget)
     with torch.autocast("cpu", enabled=False):
         value = _scale_value(scale, scale_tensor)
-        lse, u, inv_x, inv_w, kept = _cpu.forward(x, w, labels.long(), value, compute, keep=keep)
+        lse, u, inv_x, inv_w, kept = _cpu.forward(x, w, labels.long(), value, compute, budget)
         return lse.to(inv_x.dtype), u.to(inv_x.dtype), inv_x, inv_w, kept
 
 
-def _fake_kept(x: Tensor, w: Tensor, compute: torch.dtype, backend: str, keep: bool) -> Tensor:
-    num_rows = x.shape[0]
+def _fake_kept(x: Tensor, w: Tensor, compute: torch.dtype, backend: str, budget: int) -> Tensor:
     if backend == "triton":
-        return x.new_empty(0, num_rows)
-    num_kept = _cpu.kept_classes(x, w, compute) if keep else 0
+        shape = _triton().kept_shape(x, w, compute, budget)
+        return x.new_empty(shape, dtype=torch.uint8)
     dtype = _cpu.product_dtype(compute, accumulation_dtype(x, w))
-    return x.new_empty(num_kept, num_rows, dtype=dtype)
+    return x.new_empty(_cpu.kept_classes(x, w, compute, budget), x.shape[0], dtype=dtype)
 
 
 @torch.library.register_fake("fused_margin::cosine_lse", lib=_lib)
-def _(x, w, labels, scale, scale_tensor, compute, backend, keep):
+def _(x, w, labels, scale, scale_tensor, compute, backend, budget):
     dtype = accumulation_dtype(x, w)
     num_rows, num_classes = x.shape[0], w.shape[0]
     lse, u, inv_x = (x.new_empty(num_rows, dtype=dtype) for _ in range(3))
     inv_w = x.new_empty(num_classes, dtype=dtype)
-    return lse, u, inv_x, inv_w, _fake_kept(x, w, compute, backend, keep)
+    return lse, u, inv_x, inv_w, _fake_kept(x, w, compute, backend, budget)
 
 
 # --- margin_ce ------------------------------------------------------------------------------------
@@ -155,19 +153,20 @@ def _margin_ce(
     ignore_index: int,
     compute: torch.dtype,
     backend: str,
-    keep: bool,
+    budget: int,
 ) -> tuple[Tensor, ...]:
     margin = Margin(cos_m, sin_m, threshold, offset, straight_through)
     if backend == "triton":
         if labels.device.type == "cpu" or _validate.checks_labels_on_gpu():
             _raise_out_of_range(labels.long(), w.shape[0], ignore_index)
-        outputs = _triton().margin_ce(x, w, labels, scale, margin, reduction, ignore_index, compute)
-        return (*outputs, x.new_empty(0, x.shape[0]))
+        return _triton().margin_ce(
+            x, w, labels, scale, margin, reduction, ignore_index, compute, budget
+        )
     with torch.autocast("cpu", enabled=False):
         labels = labels.long()
         _raise_out_of_range(labels, w.shape[0], ignore_index)
         targets = labels.where(labels != ignore_index, IGNORED)
-        lse, u, inv_x, inv_w, kept = _cpu.forward(x, w, targets, scale, compute, keep=keep)
+        lse, u, inv_x, inv_w, kept = _cpu.forward(x, w, targets, scale, compute, budget)
         loss, d_lse, d_u, count = _cpu.margin_forward(lse, u, targets, scale, margin, IGNORED)
         if reduction != "none":
             loss = loss.sum()
@@ -179,13 +178,13 @@ def _margin_ce(
 
 @torch.library.register_fake("fused_margin::margin_ce", lib=_lib)
 def _(x, w, labels, scale, cos_m, sin_m, threshold, offset, straight_through, reduction,
-      ignore_index, compute, backend, keep):  # fmt: skip
+      ignore_index, compute, backend, budget):  # fmt: skip
     dtype = accumulation_dtype(x, w)
     num_rows, num_classes = x.shape[0], w.shape[0]
     loss = x.new_empty((num_rows,) if reduction == "none" else (), dtype=dtype)
     lse, u, d_lse, d_u, inv_x = (x.new_empty(num_rows, dtype=dtype) for _ in range(5))
     count, inv_w = x.new_empty((), dtype=dtype), x.new_empty(num_classes, dtype=dtype)
-    kept = _fake_kept(x, w, compute, backend, keep)
+    kept = _fake_kept(x, w, compute, backend, budget)
     return loss, lse, u, d_lse, d_u, count, inv_x, inv_w, kept
 
 
@@ -216,7 +215,7 @@ def _backward(
     if backend == "triton":
         d_x, d_w, d_scale = _triton().backward(
             d_lse, d_u, grad_loss, count, x, w, labels, scale, scale_tensor, compute,
-            lse, u, inv_x, inv_w, need_x=need_x, need_w=need_w, need_scale=need_scale,
+            lse, u, inv_x, inv_w, kept, need_x=need_x, need_w=need_w, need_scale=need_scale,
         )  # fmt: skip
     else:
         with torch.autocast("cpu", enabled=False):
@@ -280,10 +279,10 @@ def _gradients(
 
 class _CosineLse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w, labels, scale, scale_tensor, compute, backend, keep):
+    def forward(ctx: Any, x, w, labels, scale, scale_tensor, compute, backend, budget):
         with torch._C._AutoDispatchBelowAutograd():
             lse, u, inv_x, inv_w, kept = _ops.cosine_lse(
-                x, w, labels, scale, scale_tensor, compute, backend, keep
+                x, w, labels, scale, scale_tensor, compute, backend, budget
             )
         ctx.save_for_backward(x, w, labels, scale_tensor, lse, u, inv_x, inv_w, kept)
         ctx.mark_non_differentiable(inv_x, inv_w, kept)
@@ -347,9 +346,20 @@ _lib.impl("margin_ce", lambda *args: _MarginCe.apply(*args), "Autograd")
 _lib.impl("cosine_lse_backward", lambda *args: _Backward.apply(*args), "Autograd")
 
 
-def _will_differentiate(*tensors: Tensor | None) -> bool:
-    """Whether a backward can follow, for which products are worth keeping."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _tune_on_demand(x: Tensor, w: Tensor, compute: torch.dtype, backend: str) -> None:
+    """With FUSED_MARGIN_TUNE=1 tune tiles that aren't yet; in eager code only."""
+    if backend == "triton" and _validate.tunes_on_demand() and not torch.compiler.is_compiling():
+        _triton().tune_once(x, w, compute)
+
+
+DEFAULT_BUDGET = -1  # the backend's own rule
+
+
+def _budget(memory_budget: int | None, *tensors: Tensor | None) -> int:
+    """Bytes that may be kept for a backward, 0 if none can follow."""
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return 0
+    return DEFAULT_BUDGET if memory_budget is None else memory_budget
 
 
 def cosine_lse(
@@ -359,11 +369,13 @@ def cosine_lse(
     scale: float | Tensor,
     compute: torch.dtype,
     backend: str,
+    memory_budget: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Call the ``cosine_lse`` operator; differentiable in x, w and a tensor scale."""
+    _tune_on_demand(x, w, compute, backend)
     value, tensor = (0.0, scale) if isinstance(scale, Tensor) else (scale, None)
-    keep = _will_differentiate(x, w, tensor)
-    outputs = _ops.cosine_lse(x, w, labels, value, tensor, compute, backend, keep)
+    budget = _budget(memory_budget, x, w, tensor)
+    outputs = _ops.cosine_lse(x, w, labels, value, tensor, compute, backend, budget)
     return outputs[0], outputs[1]
 
 
@@ -377,11 +389,13 @@ def margin_ce(
     ignore_index: int,
     compute: torch.dtype,
     backend: str,
+    memory_budget: int | None,
 ) -> Tensor:
     """Call the ``margin_ce`` operator; differentiable in x and w."""
-    keep = _will_differentiate(x, w)
+    _tune_on_demand(x, w, compute, backend)
+    budget = _budget(memory_budget, x, w)
     outputs = _ops.margin_ce(
-        x, w, labels, scale, *margin, reduction, ignore_index, compute, backend, keep
+        x, w, labels, scale, *margin, reduction, ignore_index, compute, backend, budget
     )
     return outputs[0]
 

@@ -27,6 +27,11 @@ def checks_labels_on_gpu() -> bool:
     return os.environ.get("FUSED_MARGIN_CHECK_LABELS", "0") == "1"
 
 
+def tunes_on_demand() -> bool:
+    """Whether FUSED_MARGIN_TUNE asks for tuning inside the first call."""
+    return os.environ.get("FUSED_MARGIN_TUNE", "") not in ("", "0")
+
+
 def has_triton() -> bool:
     """Whether Triton can be imported, without importing it."""
     return importlib.util.find_spec("triton") is not None
@@ -246,6 +251,21 @@ def ignore_index(value: int) -> int:
     """Check that ignore_index is an int."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
+    return value
+
+
+def memory_budget(value: int | None) -> int | None:
+    """Bytes, or None for the default."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"memory_budget must be a whole number of bytes or None, got {type(value).__name__}"
+        )
+    if value < 0:
+        raise ValueError(
+            f"memory_budget must be >= 0 bytes, got {value}; None stands for the default"
+        )
     return value
 
 

@@ -6,8 +6,8 @@ For row n with cosines :math:`c_{nk} = \hat x_n \cdot \hat w_k` and label :math:
     \qquad u_n = c_{n y_n},
 
 with a margin :math:`\psi` on the target cosine. Neither the (N, C) cosines nor a normalised copy of
-the weights is built, except by ``backend="reference"``; on a CPU at most 32 MiB of cosines are kept
-for the backward.
+the weights is built, except by ``backend="reference"``; a bounded part of the cosines may be kept
+for the backward (``memory_budget``).
 """
 
 from __future__ import annotations
@@ -40,23 +40,26 @@ def _margin_softmax(
     reduction: str,
     ignore_index: int,
     backend: str,
+    memory_budget: int | None,
 ) -> torch.Tensor:
     """Cross-entropy with target logit s psi(u): the fused operator, or autograd over N numbers."""
     _validate.choice("reduction", reduction, _validate.REDUCTIONS)
     _validate.ignore_index(ignore_index)
+    _validate.memory_budget(memory_budget)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
     if not (isinstance(scale, torch.Tensor) or margin.is_tensor or backend == "reference"):
         compute = compute_dtype(embeddings, weight)
         return _ops.margin_ce(
-            embeddings, weight, labels, scale, margin, reduction, ignore_index, compute, backend
-        )
+            embeddings, weight, labels, scale, margin, reduction, ignore_index, compute, backend,
+            memory_budget,
+        )  # fmt: skip
     labels = _ops.check_labels(labels, weight.shape[0], ignore_index)
     if backend == "reference":
         lse, u = _reference.cosine_lse(embeddings, weight, labels, scale)
     else:
         compute = compute_dtype(embeddings, weight)
-        lse, u = _ops.cosine_lse(embeddings, weight, labels, scale, compute, backend)
+        lse, u = _ops.cosine_lse(embeddings, weight, labels, scale, compute, backend, memory_budget)
     with torch.autocast(embeddings.device.type, enabled=False):
         # -log sigmoid(t - lse) is the cross-entropy without cancellation (eq. 4)
         loss = -F.logsigmoid(scale * margins.apply(u, margin) - lse)
@@ -84,6 +87,7 @@ def arcface(
     reduction: str = "mean",
     ignore_index: int = -100,
     backend: str = "auto",
+    memory_budget: int | None = None,
 ) -> torch.Tensor:
     r"""ArcFace: :math:`\psi(\cos\theta) = \cos(\theta + m)`.
 
@@ -104,6 +108,11 @@ def arcface(
         ignore_index: label of rows that contribute neither loss nor gradient.
         backend: ``"auto"`` (Triton for GPU tensors, class-blocked for CPU tensors),
             ``"reference"``, ``"cpu"`` or ``"triton"``.
+        memory_budget: bytes that the forward may keep for the backward, which then forms fewer
+            cosines again. By default nothing on a GPU, and on a CPU 48 MiB or 192 KiB for each
+            row, whichever is more. A GPU needs room for all of them, N C times 2 bytes with bf16
+            products and 4 otherwise, and keeps none if that is more than the budget; a CPU keeps
+            those that fit. ``"reference"`` keeps everything in any case.
 
     Returns:
         0-d loss, or (N,) for ``reduction="none"``; fp32, or fp64 if an input is fp64.
@@ -125,7 +134,7 @@ def arcface(
     margin = _row_margin(_validate.angular_margin(margin, embeddings), embeddings, weight)
     spec = margins.angular(margin, boundary, grad)
     return _margin_softmax(
-        embeddings, weight, labels, spec, scale, reduction, ignore_index, backend
+        embeddings, weight, labels, spec, scale, reduction, ignore_index, backend, memory_budget
     )
 
 
@@ -139,6 +148,7 @@ def cosface(
     reduction: str = "mean",
     ignore_index: int = -100,
     backend: str = "auto",
+    memory_budget: int | None = None,
 ) -> torch.Tensor:
     r"""CosFace: :math:`\psi(\cos\theta) = \cos\theta - m`.
 
@@ -151,6 +161,7 @@ def cosface(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: label of ignored rows.
         backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        memory_budget: bytes to keep for the backward, see `arcface`.
 
     Returns:
         0-d loss, or (N,).
@@ -170,6 +181,7 @@ def cosface(
         reduction,
         ignore_index,
         backend,
+        memory_budget,
     )
 
 
@@ -181,6 +193,7 @@ def fixed_adacos(
     reduction: str = "mean",
     ignore_index: int = -100,
     backend: str = "auto",
+    memory_budget: int | None = None,
 ) -> torch.Tensor:
     r"""Fixed AdaCos: no margin, and the scale :math:`s = \sqrt 2 \ln(C - 1)`.
 
@@ -191,6 +204,7 @@ def fixed_adacos(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: label of ignored rows.
         backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        memory_budget: bytes to keep for the backward, see `arcface`.
 
     Returns:
         0-d loss, or (N,).
@@ -202,8 +216,9 @@ def fixed_adacos(
     _validate.tensors(embeddings, weight, labels)
     scale = fixed_adacos_scale(weight.shape[0])
     return _margin_softmax(
-        embeddings, weight, labels, margins.NO_MARGIN, scale, reduction, ignore_index, backend
-    )
+        embeddings, weight, labels, margins.NO_MARGIN, scale, reduction, ignore_index, backend,
+        memory_budget,
+    )  # fmt: skip
 
 
 def fixed_adacos_scale(num_classes: int) -> float:
@@ -220,6 +235,7 @@ def normalized_softmax(
     reduction: str = "mean",
     ignore_index: int = -100,
     backend: str = "auto",
+    memory_budget: int | None = None,
 ) -> torch.Tensor:
     r"""Softmax cross-entropy of scaled cosines: :math:`\psi(\cos\theta) = \cos\theta`.
 
@@ -231,6 +247,7 @@ def normalized_softmax(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: label of ignored rows.
         backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        memory_budget: bytes to keep for the backward, see `arcface`.
 
     Returns:
         0-d loss, or (N,).
@@ -242,8 +259,9 @@ def normalized_softmax(
     """
     _validate.tensors(embeddings, weight, labels)
     return _margin_softmax(
-        embeddings, weight, labels, margins.NO_MARGIN, scale, reduction, ignore_index, backend
-    )
+        embeddings, weight, labels, margins.NO_MARGIN, scale, reduction, ignore_index, backend,
+        memory_budget,
+    )  # fmt: skip
 
 
 def cosine_lse(
@@ -253,6 +271,7 @@ def cosine_lse(
     scale: float | torch.Tensor,
     *,
     backend: str = "auto",
+    memory_budget: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Log-sum-exp of the scaled cosines of the *other* classes, and the target cosine.
 
@@ -269,17 +288,19 @@ def cosine_lse(
             over all classes and u is 0. That is what a shard of the classes needs.
         scale: s > 0; float, or 0-d floating tensor.
         backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        memory_budget: bytes to keep for the backward, see `arcface`.
 
     Returns:
         lse (N,) and u (N,), fp32 or fp64, differentiable in embeddings, weight and a tensor scale.
     """
     _validate.tensors(embeddings, weight, labels)
+    _validate.memory_budget(memory_budget)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
     if backend == "reference":
         return _reference.cosine_lse(embeddings, weight, labels, scale)
     compute = compute_dtype(embeddings, weight)
-    return _ops.cosine_lse(embeddings, weight, labels, scale, compute, backend)
+    return _ops.cosine_lse(embeddings, weight, labels, scale, compute, backend, memory_budget)
 
 
 def cosine_logits(

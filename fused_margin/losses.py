@@ -33,6 +33,7 @@ class _MarginSoftmaxLoss(nn.Module):
         reduction: str = "mean",
         ignore_index: int = -100,
         backend: str = "auto",
+        memory_budget: int | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -42,6 +43,7 @@ class _MarginSoftmaxLoss(nn.Module):
         self.reduction = _validate.choice("reduction", reduction, _validate.REDUCTIONS)
         self.ignore_index = _validate.ignore_index(ignore_index)
         self.backend = _validate.choice("backend", backend, _validate.BACKENDS)
+        self.memory_budget = _validate.memory_budget(memory_budget)
         dtype = torch.float32 if dtype is None else dtype
         if dtype not in _validate.FLOATS:
             raise TypeError(f"dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
@@ -75,6 +77,7 @@ class _MarginSoftmaxLoss(nn.Module):
             "reduction": self.reduction,
             "ignore_index": self.ignore_index,
             "backend": self.backend,
+            "memory_budget": self.memory_budget,
         }
 
     def _hyperparameters(self) -> str:
@@ -82,10 +85,11 @@ class _MarginSoftmaxLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments of the module, for ``repr``."""
+        budget = "" if self.memory_budget is None else f", memory_budget={self.memory_budget}"
         return (
             f"num_classes={self.num_classes}, embedding_size={self.embedding_size},"
             f" {self._hyperparameters()}, reduction={self.reduction!r},"
-            f" ignore_index={self.ignore_index}, backend={self.backend!r}"
+            f" ignore_index={self.ignore_index}, backend={self.backend!r}{budget}"
         )
 
 
@@ -102,6 +106,7 @@ class ArcFaceLoss(_MarginSoftmaxLoss):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: label of rows that are left out.
         backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        memory_budget: bytes that the forward may keep for the backward, see `functional.arcface`.
         device: device of the class weights.
         dtype: dtype of the class weights, fp32 by default.
     """
@@ -118,6 +123,7 @@ class ArcFaceLoss(_MarginSoftmaxLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
         backend: str = "auto",
+        memory_budget: int | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -127,6 +133,7 @@ class ArcFaceLoss(_MarginSoftmaxLoss):
             reduction=reduction,
             ignore_index=ignore_index,
             backend=backend,
+            memory_budget=memory_budget,
             device=device,
             dtype=dtype,
         )
@@ -171,6 +178,7 @@ class CosFaceLoss(_MarginSoftmaxLoss):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: label of rows that are left out.
         backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        memory_budget: bytes that the forward may keep for the backward, see `functional.arcface`.
         device: device of the class weights.
         dtype: dtype of the class weights, fp32 by default.
     """
@@ -185,6 +193,7 @@ class CosFaceLoss(_MarginSoftmaxLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
         backend: str = "auto",
+        memory_budget: int | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -194,6 +203,7 @@ class CosFaceLoss(_MarginSoftmaxLoss):
             reduction=reduction,
             ignore_index=ignore_index,
             backend=backend,
+            memory_budget=memory_budget,
             device=device,
             dtype=dtype,
         )
@@ -224,6 +234,7 @@ class FixedAdaCosLoss(_MarginSoftmaxLoss):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: label of rows that are left out.
         backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        memory_budget: bytes that the forward may keep for the backward, see `functional.arcface`.
         device: device of the class weights.
         dtype: dtype of the class weights, fp32 by default.
     """
@@ -236,6 +247,7 @@ class FixedAdaCosLoss(_MarginSoftmaxLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
         backend: str = "auto",
+        memory_budget: int | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -245,6 +257,7 @@ class FixedAdaCosLoss(_MarginSoftmaxLoss):
             reduction=reduction,
             ignore_index=ignore_index,
             backend=backend,
+            memory_budget=memory_budget,
             device=device,
             dtype=dtype,
         )
@@ -270,6 +283,7 @@ class NormalizedSoftmaxLoss(_MarginSoftmaxLoss):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: label of rows that are left out.
         backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        memory_budget: bytes that the forward may keep for the backward, see `functional.arcface`.
         device: device of the class weights.
         dtype: dtype of the class weights, fp32 by default.
     """
@@ -283,6 +297,7 @@ class NormalizedSoftmaxLoss(_MarginSoftmaxLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
         backend: str = "auto",
+        memory_budget: int | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -292,6 +307,7 @@ class NormalizedSoftmaxLoss(_MarginSoftmaxLoss):
             reduction=reduction,
             ignore_index=ignore_index,
             backend=backend,
+            memory_budget=memory_budget,
             device=device,
             dtype=dtype,
         )

@@ -175,16 +175,16 @@ def _arguments(backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
     return x, w, torch.tensor([3, 0, -1, 10], device=device)
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("budget", [0, -1, 1 << 20])
 @pytest.mark.parametrize("with_tensor_scale", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_opcheck_cosine_lse(
-    backend: str, dtype: torch.dtype, with_tensor_scale: bool, keep: bool
+    backend: str, dtype: torch.dtype, with_tensor_scale: bool, budget: int
 ) -> None:
     x, w, labels = _arguments(backend, dtype)
     scale = torch.tensor(9.0, device=x.device, requires_grad=True) if with_tensor_scale else None
-    arguments = (x, w, labels, 9.0, scale, dtype, backend, keep)
+    arguments = (x, w, labels, 9.0, scale, dtype, backend, budget)
     torch.library.opcheck(OPS.cosine_lse.default, arguments)
 
 
@@ -195,7 +195,7 @@ def test_opcheck_margin_ce(backend: str, reduction: str) -> None:
     margin = (0.877, 0.479, -0.877, 0.24, False)
     torch.library.opcheck(
         OPS.margin_ce.default,
-        (x, w, labels, 9.0, *margin, reduction, -1, torch.float32, backend, True),
+        (x, w, labels, 9.0, *margin, reduction, -1, torch.float32, backend, -1),
     )
 
 
@@ -208,7 +208,7 @@ def test_opcheck_backward(backend: str, needs: tuple[bool, bool, bool]) -> None:
     x, w, labels = (part.detach() for part in _arguments(backend, torch.float32))
     scale = torch.tensor(9.0, device=x.device)
     lse, u, inv_x, inv_w, kept = OPS.cosine_lse(
-        x, w, labels, 0.0, scale, torch.float32, backend, True
+        x, w, labels, 0.0, scale, torch.float32, backend, 1 << 20
     )
     arguments = (
         torch.randn_like(lse), torch.randn_like(u), None, None, x, w, labels, 0.0, scale,

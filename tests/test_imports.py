@@ -109,7 +109,8 @@ def _signature(function: Callable[..., Any]) -> tuple[list[tuple[str, Any]], dic
 
 
 REQUIRED = inspect.Parameter.empty
-OPTIONS = {"reduction": "mean", "ignore_index": -100, "backend": "auto"}
+BACKEND = {"backend": "auto", "memory_budget": None}
+OPTIONS = {"reduction": "mean", "ignore_index": -100} | BACKEND
 COMMON = OPTIONS | {"device": None, "dtype": None}
 SIZES = [("num_classes", REQUIRED), ("embedding_size", REQUIRED)]
 TENSORS = [("embeddings", REQUIRED), ("weight", REQUIRED), ("labels", REQUIRED)]
@@ -123,7 +124,9 @@ SIGNATURES = {
     fm.functional.cosface: ([*TENSORS, ("margin", 0.35), ("scale", 64.0)], OPTIONS),
     fm.functional.fixed_adacos: (TENSORS, OPTIONS),
     fm.functional.normalized_softmax: ([*TENSORS, ("scale", REQUIRED)], OPTIONS),
-    fm.functional.cosine_lse: ([*TENSORS, ("scale", REQUIRED)], {"backend": "auto"}),
+    fm.functional.cosine_lse: ([*TENSORS, ("scale", REQUIRED)], BACKEND),
+    fm.regularizers.center_invariant: ([("weight", REQUIRED)], {}),
+    fm.regularizers.regular_face: ([("weight", REQUIRED)], {}),
 }
 
 

@@ -1,9 +1,15 @@
-"""Backward kernels for one chunk of classes at a time. Equations refer to ``docs/math.md``.
+"""Backward kernels. Equations refer to ``docs/math.md``.
 
-For each chunk `gradient_kernel` recomputes the cosines and stores G (eq. 7), divided by both norms,
-so that the two products that follow take x and W as they are: `weight_kernel` finishes each row of
-d_w and writes it once, `embeddings_kernel` adds to fp32 partials of d_x that `finish_kernel` merges
-in fixed order. No atomics.
+Chunked: for one chunk of classes at a time `gradient_kernel` recomputes the cosines (or takes the
+exponentials that the forward kept) and stores G (eq. 7), divided by both norms, so that the two
+products that follow take x and W as they are: `weight_kernel` finishes each row of d_w and writes
+it once, `embeddings_kernel` adds to fp32 partials of d_x that `finish_kernel` merges in fixed
+order, or finishes d_x itself where one split of one chunk is all there is.
+
+Fused, for small D: `fused_weight_kernel` and `fused_embeddings_kernel` each recompute the cosines
+and hold rows of d_w, or of d_x, in registers; G is never stored.
+
+No atomics.
 """
 
 import triton
@@ -26,55 +32,122 @@ def _row_factor(grad_ptr, count_ptr, offs_n, mask_n, stride_grad, HAS_GRAD: tl.c
 
 
 @triton.jit
+def _row_quantities(
+    labels_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr, lse_ptr, u_ptr, inv_x_ptr,
+    offs_n, mask_n, stride_label, stride_grad,
+    HAS_GRAD: tl.constexpr, HAS_COUNT: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """label, g_lse, g_u, lse, u and 1 / ||x|| of each row; all (BLOCK_N,), g 0 past the end."""
+    labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=mask_n, other=-1).to(
+        tl.int64
+    )
+    factor = _row_factor(
+        grad_ptr, count_ptr, offs_n, mask_n, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N
+    )
+    g_lse = tl.load(d_lse_ptr + offs_n, mask=mask_n, other=0.0) * factor
+    g_u = tl.load(d_u_ptr + offs_n, mask=mask_n, other=0.0) * factor
+    lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
+    u = tl.load(u_ptr + offs_n, mask=mask_n, other=0.0)
+    inv_x = tl.load(inv_x_ptr + offs_n, mask=mask_n, other=0.0)
+    return labels, g_lse, g_u, lse, u, inv_x
+
+
+@triton.jit
+def _gradient_tile(cos, offs_c, mask_c, labels, s, g_lse, g_u, lse, u):
+    """G (eq. 7), 0 past the last class, and the cosines with u at the targets.
+
+    Both (BLOCK_C, BLOCK_N).
+    """
+    # a label outside [0, C) may equal a class past the last
+    is_target = mask_c[:, None] & (offs_c[:, None] == labels[None, :])
+    # exponentials of the target, and past the last class, may overflow and are not used
+    is_other = mask_c[:, None] & (offs_c[:, None] != labels[None, :])
+    e = tl.exp(tl.where(is_other, s * cos - lse[None, :], 0.0))
+    g = tl.where(is_other, (g_lse * s)[None, :] * e, 0.0)
+    return tl.where(is_target, g_u[None, :], g), tl.where(is_target, u[None, :], cos)
+
+
+@triton.jit
+def _kept_gradient_tile(e, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse, u):
+    """The same from the forward's exponentials e = exp(s c - shift), (BLOCK_C, BLOCK_N).
+
+    e is 0 at targets, past the last class, and where it underflowed.
+    """
+    is_target = mask_c[:, None] & (offs_c[:, None] == labels[None, :])
+    factor = tl.exp(tl.where(e > 0.0, shift - lse[None, :], 0.0))
+    g = (g_lse * s)[None, :] * e * factor
+    cos = tl.where(e > 0.0, (tl.log(tl.where(e > 0.0, e, 1.0)) + shift) / s, 0.0)
+    return tl.where(is_target, g_u[None, :], g), tl.where(is_target, u[None, :], cos)
+
+
+@triton.jit
 def gradient_kernel(
     x_ptr, w_ptr, labels_ptr, scale_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr,
-    lse_ptr, u_ptr, inv_x_ptr, inv_w_ptr, g_ptr, radial_ptr,
-    scale: tl.float64, first_class, num_classes, N, C, D,
+    lse_ptr, u_ptr, inv_x_ptr, inv_w_ptr, kept_ptr, shift_ptr, g_ptr, radial_ptr, row_radial_ptr,
+    scale: tl.float64, first_class, num_classes, N, D,
     stride_xn, stride_xd, stride_wc, stride_wd, stride_label, stride_grad,
     HAS_SCALE_TENSOR: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_COUNT: tl.constexpr,
-    ACC: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-    NORMALIZE_FIRST: tl.constexpr,
+    KEPT_BLOCK: tl.constexpr, IS_ONLY: tl.constexpr, ACC: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr, NORMALIZE_FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """G / (||x|| ||w||) of one tile into the chunk (num_classes, N), and sum_n G c per class."""
+    """G / (||x|| ||w||) of one tile into the chunk (num_classes, N), and sum_n G c per class.
+
+    With IS_ONLY also sum_k G c per row, (class blocks, N). KEPT_BLOCK is the block of classes that
+    shared a shift in the forward, 0 if nothing was kept.
+    """
     pid_n = tl.program_id(1)
     offs_local = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_local < num_classes
     offs_c = first_class + offs_local
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=mask_n, other=-1).to(
-        tl.int64
-    )
+    mask = mask_c[:, None] & mask_n[None, :]
     s = load_scale(scale, scale_ptr, HAS_SCALE_TENSOR, ACC)
-    inv_x = tl.load(inv_x_ptr + offs_n, mask=mask_n, other=0.0)
+    labels, g_lse, g_u, lse, u, inv_x = _row_quantities(
+        labels_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr, lse_ptr, u_ptr, inv_x_ptr,
+        offs_n, mask_n, stride_label, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N,
+    )  # fmt: skip
     inv_w = tl.load(inv_w_ptr + offs_c, mask=mask_c, other=0.0)
-    cos, inv_w = cosine_tile(
-        x_ptr, w_ptr, offs_n, offs_c, mask_n, mask_c, inv_x, inv_w,
-        stride_xn, stride_xd, stride_wc, stride_wd, D, False, NORMALIZE_FIRST,
-        ACC, COMPUTE, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K,
-    )  # (BLOCK_C, BLOCK_N)  # fmt: skip
-
-    factor = _row_factor(
-        grad_ptr, count_ptr, offs_n, mask_n, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N
-    )
-    lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
-    g_lse = tl.load(d_lse_ptr + offs_n, mask=mask_n, other=0.0) * factor
-    is_target = offs_c[:, None] == labels[None, :]
-    # the target's exponential may overflow, and is not used
-    g = (g_lse * s)[None, :] * tl.exp(tl.where(is_target, 0.0, s * cos - lse[None, :]))
-    u = tl.load(u_ptr + offs_n, mask=mask_n, other=0.0)
-    g_u = tl.load(d_u_ptr + offs_n, mask=mask_n, other=0.0) * factor
-    g = tl.where(is_target, g_u[None, :], g)
-    cos = tl.where(is_target, u[None, :], cos)
+    if KEPT_BLOCK:
+        e = tl.load(kept_ptr + offs_c.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask,
+                    other=0.0).to(ACC)  # fmt: skip
+        shift = tl.load(shift_ptr + (offs_c // KEPT_BLOCK).to(tl.int64)[:, None] * N
+                        + offs_n[None, :], mask=mask, other=0.0)  # fmt: skip
+        g, cos = _kept_gradient_tile(e, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
+    else:
+        cos, inv_w = cosine_tile(
+            x_ptr, w_ptr, offs_n, offs_c, mask_n, mask_c, inv_x, inv_w,
+            stride_xn, stride_xd, stride_wc, stride_wd, D, False, NORMALIZE_FIRST,
+            ACC, COMPUTE, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K,
+        )  # (BLOCK_C, BLOCK_N)  # fmt: skip
+        g, cos = _gradient_tile(cos, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
     num_row_blocks = tl.num_programs(1)
     radial = tl.sum(g * cos, axis=1)  # (BLOCK_C,)
     tl.store(radial_ptr + offs_local.to(tl.int64) * num_row_blocks + pid_n, radial, mask=mask_c)
+    if IS_ONLY:
+        row_radial = tl.sum(g * cos, axis=0)  # (BLOCK_N,)
+        tl.store(row_radial_ptr + tl.program_id(0).to(tl.int64) * N + offs_n, row_radial,
+                 mask=mask_n)  # fmt: skip
     g = g * inv_w[:, None] * inv_x[None, :]
-    tl.store(
-        g_ptr + offs_local.to(tl.int64)[:, None] * N + offs_n[None, :],
-        cast(g, g_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_n[None, :],
-    )  # fmt: skip
+    tl.store(g_ptr + offs_local.to(tl.int64)[:, None] * N + offs_n[None, :],
+             cast(g, g_ptr.dtype.element_ty), mask=mask)  # fmt: skip
+
+
+@triton.jit
+def _store_d_w(d_w_ptr, tile, w, radial, inv_w, rows, offs_d, mask, D, ACC: tl.constexpr):
+    """d_w (C, D) of ``rows`` (eq. 8), from q / ||w|| and q . w_hat."""
+    radial = tl.where(inv_w < CLAMPED, radial * inv_w * inv_w, 0.0)
+    d_w = tile - radial[:, None] * w.to(ACC)
+    tl.store(d_w_ptr + rows[:, None] * D + offs_d, cast(d_w, d_w_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_d_x(d_x_ptr, tile, x, radial, inv_x, rows, offs_d, mask, D, ACC: tl.constexpr):
+    """d_x (N, D) of ``rows`` (eq. 8), from v / ||x|| and v . x_hat."""
+    radial = tl.where(inv_x < CLAMPED, radial * inv_x * inv_x, 0.0)
+    d_x = tile - radial[:, None] * x.to(ACC)
+    tl.store(d_x_ptr + rows[:, None] * D + offs_d, cast(d_x, d_x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -110,22 +183,24 @@ def weight_kernel(
                           other=0.0)  # fmt: skip
     offs_c = (first_class + offs_local).to(tl.int64)
     inv_w = tl.load(inv_w_ptr + offs_c, mask=mask_c, other=0.0)
-    radial = tl.where(inv_w < CLAMPED, radial * inv_w * inv_w, 0.0)
     mask = mask_c[:, None] & mask_d[None, :]
     w = tl.load(w_ptr + offs_c[:, None] * stride_wc + offs_d.to(tl.int64)[None, :] * stride_wd,
-                mask=mask, other=0.0).to(ACC)  # fmt: skip
-    tl.store(d_w_ptr + offs_c[:, None] * D + offs_d[None, :],
-             cast(tile - radial[:, None] * w, d_w_ptr.dtype.element_ty), mask=mask)  # fmt: skip
+                mask=mask, other=0.0)  # fmt: skip
+    _store_d_w(d_w_ptr, tile, w, radial, inv_w, offs_c, offs_d[None, :], mask, D, ACC)
 
 
 @triton.jit
 def embeddings_kernel(
-    w_ptr, g_ptr, partial_ptr, first_class, num_classes, N, D, classes_per_split,
-    stride_wc, stride_wd,
-    IS_FIRST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptr, g_ptr, row_radial_ptr, inv_x_ptr, partial_ptr, d_x_ptr,
+    first_class, num_classes, N, D, classes_per_split, num_class_blocks,
+    stride_xn, stride_xd, stride_wc, stride_wd,
+    IS_FIRST: tl.constexpr, IS_ONLY: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Adds this split of the chunk to its own partial of d_x, (num_splits, N, D)."""
+    """Adds this split of the chunk to its own partial of d_x, (num_splits, N, D).
+
+    With IS_ONLY there is one split of one chunk, and it writes d_x (N, D) itself (eq. 8).
+    """
     split = tl.program_id(2)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -145,13 +220,133 @@ def embeddings_kernel(
                     mask=mask_c[:, None] & mask_d[None, :],
                     other=0.0)  # (BLOCK_K, BLOCK_D)  # fmt: skip
         tile = dot(g, cast(w, OPERAND), tile, PRECISION)
-    partial = (
-        partial_ptr + (split.to(tl.int64) * N + offs_n.to(tl.int64))[:, None] * D + offs_d[None, :]
-    )
+    rows = offs_n.to(tl.int64)
     mask = mask_n[:, None] & mask_d[None, :]
-    if not IS_FIRST:
-        tile += tl.load(partial, mask=mask, other=0.0)
-    tl.store(partial, tile, mask=mask)
+    if IS_ONLY:
+        radial = tl.zeros([BLOCK_N], ACC)  # sum_k G_nk c_nk
+        for j in range(0, num_class_blocks):
+            radial += tl.load(row_radial_ptr + tl.cast(j, tl.int64) * N + offs_n, mask=mask_n,
+                              other=0.0)  # fmt: skip
+        inv_x = tl.load(inv_x_ptr + offs_n, mask=mask_n, other=0.0)
+        x = tl.load(x_ptr + rows[:, None] * stride_xn + offs_d.to(tl.int64)[None, :] * stride_xd,
+                    mask=mask, other=0.0)  # fmt: skip
+        _store_d_x(d_x_ptr, tile, x, radial, inv_x, rows, offs_d[None, :], mask, D, ACC)
+    else:
+        partial = partial_ptr + (split.to(tl.int64) * N + rows)[:, None] * D + offs_d[None, :]
+        if not IS_FIRST:
+            tile += tl.load(partial, mask=mask, other=0.0)
+        tl.store(partial, tile, mask=mask)
+
+
+@triton.jit
+def fused_weight_kernel(
+    x_ptr, w_ptr, labels_ptr, scale_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr,
+    lse_ptr, u_ptr, inv_x_ptr, inv_w_ptr, d_w_ptr,
+    scale: tl.float64, N, C, D,
+    stride_xn, stride_xd, stride_wc, stride_wd, stride_label, stride_grad,
+    HAS_SCALE_TENSOR: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_COUNT: tl.constexpr,
+    ACC: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZE_FIRST: tl.constexpr, GRADIENT: tl.constexpr, GRADIENT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """d_w of one block of classes over all rows, held in registers; BLOCK_D >= D."""
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    classes = offs_c.to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    columns = offs_d.to(tl.int64)[None, :]
+    s = load_scale(scale, scale_ptr, HAS_SCALE_TENSOR, ACC)
+    inv_w = tl.load(inv_w_ptr + offs_c, mask=mask_c, other=0.0)
+    w_tile = w_ptr + classes[:, None] * stride_wc + columns * stride_wd
+    w = tl.load(w_tile, mask=mask_c[:, None] & mask_d[None, :], other=0.0)  # (BLOCK_C, BLOCK_D)
+    if NORMALIZE_FIRST:
+        w = w.to(ACC) * inv_w[:, None]
+    w = cast(w, COMPUTE)
+    tile = tl.zeros([BLOCK_C, BLOCK_D], ACC)
+    radial = tl.zeros([BLOCK_C], ACC)
+    for n in range(0, N, BLOCK_N):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        labels, g_lse, g_u, lse, u, inv_x = _row_quantities(
+            labels_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr, lse_ptr, u_ptr, inv_x_ptr,
+            offs_n, mask_n, stride_label, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N,
+        )  # fmt: skip
+        x = tl.load(x_ptr + offs_n.to(tl.int64)[:, None] * stride_xn + columns * stride_xd,
+                    mask=mask_n[:, None] & mask_d[None, :],
+                    other=0.0)  # (BLOCK_N, BLOCK_D)  # fmt: skip
+        if NORMALIZE_FIRST:
+            operand = cast(x.to(ACC) * inv_x[:, None], COMPUTE)
+        else:
+            operand = cast(x, COMPUTE)
+        cos = dot(w, tl.trans(operand), tl.zeros([BLOCK_C, BLOCK_N], ACC), PRECISION)
+        if not NORMALIZE_FIRST:
+            cos = cos * inv_w[:, None] * inv_x[None, :]
+        g, cos = _gradient_tile(cos, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
+        radial += tl.sum(g * cos, axis=1)
+        g = g * inv_x[None, :]
+        tile = dot(cast(g, GRADIENT), cast(x, GRADIENT), tile, GRADIENT_PRECISION)
+    mask = mask_c[:, None] & mask_d[None, :]
+    w = tl.load(w_tile, mask=mask, other=0.0)  # again, in its own precision
+    tile = tile * inv_w[:, None]
+    _store_d_w(d_w_ptr, tile, w, radial, inv_w, classes, offs_d[None, :], mask, D, ACC)
+
+
+@triton.jit
+def fused_embeddings_kernel(
+    x_ptr, w_ptr, labels_ptr, scale_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr,
+    lse_ptr, u_ptr, inv_x_ptr, inv_w_ptr, partial_ptr,
+    scale: tl.float64, N, C, D, blocks_per_split,
+    stride_xn, stride_xd, stride_wc, stride_wd, stride_label, stride_grad,
+    HAS_SCALE_TENSOR: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_COUNT: tl.constexpr,
+    ACC: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZE_FIRST: tl.constexpr, GRADIENT: tl.constexpr, GRADIENT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Partial of d_x of one split of the classes for one block of rows, held in registers.
+
+    BLOCK_D >= D.
+    """
+    split = tl.program_id(1)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    rows = offs_n.to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    columns = offs_d.to(tl.int64)[None, :]
+    mask = mask_n[:, None] & mask_d[None, :]
+    s = load_scale(scale, scale_ptr, HAS_SCALE_TENSOR, ACC)
+    labels, g_lse, g_u, lse, u, inv_x = _row_quantities(
+        labels_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr, lse_ptr, u_ptr, inv_x_ptr,
+        offs_n, mask_n, stride_label, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N,
+    )  # fmt: skip
+    x = tl.load(x_ptr + rows[:, None] * stride_xn + columns * stride_xd, mask=mask,
+                other=0.0)  # (BLOCK_N, BLOCK_D)  # fmt: skip
+    if NORMALIZE_FIRST:
+        x = x.to(ACC) * inv_x[:, None]
+    operand = tl.trans(cast(x, COMPUTE))  # (BLOCK_D, BLOCK_N)
+    tile = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    first = split * blocks_per_split
+    last = tl.minimum(first + blocks_per_split, tl.cdiv(C, BLOCK_C))
+    for block in range(first, last):
+        offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask_c = offs_c < C
+        inv_w = tl.load(inv_w_ptr + offs_c, mask=mask_c, other=0.0)
+        w = tl.load(w_ptr + offs_c.to(tl.int64)[:, None] * stride_wc + columns * stride_wd,
+                    mask=mask_c[:, None] & mask_d[None, :],
+                    other=0.0)  # (BLOCK_C, BLOCK_D)  # fmt: skip
+        if NORMALIZE_FIRST:
+            w_operand = cast(w.to(ACC) * inv_w[:, None], COMPUTE)
+        else:
+            w_operand = cast(w, COMPUTE)
+        cos = dot(w_operand, operand, tl.zeros([BLOCK_C, BLOCK_N], ACC), PRECISION)
+        if not NORMALIZE_FIRST:
+            cos = cos * inv_w[:, None] * inv_x[None, :]
+        g, _ = _gradient_tile(cos, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
+        g = tl.trans(g * inv_w[:, None])  # (BLOCK_N, BLOCK_C)
+        tile = dot(cast(g, GRADIENT), cast(w, GRADIENT), tile, GRADIENT_PRECISION)
+    partial = partial_ptr + (split.to(tl.int64) * N + rows)[:, None] * D + offs_d[None, :]
+    tl.store(partial, tile * inv_x[:, None], mask=mask)
 
 
 @triton.jit
@@ -197,7 +392,6 @@ def finish_kernel(
         tl.store(d_scale_ptr + offs_n, (radial - g_u * u) / s, mask=mask_n)
     if NEED_X:
         inv_x = tl.load(inv_x_ptr + offs_n, mask=mask_n, other=0.0)
-        radial = tl.where(inv_x < CLAMPED, radial * inv_x * inv_x, 0.0)
         for d in range(0, D, BLOCK_D):
             offs_d = d + tl.arange(0, BLOCK_D)
             mask = mask_n[:, None] & (offs_d < D)[None, :]
@@ -208,7 +402,4 @@ def finish_kernel(
             x = tl.load(
                 x_ptr + rows[:, None] * stride_xn + offs_d * stride_xd, mask=mask, other=0.0
             )
-            d_x = v - radial[:, None] * x.to(ACC)
-            tl.store(
-                d_x_ptr + rows[:, None] * D + offs_d, cast(d_x, d_x_ptr.dtype.element_ty), mask=mask
-            )
+            _store_d_x(d_x_ptr, v, x, radial, inv_x, rows, offs_d, mask, D, ACC)

@@ -1,4 +1,4 @@
-"""Tile configurations: one default per architecture family and operand type.
+"""Tile configurations: one default per architecture family, operand type and range of D.
 
 The tiles are chosen from what the compiler reports without a GPU (registers, spills, shared memory;
 ``python -m benchmarks.kernels``); their speed is not measured yet.
@@ -15,8 +15,10 @@ class Tile:
 
     Attributes:
         rows: rows of the batch in a tile (BLOCK_N), or classes (BLOCK_C) in `Config.weight`.
-        columns: classes (BLOCK_C) in the cosine tiles, embedding dimensions (BLOCK_D) elsewhere.
-        inner: the summed dimension in a step (BLOCK_K).
+        columns: embedding dimensions (BLOCK_D) in `Config.weight` and `Config.embeddings`, else
+            classes (BLOCK_C).
+        inner: the summed dimension in a step (BLOCK_K); in the fused tiles, which hold all of D,
+            the largest D (BLOCK_D) that the tile is for.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
     """
@@ -30,27 +32,44 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of the four kernels with products."""
+    """Tiles of the kernels with products.
+
+    ``fused`` are the tiles of `fused_weight_kernel` and `fused_embeddings_kernel`, from small D to
+    large. Beyond the last there is no fused backward: its tiles would spill.
+    """
 
     forward: Tile
     gradient: Tile
     weight: Tile
     embeddings: Tile
+    fused: tuple[tuple[Tile, Tile], ...]
+
+    def fused_tiles(self, dim: int) -> tuple[Tile, Tile] | None:
+        """The fused tiles for D = ``dim``, or None."""
+        return next((tiles for tiles in self.fused if dim <= tiles[0].inner), None)
 
 
 OPERANDS = ("bf16", "fp16", "tf32", "ieee", "fp64")
+
+
+def _fused(weight: Tile, embeddings: Tile, *dims: int) -> tuple[tuple[Tile, Tile], ...]:
+    return tuple((replace(weight, inner=dim), replace(embeddings, inner=dim)) for dim in dims)
+
 
 _HALF = Config(
     forward=Tile(64, 128, 64, 8, 3),
     gradient=Tile(64, 128, 64, 8, 3),
     weight=Tile(128, 128, 64, 8, 3),
     embeddings=Tile(128, 128, 64, 8, 3),
+    fused=_fused(Tile(32, 64, 0, 8, 2), Tile(64, 32, 0, 8, 2), 64, 128),
 )
 _TF32 = Config(
     forward=Tile(64, 128, 32, 8, 3),
     gradient=Tile(64, 128, 32, 8, 3),
     weight=Tile(128, 128, 32, 8, 3),
     embeddings=Tile(128, 128, 32, 8, 3),
+    fused=_fused(Tile(32, 64, 0, 8, 2), Tile(64, 32, 0, 8, 2), 64)
+    + _fused(Tile(32, 32, 0, 4, 2), Tile(64, 32, 0, 8, 2), 128),
 )
 # fp16 is normalised in the tile, and its backward products run in TF32 (see `launch.Plan`).
 _FP16 = Config(
@@ -58,40 +77,62 @@ _FP16 = Config(
     gradient=Tile(64, 128, 32, 8, 3),
     weight=_TF32.weight,
     embeddings=_TF32.embeddings,
+    fused=_HALF.fused,
 )
 # IEEE fp32 has no matrix unit: small tiles, or the fused multiply-adds spill.
-_SMALL = Config(*[Tile(64, 64, 16, 8, 2)] * 4)
+_SMALL = Config(*[Tile(64, 64, 16, 8, 2)] * 4, fused=())
+_FP64 = replace(_SMALL, gradient=Tile(32, 64, 16, 8, 2))
 _TINY = Config(
     forward=Tile(16, 32, 16, 1, 1),
     gradient=Tile(16, 32, 16, 1, 1),
     weight=Tile(32, 16, 16, 1, 1),
     embeddings=Tile(16, 32, 16, 1, 1),
+    fused=_fused(Tile(16, 32, 0, 1, 1), Tile(16, 32, 0, 1, 1), 16, 64),
 )
 
 
 def _shallow(config: Config, stages: int) -> Config:
     tiles = (config.forward, config.gradient, config.weight, config.embeddings)
-    return Config(*(replace(tile, num_stages=stages) for tile in tiles))
+    fused = tuple(
+        (replace(w, num_stages=stages), replace(x, num_stages=stages)) for w, x in config.fused
+    )
+    return Config(*(replace(tile, num_stages=stages) for tile in tiles), fused=fused)
 
 
 def _small_cosines(config: Config, tile: Tile) -> Config:
     return replace(config, forward=tile, gradient=tile)
 
 
-_DEFAULT = {"bf16": _HALF, "fp16": _FP16, "tf32": _TF32, "ieee": _SMALL, "fp64": _SMALL}
+def _hopper(config: Config) -> Config:
+    """64 classes a step, which the warp-group product needs."""
+    return replace(config, fused=tuple((w, replace(x, columns=64)) for w, x in config.fused))
+
+
+def _amd(config: Config) -> Config:
+    """64 KiB of shared memory; fused tiles larger than 32 x 32 spill."""
+    dims = (w.inner for w, _ in config.fused)
+    return replace(
+        _shallow(config, 1),
+        fused=_fused(Tile(32, 32, 0, 4, 1), Tile(32, 32, 0, 4, 1), *dims),
+    )
+
+
+_DEFAULT = {"bf16": _HALF, "fp16": _FP16, "tf32": _TF32, "ieee": _SMALL, "fp64": _FP64}
+_HOPPER = _DEFAULT | {operand: _hopper(_DEFAULT[operand]) for operand in ("bf16", "fp16")}
 _TABLE: dict[str, dict[str, Config]] = {
     "sm_80": _DEFAULT,
     # 99 KiB of shared memory
     "sm_86": {operand: _shallow(config, 2) for operand, config in _DEFAULT.items()},
-    "sm_90": _DEFAULT,
+    "sm_90": _HOPPER,
     # with 64 x 128 cosines, 8 to 16 bytes spilled
-    "sm_100": _DEFAULT
+    "sm_100": _HOPPER
     | {
-        operand: _small_cosines(_DEFAULT[operand], Tile(64, 64, 64, 8, 3))
+        operand: _small_cosines(_HOPPER[operand], Tile(64, 64, 64, 8, 3))
         for operand in ("bf16", "fp16", "tf32")
     },
-    # 64 KiB of shared memory
-    "gfx942": {operand: _shallow(config, 1) for operand, config in _DEFAULT.items()},
+    "gfx942": {operand: _amd(config) for operand, config in _DEFAULT.items()}
+    # with 8 warps, 36 bytes spilled where the exponentials are kept
+    | {"ieee": replace(_amd(_SMALL), forward=Tile(64, 64, 16, 4, 1))},
     "interpreter": dict.fromkeys(OPERANDS, _TINY),
 }
 

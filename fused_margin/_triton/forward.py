@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fused_margin._triton.primitives import (
+    cast,
     cosine_tile,
     inverse_norm,
     load_scale,
@@ -40,20 +41,23 @@ def _target_cosine(
 def forward_kernel(
     x_ptr, w_ptr, labels_ptr, scale_ptr, partial_ptr, counters_ptr,
     lse_ptr, u_ptr, inv_x_ptr, inv_w_ptr, row_loss_ptr, loss_ptr, d_lse_ptr, d_u_ptr, count_ptr,
+    kept_ptr, shift_ptr,
     scale: tl.float64,
     cos_m: tl.float64, sin_m: tl.float64, threshold: tl.float64, offset: tl.float64,
     ignore_index, N, C, D, stride_xn, stride_xd, stride_wc, stride_wd, stride_label,
     blocks_per_split, num_splits, rotation,
     HAS_SCALE_TENSOR: tl.constexpr, HAS_MARGIN: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr,
-    REDUCTION: tl.constexpr, ACC: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-    NORMALIZE_FIRST: tl.constexpr,
+    REDUCTION: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr, NORMALIZE_FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j) sweeps split j of the classes for row block i.
 
     The last program of a row block merges the partials of all splits in fixed order (eq. 3), finds
     the target cosines and, with HAS_MARGIN, the losses; the last of those sums the losses. Which
-    program is last varies, the order of every sum does not.
+    program is last varies, the order of every sum does not. With KEEP the exponentials
+    exp(s c - shift), (C, N) up to whole blocks, and the shift of each block of classes,
+    (class blocks, N), outlive it.
     """
     pid_n = tl.program_id(0)
     # `rotation` is 0 but in tests, where it changes which program comes last in the interpreter.
@@ -89,7 +93,13 @@ def forward_kernel(
         new_max = tl.maximum(run_max, tl.max(z, axis=0))
         # a tile may hold nothing but a row's target: -inf - -inf must not become NaN
         shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-        run_sum = run_sum * tl.exp(run_max - shift) + tl.sum(tl.exp(z - shift[None, :]), axis=0)
+        e = tl.exp(z - shift[None, :])
+        if KEEP:
+            tl.store(shift_ptr + tl.cast(block, tl.int64) * N + offs_n, shift, mask=mask_n)
+            tl.store(kept_ptr + offs_c.to(tl.int64)[:, None] * N + offs_n[None, :],
+                     cast(e, kept_ptr.dtype.element_ty),
+                     mask=mask_n[None, :])  # whole blocks, with 0 past the last class  # fmt: skip
+        run_sum = run_sum * tl.exp(run_max - shift) + tl.sum(e, axis=0)
         run_max = new_max
 
     partial = partial_ptr + split.to(tl.int64) * 2 * N  # (num_splits, 2, N)
