@@ -6,6 +6,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+BENCH_JSON := .benchmarks/bench.json
 
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed-
@@ -13,12 +14,12 @@ INSTALLED := $(VENV)/.installed-
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two runs of pip must not share an environment
-.PHONY: help venv demo test lint format bench kernels clean
+.PHONY: help venv demo test lint format bench bench-report kernels clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [VARIABLE=VALUE ...]"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "variables:"
 	@echo "  PYTHON       interpreter that makes the environment, 3.10 or newer ($(PYTHON))"
@@ -47,8 +48,12 @@ format: $(INSTALLED)dev  ## fix style and format
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(INSTALLED)bench  ## run the benchmarks
-	$(RUN) -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
+bench: $(INSTALLED)bench  ## run the benchmarks of the named shapes, for about ten minutes
+	@mkdir -p $(dir $(BENCH_JSON))
+	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-json=$(BENCH_JSON) $(BENCH_ARGS)
+
+bench-report: $(INSTALLED)bench  ## write docs/benchmarks.md and its charts from the results
+	$(RUN) -m benchmarks.report $(if $(wildcard $(BENCH_JSON)),--bench $(BENCH_JSON))
 
 kernels: $(INSTALLED)dev  ## compile every kernel for each architecture: registers, spills
 	env -u TRITON_INTERPRET $(RUN) -m benchmarks.kernels

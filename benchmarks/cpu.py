@@ -1,22 +1,29 @@
-"""Speed of forward + backward on a CPU, against every rival, in one process.
+"""Speed and peak memory of forward + backward on a CPU, against every rival, in one process.
 
     python -m benchmarks.cpu                                   # N=256, C=100,000, D=512, fp32
-    python -m benchmarks.cpu --threads 2 --json result.json
+    python -m benchmarks.cpu --n 64 --save                     # to benchmarks/results
 
-ArcFace, the same data for everyone; each contender passes the gate before anything is timed, and
-one that fails it ends the run. Rounds are interleaved and medians compared.
+ArcFace, the same data for everyone; each contender passes the gate before anything is timed. A
+rival that fails it, isn't installed or needs another device is listed with the reason and gets no
+time; if this package fails it, the run ends. Rounds are interleaved and medians compared. Peak
+memory is taken afterwards, of one contender per process.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import baselines, harness
+from benchmarks import baselines, harness, memory
+
+CLASSES, DIM = 100_000, 512  # of the runs whose file is named after N alone
+# This package with products in bf16, next to the fp32 contenders.
+IN_BF16 = {"ours_bf16": ("bf16", "bf16 embeddings"), "ours_autocast": ("autocast", "autocast")}
+# One row a chunk where C is large: it is timed once, as part of the search.
+ONCE = "lce_default"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -26,63 +33,92 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--n", type=int, default=256, help="batch rows (%(default)s)")
-    parser.add_argument("--c", type=int, default=100_000, help="classes (%(default)s)")
-    parser.add_argument("--d", type=int, default=512, help="embedding size (%(default)s)")
+    parser.add_argument("--c", type=int, default=CLASSES, help="classes (%(default)s)")
+    parser.add_argument("--d", type=int, default=DIM, help="embedding size (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds (%(default)s)")
     parser.add_argument("--threads", type=int, help="torch's threads (torch's own choice)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    harness.add_output_options(parser)
     settings = parser.parse_args(arguments)
     if settings.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {settings.rounds}")
     return settings
 
 
+def file_stem(shape: dict[str, int]) -> str:
+    """What a result's file is named after: n64, or n64-c5000-d128 if C and D aren't the usual."""
+    stem = f"n{shape['n']}"
+    if (shape["c"], shape["d"]) != (CLASSES, DIM):
+        stem += f"-c{shape['c']}-d{shape['d']}"
+    return stem
+
+
 def measure(settings: argparse.Namespace) -> dict[str, Any]:
-    """Gate, then time; returns what goes into the JSON file."""
+    """Gate, time, then take peak memory; returns what goes into the JSON file."""
     environment = harness.environment()
     problem = baselines.make_problem("arcface", settings.n, settings.c, settings.d)
-    problem_bf16 = problem.to(torch.bfloat16)
-
-    contenders = {
-        key: make(problem)
-        for key, make in baselines.CONTENDERS.items()
-        if not (key == "compiled" and settings.no_compile)
-    }
-    ours_bf16 = baselines.ours(problem_bf16)
-    ours_bf16.name += ", bf16 embeddings"
-    errors: dict[str, dict[str, float]] = {}
+    keys = [key for key in baselines.EVERYONE if key != ONCE]
+    if settings.no_compile:
+        keys.remove("compiled")
+    harness.progress("binding, with a search for the best chunk of F.linear_cross_entropy")
+    contenders, skipped = baselines.bind(problem, keys)
     gate = harness.Gate(problem)
-    for key, contender in contenders.items():
-        harness.progress(f"gate: {contender.name}")
-        errors[key] = gate.check(contender)
-    harness.progress(f"gate: {ours_bf16.name}")
-    errors["ours_bf16"] = harness.Gate(problem_bf16).check(ours_bf16)
+    errors, refused = harness.admit(gate, contenders)
+    for key, (mode, words) in IN_BF16.items():
+        contenders[key] = baselines.ours(problem.in_mode(mode))
+        contenders[key].name += f", {words}"
+        bf16_errors, _ = harness.admit(gate.in_mode(mode), {key: contenders[key]})
+        errors |= bf16_errors
     del gate
 
+    details = {key: contender.details for key, contender in contenders.items()}
+    if "search_s" in details.get("lce_chunked", {}):
+        harness.progress("one step of F.linear_cross_entropy with chunks of its own choice")
+        own_choice = harness.interleave([baselines.lce_default(problem)], 1, warmups=0)
+        details["lce_chunked"]["own_choice_s"] = own_choice[0][0]
+
     steps: dict[str, harness.Steps] = {
-        **contenders,
-        "ours_bf16": ours_bf16,
+        **{key: contender for key, contender in contenders.items() if key in errors},
         "products": baselines.BareProducts(problem),
     }
     harness.progress(f"timing: {settings.rounds} rounds of {len(steps)} contenders")
     samples = harness.interleave(list(steps.values()), settings.rounds)
-    results = {
-        key: {"name": step.name, **harness.summary(seconds), "relative_errors": errors.get(key)}
-        for (key, step), seconds in zip(steps.items(), samples, strict=True)
-    }
+    results: dict[str, dict[str, Any]] = {}
+    for (key, step), seconds in zip(steps.items(), samples, strict=True):
+        results[key] = {
+            "name": step.name,
+            **harness.summary(seconds),
+            "relative_errors": errors.get(key),
+        }
+        if key in contenders:
+            results[key] |= {"drops_margin": contenders[key].drops_margin, **details[key]}
+    if not settings.no_memory:
+        for key in errors:
+            harness.progress(f"peak memory: {contenders[key].name}")
+            results[key] |= memory.measure_apart(
+                settings.n,
+                settings.c,
+                settings.d,
+                "ours" if key in IN_BF16 else key,
+                IN_BF16[key][0] if key in IN_BF16 else "fp32",
+                chunk=details[key].get("chunk_rows"),
+            )
     median = {key: result["median_s"] for key, result in results.items()}
     ratios = {
-        f"{key}_over_ours": median[key] / median["ours"] for key in contenders if key != "ours"
+        f"{key}_over_ours": median[key] / median["ours"]
+        for key in errors
+        if not key.startswith("ours")
     }
     ratios["ours_over_products"] = median["ours"] / median["products"]
-    ratios["ours_over_ours_bf16"] = median["ours"] / median["ours_bf16"]
+    ratios |= {f"ours_over_{key}": median["ours"] / median[key] for key in IN_BF16}
     return {
         "benchmark": "cpu, ArcFace, forward + backward",
         "shape": {"n": settings.n, "c": settings.c, "d": settings.d},
         "rounds": settings.rounds,
         "environment": environment,
         "results": results,
+        "without_time": skipped | refused,
         "ratios_of_medians": ratios,
     }
 
@@ -94,18 +130,22 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['benchmark']}: N={shape['n']}, C={shape['c']:,}, D={shape['d']}",
         f"{environment['cpu']}, {environment['threads']} threads, torch {environment['torch']}",
-        f"{'':32} {'median ms':>10} {'min ms':>10} {'over ours':>10}",
+        f"{'':40} {'median ms':>10} {'min ms':>10} {'over ours':>10} {'peak MiB':>10}",
     ]
-    lines.extend(
-        f"{row['name']:32} {1e3 * row['median_s']:10.1f} {1e3 * row['min_s']:10.1f}"
-        f" {row['median_s'] / ours:10.2f}"
-        for row in sorted(result["results"].values(), key=lambda row: row["median_s"])
-    )
+    for row in sorted(result["results"].values(), key=lambda row: row["median_s"]):
+        peak = row.get("above_x_w_and_d_w_mib")
+        lines.append(
+            f"{row['name'] + (' *' if row.get('drops_margin') else ''):40}"
+            f" {1e3 * row['median_s']:10.1f} {1e3 * row['min_s']:10.1f}"
+            f" {row['median_s'] / ours:10.2f} {'' if peak is None else f'{peak:.0f}':>10}"
+        )
     ratios = result["ratios_of_medians"]
+    lines.append("peak: memory above x, W and dW; *: computes no margin, a lower bound")
     lines.append(
         f"ours over the three products: {ratios['ours_over_products']:.2f};"
         f" ours in fp32 over ours with bf16 embeddings: {ratios['ours_over_ours_bf16']:.2f}"
     )
+    lines += [f"no time for {key}: {reason}" for key, reason in result["without_time"].items()]
     return "\n".join(lines)
 
 
@@ -115,8 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     result = measure(settings)
-    if settings.json is not None:
-        harness.write_json(settings.json, result)
+    harness.save(settings, result, file_stem(result["shape"]))
     print(table(result))
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import gc
+import importlib.metadata
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,13 +25,29 @@ import torch
 from torch import Tensor
 
 import fused_margin as fm
-from benchmarks.baselines import Contender, Problem, ours
+from benchmarks.baselines import BareProducts, Contender, Problem, ours
 from fused_margin import _cpu
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MIB = 1 << 20
 
-# Largest relative error (Euclidean norm) against fp64, by dtype of the embeddings.
+# Largest relative error (Euclidean norm) against fp64, by dtype of the products.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
+# The same for cross-entropies that are given scaled logits, and round them, not cosines, to bf16.
+LOWER_BOUND_TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 12e-2}
+# Bytes of the (rows, C) fp64 cosines that the yardstick makes at a time.
+YARDSTICK_BYTES = 1 << 29
+
+# Packages whose versions go with a result: what runs, and what is compared with.
+PACKAGES = (
+    "triton",
+    "numpy",
+    "pytorch-metric-learning",
+    "cut-cross-entropy",
+    "liger-kernel",
+    "pytest-benchmark",
+)
 
 
 class WrongResultError(RuntimeError):
@@ -51,30 +72,33 @@ class Steps(Protocol):
 
 
 class Gate:
-    """Compares loss and gradients with the dense reference in fp64."""
+    """Compares loss and gradients with the dense reference in fp64.
+
+    A contender that drops the margin is compared with the loss without margin, at the same scale.
+    """
 
     def __init__(self, problem: Problem) -> None:
-        self.dtype = problem.x.dtype
-        exact = ours(
-            Problem(
-                problem.x.double(),
-                problem.w.double(),
-                problem.labels,
-                problem.loss,
-                problem.margin,
-                problem.scale,
-            ),
-            backend="reference",
-        )
-        self.is_target = torch.zeros(problem.w.shape[0], dtype=torch.bool)
-        self.is_target[problem.labels] = True
-        self.expected = self._parts(exact)
+        self.problem = problem
+        is_target = torch.zeros(problem.w.shape[0], dtype=torch.bool, device=problem.device)
+        is_target[problem.labels] = True
+        self.is_target = is_target
+        self._expected: dict[bool, dict[str, Tensor]] = {}  # by whether the margin is dropped
 
-    def _parts(self, contender: Contender) -> dict[str, Tensor]:
-        contender.clear()
-        loss = contender.step().detach()
-        d_x, d_w = contender.gradients()
-        contender.clear()
+    def in_mode(self, mode: str) -> Gate:
+        """Make the gate of `Problem.in_mode`, which shares what is exact where the inputs do."""
+        gate = Gate(self.problem.in_mode(mode))
+        if gate.problem.x is self.problem.x:
+            gate._expected = self._expected
+        return gate
+
+    def expected(self, *, drops_margin: bool = False) -> dict[str, Tensor]:
+        """Loss and gradients in fp64, computed once."""
+        if drops_margin not in self._expected:
+            problem = self.problem.without_margin() if drops_margin else self.problem
+            self._expected[drops_margin] = self._split(*_exact(problem))
+        return self._expected[drops_margin]
+
+    def _split(self, loss: Tensor, d_x: Tensor, d_w: Tensor) -> dict[str, Tensor]:
         # Rows of d_w that are someone's target are so much larger that they would hide the others.
         parts = {"loss": loss, "d_x": d_x, "d_w of targets": d_w[self.is_target]}
         if not bool(self.is_target.all()):
@@ -82,45 +106,131 @@ class Gate:
         return parts
 
     def check(self, contender: Contender) -> dict[str, float]:
-        """Run one step and compare.
+        """Run one forward alone and one step, and compare.
 
         Returns:
-            relative errors of loss, d_x and d_w.
+            relative errors of loss (the larger of the two), d_x and d_w.
 
         Raises:
             WrongResultError: an error is above the tolerance, or not a number.
         """
-        errors = {}
-        for part, value in self._parts(contender).items():
-            expected = self.expected[part]
-            difference = torch.linalg.vector_norm(value.double() - expected)
-            errors[part] = float(difference / torch.linalg.vector_norm(expected))
-        limit = TOLERANCES[self.dtype]
-        wrong = {part: error for part, error in errors.items() if not error <= limit}
+        expected = self.expected(drops_margin=contender.drops_margin)
+        contender.clear()
+        forward_loss = contender.forward()
+        loss = contender.step().detach()
+        actual = self._split(loss, *contender.gradients())
+        contender.clear()
+        errors = {part: _relative_error(actual[part], expected[part]) for part in expected}
+        forward_error = _relative_error(forward_loss, expected["loss"])
+        if not forward_error <= errors["loss"]:  # also where it is not a number
+            errors["loss"] = forward_error
+        tolerances = LOWER_BOUND_TOLERANCES if contender.drops_margin else TOLERANCES
+        tolerance = tolerances[self.problem.product_dtype]
+        wrong = {part: error for part, error in errors.items() if not error <= tolerance}
         if wrong:
             raise WrongResultError(
-                f"{contender.name}, {self.dtype} embeddings: relative error above {limit}: {wrong}"
+                f"{contender.name}: relative error above {tolerance:g} in "
+                + ", ".join(f"{part} ({error:.2g})" for part, error in wrong.items())
             )
         return errors
 
 
-def interleave(contenders: Sequence[Steps], rounds: int, warmups: int = 2) -> list[list[float]]:
-    """Time one step of each contender per round, in an order that rotates from round to round.
+def _exact(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss, d_x (N, D) and d_w (C, D) in fp64, by the dense reference on chunks of rows."""
+    x, w = problem.x.double(), problem.w.double()
+    num_rows = x.shape[0]
+    rows = max(1, YARDSTICK_BYTES // (8 * w.shape[0]))
+    loss, d_x, d_w = x.new_zeros(()), torch.zeros_like(x), torch.zeros_like(w)
+    for start in range(0, num_rows, rows):
+        part = slice(start, min(start + rows, num_rows))
+        reference = ours(
+            replace(problem, x=x[part], w=w, labels=problem.labels[part], autocast_dtype=None),
+            backend="reference",
+        )
+        share = (part.stop - part.start) / num_rows
+        loss += share * reference.step().detach()
+        part_d_x, part_d_w = reference.gradients()
+        d_x[part] = share * part_d_x
+        d_w.add_(part_d_w, alpha=share)
+    return loss, d_x, d_w
 
+
+def _relative_error(value: Tensor, expected: Tensor) -> float:
+    difference = torch.linalg.vector_norm(value.double() - expected)
+    return float(difference / torch.linalg.vector_norm(expected))
+
+
+def admit(
+    gate: Gate, contenders: Mapping[str, Contender]
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Let contenders through the gate.
+
+    Returns:
+        relative errors of those that pass, and the reason for each rival that doesn't: a wrong
+        result, or that it failed to run.
+
+    Raises:
+        WrongResultError: this package's own result (a key that begins with "ours") is wrong.
+    """
+    errors: dict[str, dict[str, float]] = {}
+    refused: dict[str, str] = {}
+    for key, contender in contenders.items():
+        progress(f"gate: {contender.name}")
+        if key.startswith("ours"):
+            errors[key] = gate.check(contender)
+            continue
+        try:
+            errors[key] = gate.check(contender)
+        except WrongResultError as error:
+            refused[key] = f"wrong result: {error}"
+        except Exception as error:  # noqa: BLE001 - a rival's code may fail in any way; it's listed
+            first_line = str(error).partition("\n")[0]
+            refused[key] = f"failed: {type(error).__name__}: {first_line}"
+        contender.clear()
+    return errors, refused
+
+
+@dataclass
+class ForwardAlone:
+    """Makes a forward without recording the step that is timed."""
+
+    contender: Contender | BareProducts
+
+    @property
+    def name(self) -> str:
+        """The contender's own."""
+        return self.contender.name
+
+    def clear(self) -> None:
+        """Drop the gradients, if there are any."""
+        self.contender.clear()
+
+    def step(self) -> object:
+        """Compute the loss, or the one product that it needs."""
+        return self.contender.forward()
+
+
+def interleave(contenders: Sequence[Steps], rounds: int, warmups: int = 2) -> list[list[float]]:
+    """Time one step of each contender per round, in an order that is drawn anew for each round.
+
+    So nobody always comes after the same other, who may leave caches or memory in a bad state.
     Gradients are set to None before each step, outside of the timing, so that every contender
-    allocates its gradients within it. The garbage collector is off meanwhile.
+    allocates its gradients within it. The garbage collector is off meanwhile. For CPUs:
+    nothing waits for a device.
 
     Returns:
         Seconds, one list of ``rounds`` per contender.
     """
     seconds: list[list[float]] = [[] for _ in contenders]
+    order = list(range(len(contenders)))
+    generator = random.Random(0)
     is_collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         for round_index in range(-warmups, rounds):
-            for position in range(len(contenders)):
-                index = (position + round_index) % len(contenders)
+            generator.shuffle(order)
+            for index in order:
                 contender = contenders[index]
                 contender.clear()
                 start = time.perf_counter()
@@ -145,6 +255,15 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def machine_memory() -> int:
+    """Bytes of memory that this process may count on: the machine's, or its control group's."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        return min(total, int(text))
+    return total
+
+
 def cpu_name() -> str:
     """The processor's name, as the operating system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -153,6 +272,12 @@ def cpu_name() -> str:
         if match:
             return match[1].strip()
     return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device | str = "cpu") -> str:
+    """Name of the processor, or of the GPU."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def slug(name: str) -> str:
@@ -170,16 +295,25 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def environment() -> dict[str, Any]:
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Versions, machine, date and revision, to go with a result."""
     changes = _git("status", "--porcelain", "--", "fused_margin", "benchmarks/*.py")
-    return {
+    result = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
         "fused_margin": fm.__version__,
         "git_revision": _git("rev-parse", "HEAD"),
         "git_has_changes": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "packages": {package: _version(package) for package in PACKAGES},
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_has_bf16_products": _cpu.has_bf16_products(),
@@ -187,12 +321,59 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        result["gpu"] = {
+            "name": properties.name,
+            "memory_gib": properties.total_memory / (1 << 30),
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        }
+    return result
 
 
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, one key a line."""
+def result_path(what: str, device: torch.device | str = "cpu") -> Path:
+    """Where the committed result of this device lies: ``results/DEVICE-WHAT.json``."""
+    return RESULTS / f"{slug(device_name(device))}-{what}.json"
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a result, one key a line; the file is either the old one or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1) + "\n"
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)  # mkstemp's files are private
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json FILE`` and ``--save``, which `save` obeys."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    group.add_argument(
+        "--save", action="store_true", help="write it to benchmarks/results, named after the device"
+    )
+
+
+def output_path(settings: argparse.Namespace, what: str) -> Path | None:
+    """Where `add_output_options` say that the result goes; None for nowhere."""
+    return result_path(what) if settings.save else settings.json
+
+
+def save(settings: argparse.Namespace, result: Mapping[str, Any], what: str) -> None:
+    """Write the result where `output_path` says."""
+    path = output_path(settings, what)
+    if path is not None:
+        write_json(path, result)
+        progress(f"wrote {path}")
 
 
 def progress(message: str) -> None:

@@ -1,17 +1,24 @@
-"""Peak memory of forward + backward on a CPU above x, W and their gradients' buffers.
+"""Peak memory of forward + backward on a CPU above x, W and W's gradient.
 
     python -m benchmarks.memory                                # N=256, C=1,000,000, D=128
     python -m benchmarks.memory --limit-mib 64                 # exit status 1 if it takes more
+    python -m benchmarks.memory --contender careful --c 100000
 
-The peak resident size is the kernel's own (VmHWM), reset after the inputs are touched and a warm-up
-at 1,000 classes has loaded the libraries and started the threads. Linux only.
+The peak resident size is the system's own (VmHWM), reset after the inputs are touched and a warm-up
+at 1,000 classes has loaded the libraries and started the threads (torch.compile warms up at the
+full size, for which it compiles). Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import json
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +26,9 @@ from typing import Any
 import torch
 
 from benchmarks import baselines, harness
+from benchmarks.harness import MIB
 
-MIB = 1 << 20
+CLEAR_REFS = Path("/proc/self/clear_refs")
 WARM_UP_CLASSES = 1_000
 STEPS = 2
 
@@ -41,11 +49,11 @@ def reset_peak() -> int:
         RuntimeError: the system has no such reset.
     """
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        CLEAR_REFS.write_text("5")
     except OSError as error:
         raise RuntimeError(
-            "the peak resident size is reset through Linux's /proc/self/clear_refs, which could"
-            f" not be written: {error}"
+            f"the peak resident size is reset through Linux's {CLEAR_REFS}, which could not be"
+            f" written: {error}"
         ) from error
     return _status_bytes("VmHWM")
 
@@ -59,31 +67,116 @@ def eager_bytes(num_rows: int, num_classes: int, dim: int) -> int:
     return 4 * 4 * num_classes * max(num_rows, dim)
 
 
-def measure(num_rows: int, num_classes: int, dim: int) -> dict[str, Any]:
-    """Grow the peak by two steps; returns what goes into the JSON file."""
+def measure(
+    num_rows: int,
+    num_classes: int,
+    dim: int,
+    contender: str = "ours",
+    mode: str = "fp32",
+    loss: str = "arcface",
+    chunk: int | None = None,
+) -> dict[str, Any]:
+    """Grow the peak by two steps; returns what goes into the JSON file.
+
+    Args:
+        num_rows: N.
+        num_classes: C.
+        dim: D.
+        contender: a key of `baselines.EVERYONE`.
+        mode: one of `baselines.MODES`.
+        loss: one of `baselines.LOSSES`.
+        chunk: rows in a chunk, for lce_chunked; found by a search if None.
+
+    Raises:
+        baselines.UnavailableError: the contender can't be had here.
+        RuntimeError: the system has no peak that can be reset.
+    """
     environment = harness.environment()
-    warm_up = baselines.ours(baselines.make_problem("arcface", num_rows, WARM_UP_CLASSES, dim))
-    problem = baselines.make_problem("arcface", num_rows, num_classes, dim)  # writes every page
-    contender = baselines.ours(problem)
+
+    def bind(num_classes: int) -> tuple[baselines.Contender, baselines.Problem]:
+        problem = baselines.make_problem(loss, num_rows, num_classes, dim).in_mode(mode)
+        if contender == "lce_chunked":
+            return baselines.lce_chunked(problem, chunk), problem
+        return baselines.EVERYONE[contender](problem), problem
+
+    if contender == "compiled":
+        bound, problem = bind(num_classes)
+        warm_up = bound
+    else:
+        warm_up, _ = bind(WARM_UP_CLASSES)
+        bound, problem = bind(num_classes)  # writes every page
+    warm_up.forward()
     warm_up.step()
     warm_up.clear()
+    _give_back_freed_memory()
     before = reset_peak()
     for _ in range(STEPS):
-        contender.clear()
-        contender.step()
+        bound.clear()
+        bound.step()
     growth = _status_bytes("VmHWM") - before
     d_w = problem.w.numel() * problem.w.element_size()
-    return {
-        "benchmark": "memory, ArcFace, forward + backward, fp32",
+    result = {
+        "benchmark": f"memory, {baselines.LOSS_NAMES[loss]}, forward + backward, {mode}",
         "shape": {"n": num_rows, "c": num_classes, "d": dim},
+        "contender": contender,
+        "name": bound.name,
         "steps": STEPS,
         "environment": environment,
         "resident_before_mib": before / MIB,
         "peak_growth_mib": growth / MIB,
         "d_w_mib": d_w / MIB,
         "above_x_w_and_d_w_mib": (growth - d_w) / MIB,
-        "eager_by_formula_mib": eager_bytes(num_rows, num_classes, dim) / MIB,
     }
+    if mode == "fp32":
+        result["eager_by_formula_mib"] = eager_bytes(num_rows, num_classes, dim) / MIB
+    return result
+
+
+def _give_back_freed_memory() -> None:
+    """Let the C library return what the warm-up freed, where it can, so that it isn't counted."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def measure_apart(
+    num_rows: int,
+    num_classes: int,
+    dim: int,
+    contender: str,
+    mode: str = "fp32",
+    loss: str = "arcface",
+    chunk: int | None = None,
+) -> dict[str, Any]:
+    """`measure` in a process of its own, with as many threads as this one has.
+
+    Returns:
+        ``peak_growth_mib`` and ``above_x_w_and_d_w_mib``; or, if the process failed, the reason as
+        ``peak_not_measured``.
+    """
+    if not CLEAR_REFS.exists():
+        return {"peak_not_measured": f"this system has no {CLEAR_REFS}"}
+    options = {
+        "n": num_rows,
+        "c": num_classes,
+        "d": dim,
+        "contender": contender,
+        "mode": mode,
+        "loss": loss,
+        "chunk": chunk,
+        "threads": torch.get_num_threads(),
+    }
+    given = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "memory.json")
+        command = [sys.executable, "-m", "benchmarks.memory", *given, f"--json={path}"]
+        done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True)
+        if done.returncode:
+            last_line = done.stderr.strip().rpartition("\n")[2]
+            return {"peak_not_measured": f"exit status {done.returncode}: {last_line}"}
+        result = json.loads(path.read_text(encoding="utf-8"))
+    return {key: result[key] for key in ("peak_growth_mib", "above_x_w_and_d_w_mib")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,22 +189,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=256, help="batch rows (%(default)s)")
     parser.add_argument("--c", type=int, default=1_000_000, help="classes (%(default)s)")
     parser.add_argument("--d", type=int, default=128, help="embedding size (%(default)s)")
+    parser.add_argument(
+        "--contender", choices=baselines.EVERYONE, default="ours", help="whose (%(default)s)"
+    )
+    parser.add_argument("--mode", choices=baselines.MODES, default="fp32", help="(%(default)s)")
+    parser.add_argument("--loss", choices=baselines.LOSSES, default="arcface", help="(%(default)s)")
+    parser.add_argument("--chunk", type=int, help="rows a chunk, for lce_chunked (by a search)")
     parser.add_argument("--threads", type=int, help="torch's threads (torch's own choice)")
     parser.add_argument("--limit-mib", type=float, help="exit with status 1 above this")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    harness.add_output_options(parser)
     settings = parser.parse_args(arguments)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    result = measure(settings.n, settings.c, settings.d)
-    if settings.json is not None:
-        harness.write_json(settings.json, result)
+    try:
+        result = measure(
+            settings.n,
+            settings.c,
+            settings.d,
+            settings.contender,
+            settings.mode,
+            settings.loss,
+            settings.chunk,
+        )
+    except baselines.UnavailableError as error:
+        print(f"{settings.contender}: {error}", file=sys.stderr)
+        return 1
+    suffix = "" if settings.contender == "ours" else f"-{settings.contender}"
+    harness.save(settings, result, f"memory{suffix}")
     above = result["above_x_w_and_d_w_mib"]
     print(
-        f"{result['benchmark']}: N={settings.n}, C={settings.c:,}, D={settings.d}\n"
+        f"{result['name']}: {result['benchmark']}: N={settings.n}, C={settings.c:,},"
+        f" D={settings.d}\n"
         f"above x, W and dW: {above:.1f} MiB (growth of the peak {result['peak_growth_mib']:.1f},"
-        f" of which dW {result['d_w_mib']:.1f})\n"
-        f"eager code, by formula, not measured: {result['eager_by_formula_mib']:,.0f} MiB"
+        f" of which dW {result['d_w_mib']:.1f})"
     )
+    if "eager_by_formula_mib" in result:
+        by_formula = result["eager_by_formula_mib"]
+        print(f"eager code, by formula, not measured: {by_formula:,.0f} MiB")
     if settings.limit_mib is not None and above > settings.limit_mib:
         print(f"above the limit of {settings.limit_mib:g} MiB", file=sys.stderr)
         return 1
