@@ -85,6 +85,38 @@ def test_many_classes(mode: Mode) -> None:
         check_loss(loss, problem(*LARGE), mode, "auto", device=CUDA, reduction="none")
 
 
+@pytest.mark.parametrize("strategy", ["chunked", "fused", "kept"])
+@pytest.mark.parametrize("mode", [FP32, *HALF_MODES], ids=str)
+def test_strategies(strategy: str, mode: Mode) -> None:
+    from fused_margin._triton import launch
+
+    given = problem(100, 1000, 64)
+    with torch.no_grad():
+        x, w = given.x.to(CUDA, mode.embeddings), given.w.to(CUDA, mode.weight)
+        config = launch.plan(x, w, mode.autocast or mode.embeddings).config
+    if strategy == "fused" and config.fused_tiles(64) is None:
+        pytest.skip("no fused tiles for this operand type")
+    with launch.override(strategy):
+        check_loss(ARCFACE, given, mode, "triton", device=CUDA, reduction="none")
+        check_loss(COSFACE, given, mode, "triton", device=CUDA, reduction="mean")
+
+
+def test_memory_budget() -> None:
+    """Within it the exponentials are kept, N C of them; the gradients are as accurate."""
+    x, w, labels = _case(64, 20_000, 96, torch.bfloat16)
+    gradients, kept = [], []
+    for budget in (None, 1 << 30):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        loss = fmf.arcface(x, w, labels, memory_budget=budget)
+        kept.append(torch.cuda.memory_allocated() - before)
+        gradients.append(torch.autograd.grad(loss, (x, w)))
+    assert kept[0] < 64 * 20_000 * 2 <= kept[1]
+    for without, within in zip(*gradients, strict=True):
+        error = (within.double() - without.double()).norm() / without.double().norm()
+        assert float(error) < 1e-2
+
+
 def test_tf32() -> None:
     """PyTorch's setting for fp32 products is obeyed; judged by eager code with the same setting."""
     given = problem(33, 257, 130)
@@ -205,9 +237,10 @@ def test_labels_on_another_device() -> None:
         fmf.arcface(x, w, labels, backend="cpu")
 
 
-def test_cuda_graph() -> None:
+@pytest.mark.parametrize("budget", [None, 1 << 30])
+def test_cuda_graph(budget: int | None) -> None:
     """A captured step replays on new inputs, with the same bits as a call."""
-    criterion = fm.ArcFaceLoss(5000, 96, device=CUDA)
+    criterion = fm.ArcFaceLoss(5000, 96, device=CUDA, memory_budget=budget)
     x, _, labels = _case(64, 5000, 96)
     criterion(x, labels).backward()  # compiles, and allocates what is allocated once
     side = torch.cuda.Stream()
