@@ -30,8 +30,8 @@ MIN_BLOCK, EFFICIENT_BLOCK, MAX_BLOCK = 128, 2048, 8192
 # Bytes of products that the forward leaves for the backward: those of the first classes, this much
 # in all or for each row of the batch, whichever is more. The others are formed again, so that
 # memory does not grow with N C.
-KEPT_BYTES = 48 << 20
-KEPT_BYTES_PER_ROW = 192 << 10
+KEPT_BYTES = 40 << 20
+KEPT_BYTES_PER_ROW = 160 << 10
 # From this size on, kept products and d_w lie in memory that the next step uses again. The C
 # library would give it back to the system, and touching 200 MB of new pages takes as long as half a
 # product.
@@ -115,14 +115,14 @@ class Lender:
         """torch.empty((num_rows, num_columns), dtype=dtype); large ones in lent memory."""
         size = num_rows * num_columns * dtype.itemsize
         if size < REUSED_BYTES:
-            return torch.empty(num_rows, num_columns, dtype=dtype)
+            return torch.empty(num_rows, num_columns, dtype=dtype, device="cpu")
         try:
             memory = self.released.pop()
         except IndexError:
             memory = None
         if memory is None or not size <= memory.nbytes <= 2 * size:
             memory = None  # what doesn't fit goes before the new piece is made
-            memory = torch.empty(size, dtype=torch.uint8).numpy()
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
         lent = memory[:size]  # an object of its own, which lives as long as the tensor's storage
         weakref.finalize(lent, self.released.append, memory).atexit = False
         return torch.from_numpy(lent).view(dtype).view(num_rows, num_columns)
@@ -199,7 +199,7 @@ class Sweep:
         The first sweep fills ``inv_w`` (C,) and ``kept``; a later one reads them.
         """
         num_classes = self.w.shape[0]
-        starts = torch.arange(0, num_classes + self.size, self.size)
+        starts = torch.arange(0, num_classes + self.size, self.size, device="cpu")
         bounds = torch.searchsorted(self.sorted_labels, starts.clamp_max(num_classes)).tolist()
         for index, start in enumerate(range(0, num_classes, self.size)):
             stop = min(start + self.size, num_classes)
@@ -217,7 +217,10 @@ class Sweep:
             product = self.kept[start:stop] if is_kept else self.product[:length]
             if is_first or not is_kept:
                 formed = _multiply_transposed(operand, self.operand, out=product)
-                product = product.copy_(formed) if is_kept and formed is not product else formed
+                if formed is not product:
+                    product.copy_(formed)
+                # two such blocks at once, this and the next, would cost more than the copy
+                del formed
             if self.widened is not None:
                 product = self.widened[:length].copy_(product)
             rows = self.order[bounds[index] : bounds[index + 1]]
@@ -267,14 +270,13 @@ def forward(
     accumulate = accumulation_dtype(x, w)
     x = x.to(accumulate)
     inv_x = _inverse_norms(x)
-    inv_w = torch.empty(w.shape[0], dtype=accumulate)
+    inv_w = x.new_empty(w.shape[0])
     dtype = product_dtype(compute, accumulate)
     kept = _kept_memory.empty(kept_classes(x, w, compute, budget), x.shape[0], dtype)
     sweep = Sweep(x * (inv_x * (scale * LOG2_E))[:, None], w, labels, dtype, kept)
     num_blocks = -(-w.shape[0] // sweep.size)
-    partial = torch.empty(
-        num_blocks, x.shape[0], dtype=torch.float64
-    )  # sum, or its log, of each block
+    # the sum, or its log, of each block
+    partial = x.new_empty(num_blocks, x.shape[0], dtype=torch.float64)
     # |s cos| <= s up to rounding: exp needs no shift where e^s times C neither overflows nor
     # e^-s underflows.
     needs_shift = scale + math.log(w.shape[0]) > 0.95 * math.log(torch.finfo(accumulate).max)
@@ -395,6 +397,7 @@ def backward(
                 tangent.index_add_(0, block.targets, x_target[block.rows] * inv_norm[block.targets])
             # d_w_hat / ||w|| less its radial part (below the norm's clamp there is none)
             torch.addcmul(tangent, block.weight, radial[:, None], value=-1.0, out=grad)
+            del tangent
             if d_w_block is not None:
                 d_w[block.start : block.stop].copy_(grad)
 

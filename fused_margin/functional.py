@@ -109,10 +109,10 @@ def arcface(
         backend: ``"auto"`` (Triton for GPU tensors, class-blocked for CPU tensors),
             ``"reference"``, ``"cpu"`` or ``"triton"``.
         memory_budget: bytes that the forward may keep for the backward, which then forms fewer
-            cosines again. By default nothing on a GPU, and on a CPU 48 MiB or 192 KiB for each
-            row, whichever is more. A GPU needs room for all of them, N C times 2 bytes with bf16
-            products and 4 otherwise, and keeps none if that is more than the budget; a CPU keeps
-            those that fit. ``"reference"`` keeps everything in any case.
+            cosines again. By default nothing on a GPU, and on a CPU 40 MiB or 160 KiB for each
+            row, whichever is more. A CPU keeps what fits. A GPU keeps all or nothing: N C' times 2
+            bytes with bf16 products, 8 in fp64, else 4, and up to 3 % more for their shifts, where
+            C' is C rounded up to a multiple of 128. ``"reference"`` keeps everything in any case.
 
     Returns:
         0-d loss, or (N,) for ``reduction="none"``; fp32, or fp64 if an input is fp64.

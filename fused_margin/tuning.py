@@ -5,24 +5,29 @@
 
 or ``python -m fused_margin.tuning --n 512 --c 360232 --d 512``. The choice is saved in
 ``~/.cache/fused_margin/tiles.json`` (``FUSED_MARGIN_CACHE_DIR`` names another directory) and used
-from then on for that device, Triton version, operand type and range of D. Nothing is tuned inside a
-training step unless ``FUSED_MARGIN_TUNE=1`` asks for it: then the first call that has no entry
-takes about a minute.
+from then on for that device, Triton version, operand type, dtypes and range of N and D (up to the
+next power of 2). Nothing is tuned inside a training step unless ``FUSED_MARGIN_TUNE=1`` asks for
+it: then a call in eager code that has no entry takes a minute, and the compilation of one candidate
+longer. While it runs, no other thread may use the losses.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fused_margin import _validate, functional
+from fused_margin._numerics import compute_dtype
 
 if TYPE_CHECKING:
     from fused_margin._triton.configs import Config, Tile
@@ -49,29 +54,61 @@ class Tuned:
     complete: bool
 
 
-def _candidates(config: Config, dim: int) -> Iterator[tuple[str, str, Tile, Config]]:
-    """(kernel, strategy, tile, configuration with it), the kernels that matter most first."""
+def _candidates(
+    config: Config, operands: str, num_rows: int, num_classes: int, dim: int
+) -> Iterator[tuple[str, str, Tile, Config]]:
+    """(kernel, strategy, tile, configuration with it): the present tile of each kernel, and others.
+
+    The kernels take turns, so that each has had some when time runs out. A tile that this N, C or D
+    would cut down is left out: it would be saved untried.
+    """
     from fused_margin._triton import configs
 
+    has_matrix_unit = operands in ("bf16", "fp16", "tf32")
     wide = [
         configs.Tile(rows, columns, inner, warps, stages)
         for rows, columns in ((64, 128), (128, 128), (128, 64), (64, 64), (64, 256), (128, 256))
-        for inner in (32, 64)
-        for warps, stages in ((8, 3), (4, 3), (8, 4), (4, 4), (8, 2))
+        for warps, stages in ((8, 3), (4, 3), (8, 4), (4, 4), (8, 2), (8, 1), (4, 1))
+        for inner in (64, 32)
+        if has_matrix_unit or rows * columns * inner <= 64 * 64 * 32
     ]
+    narrow = [
+        (rows, columns, warps, stages)
+        for rows, columns in ((64, 32), (32, 64), (64, 64), (32, 32), (32, 128), (128, 32))
+        for warps, stages in ((8, 2), (4, 2), (8, 3), (4, 3), (4, 1))
+    ]
+
+    def cut(size: int, tile_size: int) -> bool:
+        return tile_size > max(16, 1 << (size - 1).bit_length())
+
+    turns: list[list[tuple[str, str, Tile, Config]]] = []
     for kernel in ("gradient", "forward", "weight", "embeddings"):
-        for tile in [getattr(config, kernel), *wide]:
-            yield kernel, "chunked", tile, replace(config, **{kernel: tile})
+        of_d = kernel in ("weight", "embeddings")
+        present = getattr(config, kernel)
+        rows_of, columns_of = (
+            num_classes if kernel == "weight" else num_rows,
+            dim if of_d else num_classes,
+        )
+        turns.append(
+            [
+                (kernel, "chunked", tile, replace(config, **{kernel: tile}))
+                for tile in (present, *(tile for tile in wide if tile != present))
+                if tile == present or not (cut(rows_of, tile.rows) or cut(columns_of, tile.columns))
+            ]
+        )
     tiles = config.fused_tiles(dim)
-    if tiles is None:
-        return
-    for position, kernel in enumerate(("fused_weight", "fused_embeddings")):
-        for rows, columns in ((32, 64), (64, 32), (64, 64), (32, 32), (32, 128), (128, 32)):
-            for warps, stages in ((8, 2), (4, 2), (8, 3), (4, 3)):
-                tile = configs.Tile(rows, columns, tiles[0].inner, warps, stages)
+    for position, kernel in enumerate(("fused_weight", "fused_embeddings") if tiles else ()):
+        assert tiles is not None
+        present, turn = tiles[position], []
+        others = (configs.Tile(r, c, present.inner, *more) for r, c, *more in narrow)
+        for tile in (present, *(tile for tile in others if tile != present)):
+            if tile == present or not (cut(num_rows, tile.rows) or cut(num_classes, tile.columns)):
                 pair = (tile, tiles[1]) if position == 0 else (tiles[0], tile)
-                fused = tuple(pair if dim <= old[0].inner else old for old in config.fused)
-                yield kernel, "fused", tile, replace(config, fused=fused)
+                fused = tuple(pair if old == tiles else old for old in config.fused)
+                turn.append((kernel, "fused", tile, replace(config, fused=fused)))
+        turns.append(turn)
+    for one_each in zip_longest(*turns):
+        yield from (candidate for candidate in one_each if candidate is not None)
 
 
 def _merge(best: Config, candidate: Config, kernel: str, dim: int) -> Config:
@@ -79,14 +116,22 @@ def _merge(best: Config, candidate: Config, kernel: str, dim: int) -> Config:
     if not kernel.startswith("fused"):
         return replace(best, **{kernel: getattr(candidate, kernel)})
     position = ("fused_weight", "fused_embeddings").index(kernel)
-    new = candidate.fused_tiles(dim)
+    new, old = candidate.fused_tiles(dim), best.fused_tiles(dim)
     assert new is not None
-    fused = []
-    for pair in best.fused:
-        if dim <= pair[0].inner:
-            pair = (new[0], pair[1]) if position == 0 else (pair[0], new[1])
-        fused.append(pair)
-    return replace(best, fused=tuple(fused))
+    assert old is not None
+    pair = (new[0], old[1]) if position == 0 else (old[0], new[1])
+    return replace(best, fused=tuple(pair if tiles == old else tiles for tiles in best.fused))
+
+
+def _relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Euclidean, in fp64, a block of rows at a time: a whole fp64 copy might not fit."""
+    got, want = torch.atleast_1d(got, want)
+    rows = max(1, (1 << 22) // max(1, got[0].numel()))
+    difference = reference = 0.0
+    for g, w in zip(got.split(rows), want.split(rows), strict=True):
+        difference += float((g.double() - w.double()).square().sum())
+        reference += float(w.double().square().sum())
+    return math.sqrt(difference / reference) if reference else math.sqrt(difference)
 
 
 def _timed(device: torch.device, work: Callable[[], Any]) -> float:
@@ -116,6 +161,7 @@ def tune(
     *,
     dtype: torch.dtype = torch.bfloat16,
     weight_dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
     device: torch.device | str = "cuda",
     seconds: float = 60.0,
     save: bool = True,
@@ -128,8 +174,9 @@ def tune(
         num_rows: N of the steps to tune for.
         num_classes: C.
         embedding_size: D.
-        dtype: dtype of the embeddings, hence of the products.
+        dtype: dtype of the embeddings.
         weight_dtype: dtype of the class weights.
+        autocast: autocast's dtype, if the steps run under it.
         device: a CUDA or ROCm device; the CPU with Triton's interpreter, which times nothing real.
         seconds: stop trying candidates after this long.
         save: write the choice to the cache file, from which later calls and processes take it.
@@ -138,7 +185,8 @@ def tune(
         The tiles and every candidate's time.
 
     Raises:
-        ValueError: the device can't run the Triton kernels.
+        ValueError: the device can't run the Triton kernels; the cache file can't be used.
+        OSError: the cache file can't be written.
     """
     device = torch.device(device)
     _validate.backend("triton", device)
@@ -146,56 +194,69 @@ def tune(
 
     deadline = time.monotonic() + seconds
     generator = torch.Generator().manual_seed(0)
-    w = torch.randn(num_classes, embedding_size, generator=generator).to(device, weight_dtype)
-    x = torch.randn(num_rows, embedding_size, generator=generator).to(device, dtype)
-    labels = torch.randint(num_classes, (num_rows,), generator=generator).to(device)
-    x.requires_grad_()
-    w.requires_grad_()
 
-    def forward() -> torch.Tensor:
-        return functional.arcface(x, w, labels, backend="triton")
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cpu")
 
-    def step() -> tuple[torch.Tensor, ...]:
-        loss = forward()
-        return loss.detach(), *torch.autograd.grad(loss, (x, w))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(
+            torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+        )
+        w = normal(num_classes, embedding_size).to(device, weight_dtype).requires_grad_()
+        x = normal(num_rows, embedding_size).to(device, dtype).requires_grad_()
+        labels = torch.randint(num_classes, (num_rows,), generator=generator, device="cpu")
+        labels = labels.to(device)
+        stack.enter_context(launch.guard(x))
+        stack.enter_context(launch.tuning_flag())
 
-    launch.is_tuning = True
-    try:
-        p = launch.plan(x, w, dtype)
+        def forward() -> torch.Tensor:
+            return functional.arcface(x, w, labels, backend="triton")
+
+        def step() -> tuple[torch.Tensor, ...]:
+            loss = forward()
+            return loss.detach(), *torch.autograd.grad(loss, (x, w))
+
+        p = launch.plan(x, w, compute_dtype(x, w))
         best, rows, complete = p.config, [], True
         with launch.override("chunked", best):
             expected = step()
         fastest: dict[str, float] = {}
-        for kernel, strategy, tile, candidate in _candidates(best, embedding_size):
+        for kernel, strategy, tile, candidate in _candidates(
+            best, p.operands, num_rows, num_classes, embedding_size
+        ):
             if time.monotonic() > deadline:
                 complete = False
                 break
             trial = _merge(best, candidate, kernel, embedding_size)
             row: dict[str, Any] = {"kernel": kernel, "tile": asdict(tile)}
+            rows.append(row)
             try:
                 with launch.override(strategy, trial):
-                    worst = max(
-                        float((got.double() - want.double()).norm() / want.double().norm())
-                        for got, want in zip(step(), expected, strict=True)
-                    )
+                    worst = max(map(_relative_error, step(), expected))
                     if not worst <= TOLERANCE[p.operands]:
                         row["error"] = f"relative error {worst:.1e} against the default tiles"
-                    elif kernel == "forward":
+                        continue
+                    if kernel == "forward":
                         with torch.no_grad():
                             row["milliseconds"] = _timed(device, forward)
                     else:
                         row["milliseconds"] = _timed(device, step)
-            except (*launch.FAILURES, torch.OutOfMemoryError) as error:
+            except torch.AcceleratorError:
+                raise  # the device's state is lost
+            except (*launch.FAILURES, RuntimeError) as error:  # memory, or a pass of the compiler
                 row["error"] = f"{type(error).__name__}: {error}"
-            rows.append(row)
-            if row.get("milliseconds", float("inf")) < fastest.get(kernel, float("inf")):
+                continue
+            if row["milliseconds"] < fastest.get(kernel, float("inf")):
                 fastest[kernel] = row["milliseconds"]
                 best = trial
-    finally:
-        launch.is_tuning = False
-    if save:
-        about = {"n": num_rows, "c": num_classes, "d": embedding_size, "milliseconds": fastest}
-        tuned.save(launch.device_name(x), p.operands, embedding_size, best, about)
+    if save and fastest:
+        about = {
+            "n": num_rows, "c": num_classes, "d": embedding_size,
+            "milliseconds": fastest, "complete": complete,
+        }  # fmt: skip
+        tuned.save(launch.tuned_key(x, w, p), best, about)
     return Tuned(best, rows, complete)
 
 
@@ -210,7 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=512, help="rows of a batch (%(default)s)")
     parser.add_argument("--c", type=int, default=100_000, help="classes (%(default)s)")
     parser.add_argument("--d", type=int, default=512, help="embedding size (%(default)s)")
-    parser.add_argument("--dtype", choices=dtypes, default="bf16", help="products (%(default)s)")
+    parser.add_argument("--dtype", choices=dtypes, default="bf16", help="embeddings (%(default)s)")
+    parser.add_argument("--autocast", choices=("bf16", "fp16"), help="autocast's dtype (none)")
     parser.add_argument("--device", default="cuda", help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=60.0, help="time limit (%(default)s)")
     parser.add_argument("--no-save", action="store_true", help="only print")
@@ -220,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings.c,
         settings.d,
         dtype=dtypes[settings.dtype],
+        autocast=dtypes.get(settings.autocast),
         device=settings.device,
         seconds=settings.seconds,
         save=not settings.no_save,

@@ -7,16 +7,20 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fused_margin.functional as fmf
-from fused_margin import tuning
+from fused_margin import _validate, tuning
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 from fused_margin._triton import configs, launch, tuned  # after the check for Triton
 
+pytestmark = pytest.mark.skipif(
+    not _validate.INTERPRETED, reason="the interpreter's tiles are tuned here, not a GPU's"
+)
 TINY = {"num_rows": 3, "num_classes": 7, "embedding_size": 5, "dtype": torch.float32}
 
 
@@ -33,9 +37,9 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two candidates for each kernel."""
     candidates = tuning._candidates
 
-    def first_two(config: configs.Config, dim: int):
+    def first_two(config: configs.Config, operands: str, *sizes: int):
         seen: dict[str, int] = {}
-        for candidate in candidates(config, dim):
+        for candidate in candidates(config, "bf16", 512, 512, sizes[2]):
             seen[candidate[0]] = seen.get(candidate[0], 0) + 1
             if seen[candidate[0]] <= 2:
                 yield candidate
@@ -66,28 +70,58 @@ def test_every_kernel_is_tuned_and_the_choice_is_used(directory: Path) -> None:
     content = json.loads((directory / "tiles.json").read_text())
     ((key, entry),) = content["entries"].items()
     assert key.startswith("interpreter, triton ")
-    assert key.endswith("ieee, D <= 16")
+    assert key.endswith("ieee, x float32, w float32, N <= 16, D <= 16")
+    assert entry["about"]["complete"] is True
     assert entry["about"]["c"] == 7
-    assert [path.name for path in directory.iterdir()] == ["tiles.json"], "no temporary file stays"
+    assert not list(directory.glob("*.part")), "no temporary file stays"
     assert _plan() == result.config
     tuned.forget()
     assert _plan() == result.config, "another process reads the same"
 
 
-def test_the_choice_is_for_its_operands_and_range_of_d() -> None:
-    config = dataclasses.replace(_default(), forward=configs.Tile(32, 16, 16, 1, 1))
-    tuned.save("interpreter", "ieee", 12, config, {})
-    assert _plan() == config
-    x, w = torch.randn(3, 17), torch.randn(7, 17)
-    assert launch.plan(x, w, torch.float32).config == _default()
-    assert launch.plan(x[:, :5], w[:, :5], torch.float16).config != config
+OTHER = dataclasses.replace(
+    configs.config("interpreter", "ieee"), forward=configs.Tile(32, 16, 16, 1, 1)
+)
+
+
+def _save(config: configs.Config = OTHER, operands: str = "ieee") -> None:
+    key = tuned.key("interpreter", operands, "float32", "float32", 3, 5)
+    tuned.save(key, config, {})
+
+
+def test_the_choice_is_for_its_dtypes_and_range() -> None:
+    _save()
+    assert _plan() == OTHER
+
+    def config(x: torch.Tensor, w: torch.Tensor) -> configs.Config:
+        return launch.plan(x, w, x.dtype).config
+
+    assert config(torch.randn(16, 16), torch.randn(7, 16)) == OTHER
+    assert config(torch.randn(3, 17), torch.randn(7, 17)) == _default(), "another range of D"
+    assert config(torch.randn(17, 5), torch.randn(7, 5)) == _default(), "another range of N"
+    assert config(torch.randn(3, 5).half(), torch.randn(7, 5)) == configs.config(
+        "interpreter", "fp16"
+    )
 
 
 def test_entries_of_others_stay() -> None:
-    for operands in ("ieee", "bf16"):
-        tuned.save("interpreter", operands, 12, _default(), {})
-    entries = json.loads(tuned.cache_file().read_text())["entries"]
-    assert len(entries) == 2
+    _save()
+    _save(operands="bf16")
+    assert len(json.loads(tuned.cache_file().read_text())["entries"]) == 2
+
+
+def test_kept_exponentials_do_not_depend_on_the_tuning() -> None:
+    """A graph compiled before still fits, and so does a backward that is pending."""
+    x, w = torch.randn(3, 5, requires_grad=True), torch.randn(40, 5)
+    labels = torch.randint(40, (3,))
+    before = launch.kept_shape(x, w, torch.float32, 1 << 20)
+    loss = fmf.arcface(x, w, labels, backend="triton", memory_budget=1 << 20)
+    _save()
+    assert launch.kept_shape(x, w, torch.float32, 1 << 20) == before
+    (expected,) = torch.autograd.grad(fmf.arcface(x, w, labels, backend="reference"), x)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected)
+    loss = fmf.arcface(x, w, labels, backend="triton", memory_budget=1 << 20)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected)
 
 
 @pytest.mark.usefixtures("few")
@@ -102,7 +136,7 @@ def test_a_wrong_candidate_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> N
             d_w.mul_(1.5)
         return partial
 
-    def candidates(config: configs.Config, dim: int):
+    def candidates(config: configs.Config, operands: str, *sizes: int):
         for tile in (config.gradient, wrong):
             yield "gradient", "chunked", tile, dataclasses.replace(config, gradient=tile)
 
@@ -121,40 +155,119 @@ def test_time_runs_out() -> None:
     assert result.config == _default()
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"version": 1, "entries": {"a": {}}}'])
-def test_a_broken_file_is_named(directory: Path, text: str) -> None:
+NO_POWER_OF_2: dict[str, Any] = {
+    name: [48, 16, 16, 1, 1] for name in ("forward", "gradient", "weight", "embeddings")
+}
+BROKEN = {
+    "empty": b"",
+    "no version": b"{}",
+    "a list": b"[1]",
+    "entries are a list": b'{"version": 1, "entries": [1]}',
+    "an empty entry": b'{"version": 1, "entries": {"a": {}}}',
+    "another version": b'{"version": 99, "entries": {}}',
+    "not text": b"\xff\xfe",
+    "no power of 2": json.dumps(
+        {"version": 1, "entries": {"a": NO_POWER_OF_2 | {"fused": []}}}
+    ).encode(),
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_named_and_left_alone(directory: Path, text: bytes) -> None:
     directory.mkdir()
-    (directory / "tiles.json").write_text(text)
-    with pytest.warns(UserWarning, match=r"tiles\.json can't be read .* default tiles"):
+    (directory / "tiles.json").write_bytes(text)
+    with pytest.warns(UserWarning, match=r"the default tiles are used\. Remove the file"):
+        assert _plan() == _default()
+    with pytest.raises(tuned.UnusableFileError):
+        _save()
+    assert (directory / "tiles.json").read_bytes() == text
+
+
+def test_a_directory_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FUSED_MARGIN_CACHE_DIR", str(tmp_path / "file" / "below"))
+    with pytest.warns(UserWarning, match="saved tiles can't be read"):
         assert _plan() == _default()
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="files have no owner here")
-def test_another_user_s_file_is_not_used(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned.save("interpreter", "ieee", 5, _default(), {})
+def test_another_user_s_file_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    _save()
     owner = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     tuned.forget()
     with pytest.warns(UserWarning, match="belongs to another user"):
-        _plan()
+        assert _plan() == _default()
+
+
+def test_no_candidate_is_cut_down() -> None:
+    """It would be saved without having run."""
+    base = configs.config("sm_90", "bf16")
+    for num_rows, num_classes, dim in ((16, 100_000, 512), (512, 10, 512), (512, 100_000, 32)):
+        candidates = list(tuning._candidates(base, "bf16", num_rows, num_classes, dim))
+        for kernel, _, tile, _ in candidates:
+            present = {base.forward, base.gradient, base.weight, base.embeddings}
+            fused = base.fused_tiles(dim)
+            if tile in present or (fused and tile in fused):
+                continue
+            rows = num_classes if kernel == "weight" else num_rows
+            columns = dim if kernel in ("weight", "embeddings") else num_classes
+            assert tile.rows <= launch.power_of_two(rows, tile.rows)
+            assert tile.columns <= launch.power_of_two(columns, tile.columns)
+    first = [kernel for kernel, *_ in tuning._candidates(base, "bf16", 512, 100_000, 64)][:6]
+    assert len(set(first)) == 6, "kernels take turns"
 
 
 @pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_tuning_on_demand(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    context: Any,
 ) -> None:
     """Only with the variable, and only once."""
+    monkeypatch.setattr(launch, "_tried", set())
     x, w = torch.randn(3, 5, requires_grad=True), torch.randn(7, 5)
     labels = torch.randint(7, (3,))
     fmf.arcface(x, w, labels, backend="triton").backward()
     assert not directory.exists(), "nothing is tuned unasked"
     monkeypatch.setenv("FUSED_MARGIN_TUNE", "1")
-    fmf.arcface(x, w, labels, backend="triton").backward()
+    with context():
+        fmf.arcface(x, w, labels, backend="triton")
     assert "tuning tiles for N, C, D = (3, 7, 5), ieee" in capsys.readouterr().err
     before = tuned.cache_file().stat().st_mtime_ns
     fmf.arcface(x, w, labels, backend="triton").backward()
     assert not capsys.readouterr().err
     assert tuned.cache_file().stat().st_mtime_ns == before
+
+
+@pytest.mark.usefixtures("few")
+def test_tuning_on_demand_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry is for the dtypes of the call."""
+    monkeypatch.setattr(launch, "_tried", set())
+    monkeypatch.setenv("FUSED_MARGIN_TUNE", "1")
+    x, w = torch.randn(3, 5), torch.randn(7, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        fmf.arcface(x, w, torch.randint(7, (3,)), backend="triton")
+    (key,) = json.loads(tuned.cache_file().read_text())["entries"]
+    assert key.endswith("bf16, x float32, w float32, N <= 16, D <= 16")
+
+
+@pytest.mark.usefixtures("few")
+def test_where_nothing_can_be_saved(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on, and the next step doesn't try again."""
+    directory.mkdir()
+    (directory / "tiles.json").write_text("broken")
+    monkeypatch.setattr(launch, "_tried", set())
+    monkeypatch.setenv("FUSED_MARGIN_TUNE", "1")
+    x, w, labels = torch.randn(3, 5), torch.randn(7, 5), torch.randint(7, (3,))
+    with (
+        pytest.warns(UserWarning, match="the default tiles are used"),
+        pytest.warns(UserWarning, match="tuning failed, training goes on without"),
+    ):
+        fmf.arcface(x, w, labels, backend="triton")
+    fmf.arcface(x, w, labels, backend="triton")
 
 
 @pytest.mark.usefixtures("few")
@@ -176,6 +289,8 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     tuning.main(arguments)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 12
+    kernels = [line.split()[0] for line in lines]
+    assert len(set(kernels)) == 6
+    assert len(lines) == 10, "two for each, but one where D cuts the others down"
     assert all(" ms" in line for line in lines)
     assert not tuned.cache_file().exists()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from fused_margin._numerics import accumulation_dtype
 from fused_margin._triton import configs, tuned
@@ -41,7 +43,7 @@ FUSED_DIM = 64
 FINISH_ROWS, FINISH_COLUMNS = 16, 128
 # Programs in a sweep under the interpreter, so that merges are exercised there too.
 INTERPRETER_PROGRAMS = 3
-FAILURES = (CompilationError, OutOfResources)  # of tiles that don't fit a device
+FAILURES = (CompilationError, OutOfResources, PTXASError)  # of tiles that don't fit a device
 is_tuning = False  # while `fused_margin.tuning` tries candidates
 # For tests: the order in which the interpreter runs the splits of the forward sweep.
 ROTATION = 0
@@ -77,7 +79,7 @@ def device_name(x: Tensor) -> str:
     return _name(x.device.index if x.device.type == "cuda" else None)
 
 
-def _power_of_two(size: int, limit: int) -> int:
+def power_of_two(size: int, limit: int) -> int:
     """The smallest block that covers ``size``, at least 16 (a product's minimum), at most limit."""
     return min(limit, max(16, triton.next_power_of_2(size)))
 
@@ -124,17 +126,26 @@ class Plan:
 
 def plan(x: Tensor, w: Tensor, compute: torch.dtype) -> Plan:
     """Choose dtypes and tiles from the inputs, the device and the float32 matmul precision."""
-    p = _plan(x, w, compute)
-    return p if _override.config is None else replace(p, config=_override.config)
+    p = _default_plan(x, w, compute)
+    if _override.config is not None:
+        return replace(p, config=_override.config)
+    config = tuned.load(tuned_key(x, w, p))
+    return p if config is None else replace(p, config=config)
 
 
-def _plan(x: Tensor, w: Tensor, compute: torch.dtype) -> Plan:
+def tuned_key(x: Tensor, w: Tensor, p: Plan) -> str:
+    """What the tiles of a call are saved under: all that decides whether and how fast they run."""
+    storage = (str(t.dtype).removeprefix("torch.") for t in (x, w))
+    return tuned.key(device_name(x), p.operands, *storage, *x.shape)
+
+
+def _default_plan(x: Tensor, w: Tensor, compute: torch.dtype) -> Plan:
+    """The plan with the default tiles."""
     accumulate = accumulation_dtype(x, w)
     family, has_tf32, programs = _device(x.device.index if x.device.type == "cuda" else None)
-    dim, name = int(x.shape[1]), device_name(x)
 
     def tiles(operands: str) -> configs.Config:
-        return tuned.load(name, operands, dim) or configs.config(family, operands)
+        return configs.config(family, operands)
 
     lowers = torch.get_float32_matmul_precision() != "highest"
     if accumulate is torch.float64:
@@ -152,20 +163,41 @@ def _plan(x: Tensor, w: Tensor, compute: torch.dtype) -> Plan:
                 tiles(precision), programs)  # fmt: skip
 
 
+@contextlib.contextmanager
+def tuning_flag() -> Iterator[None]:
+    """Keep the calls inside from tuning on demand."""
+    global is_tuning
+    before, is_tuning = is_tuning, True
+    try:
+        yield
+    finally:
+        is_tuning = before
+
+
+_tried: set[str] = set()  # keys that `tune_once` has tuned, or failed to, in this process
+
+
 def tune_once(x: Tensor, w: Tensor, compute: torch.dtype) -> None:
     """Tune for this call if nothing is saved for it; not while a graph is being captured."""
-    p = plan(x, w, compute)
-    is_known = tuned.load(device_name(x), p.operands, x.shape[1]) is not None
-    is_capturing = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if is_known or is_tuning or is_capturing or not x.shape[0]:
+    if is_tuning or not x.shape[0]:
         return
+    p = _default_plan(x, w, compute)
+    key = tuned_key(x, w, p)
+    with guard(x):
+        if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return
+    if key in _tried or tuned.load(key) is not None:
+        return
+    _tried.add(key)
     from fused_margin import tuning
 
     shape = (x.shape[0], *w.shape)
     print(f"fused_margin: tuning tiles for N, C, D = {shape}, {p.operands}", file=sys.stderr)
-    dtype = torch.float64 if p.operands == "fp64" else compute
-    with torch.enable_grad():
-        tuning.tune(*shape, dtype=dtype, weight_dtype=w.dtype, device=x.device)
+    autocast = compute if p.accumulate is torch.float32 and compute is not x.dtype else None
+    try:
+        tuning.tune(*shape, dtype=x.dtype, weight_dtype=w.dtype, autocast=autocast, device=x.device)
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        warnings.warn(f"tuning failed, training goes on without: {error}", stacklevel=2)
 
 
 STRATEGIES = ("chunked", "fused", "kept")
@@ -180,19 +212,25 @@ class Override:
 
 
 _override = Override()
+_override_lock = threading.RLock()
 
 
 @contextlib.contextmanager
 def override(strategy: str | None = None, config: configs.Config | None = None) -> Iterator[None]:
-    """Force a strategy or tiles, in the whole process: for tests, benchmarks and tuning."""
+    """Force a strategy or tiles, in the whole process: for tests, benchmarks and tuning.
+
+    Autograd's own threads have to see it, and other threads see it, too: they must not use the
+    losses meanwhile.
+    """
     global _override
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
-    before, _override = _override, Override(strategy, config)
-    try:
-        yield
-    finally:
-        _override = before
+    with _override_lock:
+        before, _override = _override, Override(strategy, config)
+        try:
+            yield
+        finally:
+            _override = before
 
 
 def strategy_for(
@@ -220,7 +258,8 @@ def _kept_bytes(block_c: int, num_rows: int, p: Plan) -> int:
 
 
 def _kept_block(num_classes: int, p: Plan) -> int:
-    return _power_of_two(num_classes, p.config.forward.columns)
+    """Classes that share a shift: the default tile's, so that a graph outlives another tuning."""
+    return power_of_two(num_classes, p.config.forward.columns)
 
 
 def kept_shape(x: Tensor, w: Tensor, compute: torch.dtype, budget: int) -> tuple[int, int]:
@@ -233,7 +272,7 @@ def kept_shape(x: Tensor, w: Tensor, compute: torch.dtype, budget: int) -> tuple
         return 0, 0
     # under torch.compile the number of rows may stay symbolic
     num_rows, dim, num_classes = x.shape[0], int(x.shape[1]), int(w.shape[0])
-    p = plan(x, w, compute)
+    p = _default_plan(x, w, compute)
     block_c = _kept_block(num_classes, p)
     blocks, size = triton.cdiv(num_classes, block_c), _kept_bytes(block_c, num_rows, p)
     chosen = strategy_for(num_rows, num_classes, dim, p.config, blocks * size, budget)
@@ -249,7 +288,7 @@ def _kept_parts(kept: Tensor, num_rows: int, p: Plan) -> tuple[Tensor, Tensor, i
     return flat[:end].view(p.gradient), flat[end:].view(p.accumulate), block_c
 
 
-def _guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Kernels launch on the current device, which need not be the tensors'."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
@@ -279,8 +318,13 @@ def _forward(
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     p = plan(x, w, compute)
     tile = p.config.forward
-    block_n, block_c = _power_of_two(num_rows, tile.rows), _kept_block(num_classes, p)
-    block_k = _power_of_two(dim, tile.inner)
+    kept = torch.empty(kept_shape(x, w, compute, budget), dtype=torch.uint8, device=x.device)
+    exponentials, shifts, kept_block = (
+        _kept_parts(kept, num_rows, p) if kept.numel() else (None, None, 0)
+    )
+    block_n = power_of_two(num_rows, tile.rows)
+    block_c = kept_block or power_of_two(num_classes, tile.columns)
+    block_k = power_of_two(dim, tile.inner)
     row_blocks, class_blocks = triton.cdiv(num_rows, block_n), triton.cdiv(num_classes, block_c)
     splits = min(class_blocks, max(1, p.programs // max(row_blocks, 1)))
     blocks_per_split = triton.cdiv(class_blocks, splits)
@@ -290,8 +334,6 @@ def _forward(
         return torch.empty(shape, dtype=p.accumulate, device=x.device)
 
     lse, u, inv_x, inv_w = rows(num_rows), rows(num_rows), rows(num_rows), rows(num_classes)
-    kept = torch.empty(kept_shape(x, w, compute, budget), dtype=torch.uint8, device=x.device)
-    exponentials, shifts, _ = _kept_parts(kept, num_rows, p) if kept.numel() else (None, None, 0)
     row_loss = loss = d_lse = d_u = count = None
     if margin is not None:
         row_loss, d_lse, d_u, count = rows(num_rows), rows(num_rows), rows(num_rows), rows()
@@ -304,7 +346,7 @@ def _forward(
         m = NO_MARGIN if margin is None else margin
         labels = _label_dtype(labels)
         counters = torch.zeros(row_blocks + 1, dtype=torch.int32, device=x.device)
-        with _guard(x):
+        with guard(x):
             forward_kernel[(row_blocks, splits)](
                 x, w, labels, scale_tensor, rows(splits, 2, num_rows), counters,
                 lse, u, inv_x, inv_w, row_loss, loss, d_lse, d_u, count, exponentials, shifts,
@@ -428,7 +470,7 @@ def backward(
     # what was kept goes through the chunks; whether anything is kept was the forward's to decide
     strategy = "kept" if kept.numel() else strategy_for(num_rows, num_classes, dim, p.config, 1, 0)
     launch = _fused if strategy == "fused" else _chunked
-    with _guard(x):
+    with guard(x):
         partial = launch(p, rows, x, w, inv_w, kept, d_x, d_w, need_scale=need_scale)
         d_scale_rows = None
         if partial is not None:
@@ -474,8 +516,8 @@ def _fused(
     strides = (*x.stride(), *w.stride(), rows.labels.stride(0), rows.stride_grad)
     if d_w is not None:
         tile = tiles[0]
-        block_n = _power_of_two(num_rows, tile.rows)
-        block_c = _power_of_two(num_classes, tile.columns)
+        block_n = power_of_two(num_rows, tile.rows)
+        block_c = power_of_two(num_classes, tile.columns)
         fused_weight_kernel[(triton.cdiv(num_classes, block_c),)](
             x, w, *rows.pointers, inv_w, d_w, rows.scale, num_rows, num_classes, dim, *strides,
             **rows.flags, **constants, BLOCK_N=block_n, BLOCK_C=block_c, **_options(tile),
@@ -483,7 +525,7 @@ def _fused(
     if d_x is None and not need_scale:
         return None
     tile = tiles[1]
-    block_n, block_c = _power_of_two(num_rows, tile.rows), _power_of_two(num_classes, tile.columns)
+    block_n, block_c = power_of_two(num_rows, tile.rows), power_of_two(num_classes, tile.columns)
     row_blocks, class_blocks = triton.cdiv(num_rows, block_n), triton.cdiv(num_classes, block_c)
     splits = _splits(
         triton.cdiv(2 * p.programs, row_blocks),
@@ -524,15 +566,15 @@ def _chunked(
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     tile = p.config.gradient
-    block_n, block_c = _power_of_two(num_rows, tile.rows), _power_of_two(num_classes, tile.columns)
+    block_n, block_c = power_of_two(num_rows, tile.rows), power_of_two(num_classes, tile.columns)
     row_blocks = triton.cdiv(num_rows, block_n)
     chunk = _chunk_size(num_rows, num_classes, block_c, p.gradient.itemsize)
     g, radial = rows_of(chunk, num_rows, dtype=p.gradient), rows_of(chunk, row_blocks)
 
     dx_tile, dw_tile = p.config.embeddings, p.config.weight
-    dx_n, dx_d = _power_of_two(num_rows, dx_tile.rows), _power_of_two(dim, dx_tile.columns)
+    dx_n, dx_d = power_of_two(num_rows, dx_tile.rows), power_of_two(dim, dx_tile.columns)
     dx_blocks = (triton.cdiv(num_rows, dx_n), triton.cdiv(dim, dx_d))
-    dw_c, dw_d = _power_of_two(chunk, dw_tile.rows), _power_of_two(dim, dw_tile.columns)
+    dw_c, dw_d = power_of_two(chunk, dw_tile.rows), power_of_two(dim, dw_tile.columns)
     needs_v = d_x is not None or need_scale
     splits = _splits(
         triton.cdiv(2 * p.programs, dx_blocks[0] * dx_blocks[1]),
@@ -551,7 +593,7 @@ def _chunked(
             rows.scale, first, length, num_rows, dim,
             *x.stride(), *w.stride(), rows.labels.stride(0), rows.stride_grad,
             **rows.flags, KEPT_BLOCK=kept_block, IS_ONLY=is_only, **p.constants(),
-            BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_K=_power_of_two(dim, tile.inner),
+            BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_K=power_of_two(dim, tile.inner),
             **_options(tile),
         )  # fmt: skip
         if d_w is not None:
@@ -559,7 +601,7 @@ def _chunked(
             weight_kernel[(triton.cdiv(dim, dw_d) * triton.cdiv(length, dw_c),)](
                 x, w, g, radial, inv_w, d_w, first, length, num_rows, dim, row_blocks,
                 *x.stride(), *w.stride(), ACC=acc, PRECISION=p.gradient_precision,
-                BLOCK_C=dw_c, BLOCK_D=dw_d, BLOCK_K=_power_of_two(num_rows, dw_tile.inner),
+                BLOCK_C=dw_c, BLOCK_D=dw_d, BLOCK_K=power_of_two(num_rows, dw_tile.inner),
                 **_options(dw_tile),
             )  # fmt: skip
         if needs_v:

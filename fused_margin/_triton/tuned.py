@@ -1,16 +1,18 @@
 """Tiles that were tuned on this machine: a JSON file in the user's cache directory.
 
 Read once per process, written atomically. Without the file, or without an entry for a device,
-operand type and range of D, the defaults of `configs` stand.
+operand type, dtypes and range of N and D, the defaults of `configs` stand.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,11 @@ from typing import Any
 import triton
 
 from fused_margin._triton import configs
+
+try:
+    import fcntl
+except ImportError:  # not a Unix system
+    fcntl = None
 
 VERSION = 1  # of the file's layout
 
@@ -31,75 +38,116 @@ def cache_file() -> Path:
     return Path(home) / "fused_margin" / "tiles.json"
 
 
-def key(device: str, operands: str, dim: int) -> str:
-    """What an entry is for: device, Triton's version, operand type, range of D."""
-    largest = max(16, triton.next_power_of_2(dim))
-    return f"{device}, triton {triton.__version__}, {operands}, D <= {largest}"
+def key(device: str, operands: str, x: str, w: str, num_rows: int, dim: int) -> str:
+    """What an entry is for.
+
+    Args:
+        device: its name. operands: one of `configs.OPERANDS`.
+        x: dtype of the embeddings. w: dtype of the weights.
+        num_rows: N, of which the range counts. dim: D, likewise.
+    """
+    rows, columns = (max(16, triton.next_power_of_2(size)) for size in (num_rows, dim))
+    return (
+        f"{device}, triton {triton.__version__}, {operands}, x {x}, w {w},"
+        f" N <= {rows}, D <= {columns}"
+    )
+
+
+class UnusableFileError(ValueError):
+    """The cache file is there and can't be used."""
 
 
 def _read() -> dict[str, Any]:
-    """All entries; a file that can't be used is named in a warning and left alone."""
-    file = cache_file()
+    """All entries.
+
+    Raises:
+        UnusableFileError: the file is another user's, unreadable, or not what `save` writes.
+    """
     try:
+        file = cache_file()
         owner, text = file.stat().st_uid, file.read_text()
     except FileNotFoundError:
         return {}
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
+        raise UnusableFileError(f"saved tiles can't be read ({error})") from error
     if hasattr(os, "getuid") and owner != os.getuid():
-        warnings.warn(
-            f"{file} belongs to another user and is not used; set FUSED_MARGIN_CACHE_DIR to a"
-            " directory of your own",
-            stacklevel=2,
-        )
-        return {}
+        raise UnusableFileError(f"{file} belongs to another user")
     try:
         content = json.loads(text)
         if content["version"] != VERSION:
-            return {}
-        entries = content["entries"]
+            raise UnusableFileError(f"{file} was written by another version of fused_margin")
+        entries = dict(content["entries"])
         for entry in entries.values():
             _config(entry)
-    except (ValueError, TypeError, KeyError) as error:
-        warnings.warn(
-            f"{file} can't be read ({type(error).__name__}: {error}) and the default tiles are"
-            " used; remove it, and tune again",
-            stacklevel=2,
-        )
-        return {}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, UnusableFileError):
+            raise
+        raise UnusableFileError(
+            f"{file} can't be read ({type(error).__name__}: {error})"
+        ) from error
     return entries
 
 
 @functools.cache
 def _entries() -> dict[str, Any]:
-    return _read()
+    try:
+        return _read()
+    except UnusableFileError as error:
+        warnings.warn(
+            f"{error}; the default tiles are used. Remove the file, or name a directory of your own"
+            " in FUSED_MARGIN_CACHE_DIR",
+            stacklevel=2,
+        )
+        return {}
+
+
+def _tile(values: list[int]) -> configs.Tile:
+    tile = configs.Tile(*values)
+    sizes = (tile.rows, tile.columns, tile.inner, tile.num_warps)
+    if any(type(size) is not int or size < 1 or size & (size - 1) for size in sizes) or (
+        min(sizes[:3]) < 16 or type(tile.num_stages) is not int or tile.num_stages < 1
+    ):
+        raise ValueError(f"not a tile: {values}")
+    return tile
 
 
 def _config(entry: dict[str, Any]) -> configs.Config:
-    tiles = {
-        name: configs.Tile(*entry[name]) for name in ("forward", "gradient", "weight", "embeddings")
-    }
-    fused = tuple((configs.Tile(*w), configs.Tile(*x)) for w, x in entry["fused"])
+    tiles = {name: _tile(entry[name]) for name in ("forward", "gradient", "weight", "embeddings")}
+    fused = tuple((_tile(w), _tile(x)) for w, x in entry["fused"])
     return configs.Config(**tiles, fused=fused)
 
 
 @functools.lru_cache(maxsize=256)
-def load(device: str, operands: str, dim: int) -> configs.Config | None:
+def load(key: str) -> configs.Config | None:
     """The tuned tiles, or None."""
-    entry = _entries().get(key(device, operands, dim))
+    entry = _entries().get(key)
     return None if entry is None else _config(entry)
 
 
-def save(device: str, operands: str, dim: int, config: configs.Config, about: dict) -> Path:
+@contextlib.contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    """Keep other processes from saving meanwhile, where the system can."""
+    if fcntl is None:
+        yield
+        return
+    with open(file.with_suffix(".lock"), "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def save(key: str, config: configs.Config, about: dict[str, Any]) -> Path:
     """Add an entry to the file, and to this process.
 
     Args:
-        device: its name.
-        operands: one of `configs.OPERANDS`.
-        dim: D.
+        key: see `key`.
         config: the tiles.
         about: what else to write down, for people.
 
     Returns:
         The file.
+
+    Raises:
+        UnusableFileError: there is a file that can't be used; it is left alone.
     """
     entry: dict[str, Any] = {
         name: astuple(getattr(config, name))
@@ -108,15 +156,16 @@ def save(device: str, operands: str, dim: int, config: configs.Config, about: di
     entry["fused"] = [[astuple(tile) for tile in tiles] for tiles in config.fused]
     file = cache_file()
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    entries = _read() | {key(device, operands, dim): entry | {"about": about}}  # others' included
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            json.dump({"version": VERSION, "entries": entries}, stream, indent=1)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with _lock(file):
+        entries = _read() | {key: entry | {"about": about}}  # others' included
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".part")
+        try:
+            with os.fdopen(descriptor, "w") as stream:
+                json.dump({"version": VERSION, "entries": entries}, stream, indent=1)
+            os.replace(temporary, file)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     forget()
     return file
 
