@@ -422,9 +422,10 @@ def tiles(run: Run, details: Details, name: str, mode_name: str) -> None:
     """Candidates of tile sizes; the user's cache of tuned tiles is not written to."""
     shape, mode = run.shape(name), MODES[mode_name]
     tuning = importlib.import_module("fused_margin.tuning")
+    x, compute = mode.dtypes.x, mode.dtypes.compute
     tuned = tuning.tune(
-        shape.num_rows, shape.num_classes, shape.dim, dtype=mode.dtypes.compute,
-        weight_dtype=mode.dtypes.w, device=run.device.type,
+        shape.num_rows, shape.num_classes, shape.dim, dtype=x, weight_dtype=mode.dtypes.w,
+        autocast=None if compute is x else compute, device=run.device.type,
         seconds=min(60.0, 0.8 * run.left()), save=False,
     )  # fmt: skip
     details |= {"shape": dataclasses.asdict(shape), "mode": mode_name}

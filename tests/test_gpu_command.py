@@ -457,7 +457,8 @@ def test_tiles(b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, new_file: Pa
     assert sizes == (16, 300, 32)
     assert options.pop("seconds") == pytest.approx(60.0)
     assert options == {
-        "dtype": torch.bfloat16, "weight_dtype": torch.float32, "device": "cpu", "save": False,
+        "dtype": torch.float32, "weight_dtype": torch.float32, "autocast": torch.bfloat16,
+        "device": "cpu", "save": False,
     }  # fmt: skip
     assert details["tiles"] == [{"kernel": "forward", "milliseconds": 1.0}]
     assert details["config"] == "best"
