@@ -199,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit-mib", type=float, help="exit with status 1 above this")
     harness.add_output_options(parser)
     settings = parser.parse_args(arguments)
+    if min(settings.n, settings.c, settings.d) < 1:
+        parser.error(f"sizes must be at least 1, got {settings.n}, {settings.c}, {settings.d}")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     try:

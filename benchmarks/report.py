@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import baselines, cpu, harness
 from benchmarks.harness import MIB
+from benchmarks.scaling import larger_half
 from benchmarks.shapes import SHAPES
 
 DEFAULTS = {"n": 256, "c": cpu.CLASSES, "d": cpu.DIM}  # of benchmarks.cpu
@@ -381,13 +382,15 @@ def _scaling_sweep(
         )
 
     chart("Time of forward + backward", "ms", _times)
-    stated = [
-        f"{SHORT[key]} {symbol}^{slope:.2f}" for key, slope in slopes.items() if slope is not None
-    ]
+    stated = []
+    for key, slope in slopes.items():
+        half = larger_half(sorted(p[size_key] for p in points if key in p["results"]))
+        if slope is not None:
+            stated.append(f"{SHORT[key]} {symbol}^{slope:.2f} ({half[0]:,} to {half[-1]:,})")
     if stated:
         report.add(
-            f"Over the larger half of the range, time grows as: {', '.join(stated)}"
-            " (slope of the fitted line in the logarithms)."
+            f"Time grows as: {', '.join(stated)}. That is the slope of the fitted line in the"
+            " logarithms, over the larger half of the sizes that each was measured at."
         )
     if any(_peak(point, "ours")[0] is not None for point in points):
         chart("Memory above x, W and dW", "MiB", _peak)

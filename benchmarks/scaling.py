@@ -139,13 +139,19 @@ def measure(point: Point, seconds: float, *, with_memory: bool) -> dict[str, Any
     }
 
 
+def larger_half(sizes: Sequence[int]) -> list[int]:
+    """The sizes above the geometric middle of their range."""
+    middle = math.sqrt(min(sizes, default=1) * max(sizes, default=1))
+    return [size for size in sizes if size >= middle]
+
+
 def slope(sizes: Sequence[int], values: Sequence[float]) -> float | None:
     """Exponent of growth over the larger half of the sizes; None if there are fewer than three.
 
-    The half above the geometric middle of the range, by a least-squares line in logarithms.
+    By a least-squares line in logarithms.
     """
-    middle = math.sqrt(min(sizes, default=1) * max(sizes, default=1))
-    upper = [(size, value) for size, value in zip(sizes, values, strict=True) if size >= middle]
+    half = larger_half(sizes)
+    upper = [(size, value) for size, value in zip(sizes, values, strict=True) if size in half]
     if len(upper) < 3:
         return None
     logs = [(math.log(size), math.log(value)) for size, value in upper]

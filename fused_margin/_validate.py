@@ -266,7 +266,7 @@ def memory_budget(value: int | None) -> int | None:
         raise ValueError(
             f"memory_budget must be >= 0 bytes, got {value}; None stands for the default"
         )
-    return value
+    return min(value, 2**63 - 1)  # what the operator's schema holds
 
 
 def fixed_adacos_classes(num_classes: int) -> int:

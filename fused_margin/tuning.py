@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,11 +48,14 @@ class Tuned:
         rows: one dict for each candidate: ``kernel``, ``tile`` (its fields), ``milliseconds`` of
             the forward, or of forward and backward, or ``error``.
         complete: False if time ran out before every candidate was tried.
+        saved_as: the file, and the key in it, which says what the tiles are for; None if nothing
+            was to be saved, or no candidate was timed.
     """
 
     config: Config
     rows: list[dict[str, Any]]
     complete: bool
+    saved_as: tuple[Path, str] | None
 
 
 def _candidates(
@@ -251,13 +255,15 @@ def tune(
             if row["milliseconds"] < fastest.get(kernel, float("inf")):
                 fastest[kernel] = row["milliseconds"]
                 best = trial
+    saved_as = None
     if save and fastest:
         about = {
             "n": num_rows, "c": num_classes, "d": embedding_size,
             "milliseconds": fastest, "complete": complete,
         }  # fmt: skip
-        tuned.save(launch.tuned_key(x, w, p), best, about)
-    return Tuned(best, rows, complete)
+        key = launch.tuned_key(x, w, p)
+        saved_as = tuned.save(key, best, about), key
+    return Tuned(best, rows, complete, saved_as)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -277,6 +283,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="time limit (%(default)s)")
     parser.add_argument("--no-save", action="store_true", help="only print")
     settings = parser.parse_args(arguments)
+    if min(settings.n, settings.c, settings.d) < 1:
+        parser.error(f"sizes must be at least 1, got {settings.n}, {settings.c}, {settings.d}")
+    kind = torch.device(settings.device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU: torch.cuda.is_available() is false")
+    if kind == "cpu" and not _validate.INTERPRETED:
+        parser.error("a CPU runs the kernels only in Triton's interpreter: TRITON_INTERPRET=1")
     result = tune(
         settings.n,
         settings.c,
@@ -292,6 +305,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{row['kernel']:17} {tuple(row['tile'].values())!s:26} {outcome}")
     if not result.complete:
         print(f"stopped after {settings.seconds:g} s, before every candidate", file=sys.stderr)
+    if result.saved_as is None:
+        print("nothing saved")
+    else:
+        file, key = result.saved_as
+        print(f"the fastest of each kernel saved to {file}, for {key}")
 
 
 if __name__ == "__main__":

@@ -288,9 +288,29 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         "--no-save",
     ]
     tuning.main(arguments)
-    lines = capsys.readouterr().out.splitlines()
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last == "nothing saved"
     kernels = [line.split()[0] for line in lines]
     assert len(set(kernels)) == 6
     assert len(lines) == 10, "two for each, but one where D cuts the others down"
     assert all(" ms" in line for line in lines)
     assert not tuned.cache_file().exists()
+    tuning.main(arguments[:-1])
+    assert f"saved to {tuned.cache_file()}, for interpreter, triton" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cpu", "--n", "0"], "sizes must be at least 1, got 0, 100000, 512"),
+        (["--device", "cuda"], "no GPU: torch.cuda.is_available() is false"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    if arguments[1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.raises(SystemExit, match="2"):
+        tuning.main(arguments)
+    assert message in capsys.readouterr().err
