@@ -224,15 +224,21 @@ def careful_loss(x: Tensor, w: Tensor, labels: Tensor, margin: float, scale: flo
     return F.cross_entropy(cosines * scale, labels)
 
 
-def careful(problem: Problem) -> Contender:
-    """Bind `careful_loss` in eager mode."""
+def _bind_careful(
+    problem: Problem, name: str, compute: Callable[..., Tensor] = careful_loss
+) -> Contender:
     x, w = _leaves(problem)
     return Contender(
-        "careful eager",
-        lambda: careful_loss(x, w, problem.labels, problem.margin, problem.scale),
+        name,
+        lambda: compute(x, w, problem.labels, problem.margin, problem.scale),
         (x, w),
         autocast=problem.autocast,
     )
+
+
+def careful(problem: Problem) -> Contender:
+    """Bind `careful_loss` in eager mode."""
+    return _bind_careful(problem, "careful eager")
 
 
 def compiled(problem: Problem) -> Contender:
@@ -240,13 +246,7 @@ def compiled(problem: Problem) -> Contender:
     # Without the reset, the limit on recompilations of one function would end a series of shapes.
     torch.compiler.reset()
     compiled_loss = torch.compile(careful_loss, fullgraph=True, dynamic=False)
-    x, w = _leaves(problem)
-    return Contender(
-        "torch.compile",
-        lambda: compiled_loss(x, w, problem.labels, problem.margin, problem.scale),
-        (x, w),
-        autocast=problem.autocast,
-    )
+    return _bind_careful(problem, "torch.compile", compiled_loss)
 
 
 def usual(problem: Problem) -> Contender:

@@ -97,18 +97,16 @@ def chosen_strategy(shape: Shape, mode: Mode, device: torch.device) -> str:
     """The strategy that the package itself takes where it may keep nothing."""
     if device.type != "cuda":
         return "cpu"
-    launch = importlib.import_module("fused_margin._triton.launch")
+    planning = importlib.import_module("fused_margin._triton.planning")
     sizes = (shape.num_rows, shape.num_classes, shape.dim)
-    return launch.strategy_for(*sizes, _config(mode, device), kept_bytes=1, budget=0)
+    return planning.strategy_for(*sizes, _config(mode, device), kept_bytes=1, budget=0)
 
 
 def family(device: torch.device) -> str:
     """The device's architecture family, by which the package chooses tiles and strategies."""
     configs = importlib.import_module("fused_margin._triton.configs")
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return configs.family("hip", properties.gcnArchName.split(":")[0])
-    return configs.family("cuda", 10 * properties.major + properties.minor)
+    planning = importlib.import_module("fused_margin._triton.planning")
+    return configs.family(*planning.architecture(device))
 
 
 @contextlib.contextmanager
@@ -118,8 +116,8 @@ def forced(strategy: str | None, mode: Mode) -> Iterator[None]:
     torch.set_float32_matmul_precision(mode.precision)
     try:
         if strategy in ("chunked", "fused"):
-            launch = importlib.import_module("fused_margin._triton.launch")
-            with launch.override(strategy=strategy):
+            planning = importlib.import_module("fused_margin._triton.planning")
+            with planning.override(strategy=strategy):
                 yield
         else:
             yield

@@ -19,6 +19,7 @@ import math
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Tuned", "tune"]
 
+FUSED = ("fused_weight", "fused_embeddings")  # in the order of `Config.fused`
 WARM_UPS, REPEATS = 2, 7
 TOLERANCE = {"bf16": 2e-2, "fp16": 5e-3, "tf32": 5e-3, "ieee": 1e-4, "fp64": 1e-9}
 
@@ -60,13 +62,14 @@ class Tuned:
 
 def _candidates(
     config: Config, operands: str, num_rows: int, num_classes: int, dim: int
-) -> Iterator[tuple[str, str, Tile, Config]]:
-    """(kernel, strategy, tile, configuration with it): the present tile of each kernel, and others.
+) -> Iterator[tuple[str, Tile]]:
+    """(kernel, tile): the present tile of each kernel, and others.
 
     The kernels take turns, so that each has had some when time runs out. A tile that this N, C or D
     would cut down is left out: it would be saved untried.
     """
     from fused_margin._triton import configs
+    from fused_margin._triton.planning import power_of_two
 
     has_matrix_unit = operands in ("bf16", "fp16", "tf32")
     wide = [
@@ -82,49 +85,38 @@ def _candidates(
         for warps, stages in ((8, 2), (4, 2), (8, 3), (4, 3), (4, 1))
     ]
 
-    def cut(size: int, tile_size: int) -> bool:
-        return tile_size > max(16, 1 << (size - 1).bit_length())
+    def turn(kernel: str, present: Tile, others: list[Tile], rows: int, columns: int):
+        """The present tile, and those of the others that rows and columns don't cut down."""
+        yield kernel, present
+        for tile in others:
+            fits = (
+                power_of_two(rows, tile.rows) == tile.rows
+                and power_of_two(columns, tile.columns) == tile.columns
+            )
+            if tile != present and fits:
+                yield kernel, tile
 
-    turns: list[list[tuple[str, str, Tile, Config]]] = []
-    for kernel in ("gradient", "forward", "weight", "embeddings"):
-        of_d = kernel in ("weight", "embeddings")
-        present = getattr(config, kernel)
-        rows_of, columns_of = (
-            num_classes if kernel == "weight" else num_rows,
-            dim if of_d else num_classes,
-        )
-        turns.append(
-            [
-                (kernel, "chunked", tile, replace(config, **{kernel: tile}))
-                for tile in (present, *(tile for tile in wide if tile != present))
-                if tile == present or not (cut(rows_of, tile.rows) or cut(columns_of, tile.columns))
-            ]
-        )
-    tiles = config.fused_tiles(dim)
-    for position, kernel in enumerate(("fused_weight", "fused_embeddings") if tiles else ()):
-        assert tiles is not None
-        present, turn = tiles[position], []
-        others = (configs.Tile(r, c, present.inner, *more) for r, c, *more in narrow)
-        for tile in (present, *(tile for tile in others if tile != present)):
-            if tile == present or not (cut(num_rows, tile.rows) or cut(num_classes, tile.columns)):
-                pair = (tile, tiles[1]) if position == 0 else (tiles[0], tile)
-                fused = tuple(pair if old == tiles else old for old in config.fused)
-                turn.append((kernel, "fused", tile, replace(config, fused=fused)))
-        turns.append(turn)
+    turns = [
+        turn("gradient", config.gradient, wide, num_rows, num_classes),
+        turn("forward", config.forward, wide, num_rows, num_classes),
+        turn("weight", config.weight, wide, num_classes, dim),
+        turn("embeddings", config.embeddings, wide, num_rows, dim),
+    ]
+    for kernel, present in zip(FUSED, config.fused_tiles(dim) or (), strict=False):
+        others = [configs.Tile(r, c, present.inner, *more) for r, c, *more in narrow]
+        turns.append(turn(kernel, present, others, num_rows, num_classes))
     for one_each in zip_longest(*turns):
         yield from (candidate for candidate in one_each if candidate is not None)
 
 
-def _merge(best: Config, candidate: Config, kernel: str, dim: int) -> Config:
-    """``best`` with the candidate's tile of ``kernel``."""
-    if not kernel.startswith("fused"):
-        return replace(best, **{kernel: getattr(candidate, kernel)})
-    position = ("fused_weight", "fused_embeddings").index(kernel)
-    new, old = candidate.fused_tiles(dim), best.fused_tiles(dim)
-    assert new is not None
-    assert old is not None
-    pair = (new[0], old[1]) if position == 0 else (old[0], new[1])
-    return replace(best, fused=tuple(pair if tiles == old else tiles for tiles in best.fused))
+def _with_tile(config: Config, kernel: str, tile: Tile, dim: int) -> Config:
+    """``config`` with another tile for ``kernel``."""
+    if kernel not in FUSED:
+        return replace(config, **{kernel: tile})
+    present = config.fused_tiles(dim)
+    assert present is not None
+    pair = (tile, present[1]) if kernel == FUSED[0] else (present[0], tile)
+    return replace(config, fused=tuple(pair if old == present else old for old in config.fused))
 
 
 def _relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -194,7 +186,8 @@ def tune(
     """
     device = torch.device(device)
     _validate.backend("triton", device)
-    from fused_margin._triton import launch, tuned
+    from fused_margin._triton import planning, tuned
+    from fused_margin._triton.launch import guard
 
     deadline = time.monotonic() + seconds
     generator = torch.Generator().manual_seed(0)
@@ -212,8 +205,8 @@ def tune(
         x = normal(num_rows, embedding_size).to(device, dtype).requires_grad_()
         labels = torch.randint(num_classes, (num_rows,), generator=generator, device="cpu")
         labels = labels.to(device)
-        stack.enter_context(launch.guard(x))
-        stack.enter_context(launch.tuning_flag())
+        stack.enter_context(guard(x))
+        stack.enter_context(_tuning())
 
         def forward() -> torch.Tensor:
             return functional.arcface(x, w, labels, backend="triton")
@@ -222,22 +215,20 @@ def tune(
             loss = forward()
             return loss.detach(), *torch.autograd.grad(loss, (x, w))
 
-        p = launch.plan(x, w, compute_dtype(x, w))
+        p = planning.plan(x, w, compute_dtype(x, w))
         best, rows, complete = p.config, [], True
-        with launch.override("chunked", best):
+        with planning.override("chunked", best):
             expected = step()
         fastest: dict[str, float] = {}
-        for kernel, strategy, tile, candidate in _candidates(
-            best, p.operands, num_rows, num_classes, embedding_size
-        ):
+        for kernel, tile in _candidates(best, p.operands, num_rows, num_classes, embedding_size):
             if time.monotonic() > deadline:
                 complete = False
                 break
-            trial = _merge(best, candidate, kernel, embedding_size)
+            trial = _with_tile(best, kernel, tile, embedding_size)
             row: dict[str, Any] = {"kernel": kernel, "tile": asdict(tile)}
             rows.append(row)
             try:
-                with launch.override(strategy, trial):
+                with planning.override("fused" if kernel in FUSED else "chunked", trial):
                     worst = max(map(_relative_error, step(), expected))
                     if not worst <= TOLERANCE[p.operands]:
                         row["error"] = f"relative error {worst:.1e} against the default tiles"
@@ -249,7 +240,7 @@ def tune(
                         row["milliseconds"] = _timed(device, step)
             except torch.AcceleratorError:
                 raise  # the device's state is lost
-            except (*launch.FAILURES, RuntimeError) as error:  # memory, or a pass of the compiler
+            except (*planning.FAILURES, RuntimeError) as error:  # memory, or a pass of the compiler
                 row["error"] = f"{type(error).__name__}: {error}"
                 continue
             if row["milliseconds"] < fastest.get(kernel, float("inf")):
@@ -261,9 +252,49 @@ def tune(
             "n": num_rows, "c": num_classes, "d": embedding_size,
             "milliseconds": fastest, "complete": complete,
         }  # fmt: skip
-        key = launch.tuned_key(x, w, p)
+        key = tuned.key(*planning.tuned_for(x, w, p))
         saved_as = tuned.save(key, best, about), key
     return Tuned(best, rows, complete, saved_as)
+
+
+_is_tuning = False
+_tried: set[str] = set()  # keys that `tune_once` has tuned, or failed to, in this process
+
+
+@contextlib.contextmanager
+def _tuning() -> Iterator[None]:
+    """Keep the calls inside from tuning on demand."""
+    global _is_tuning
+    before, _is_tuning = _is_tuning, True
+    try:
+        yield
+    finally:
+        _is_tuning = before
+
+
+def tune_once(x: torch.Tensor, w: torch.Tensor, compute: torch.dtype) -> None:
+    """Tune for this call if nothing is saved for it; not while a graph is being captured."""
+    if _is_tuning or not x.shape[0]:
+        return
+    from fused_margin._triton import planning, tuned
+    from fused_margin._triton.launch import guard
+
+    with guard(x):
+        if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return
+    p = planning.default_plan(x, w, compute)
+    call = planning.tuned_for(x, w, p)
+    key = tuned.key(*call)
+    if key in _tried or tuned.load(*call) is not None:
+        return
+    _tried.add(key)
+    shape = (x.shape[0], *w.shape)
+    print(f"fused_margin: tuning tiles for N, C, D = {shape}, {p.operands}", file=sys.stderr)
+    autocast = compute if p.accumulate is torch.float32 and compute is not x.dtype else None
+    try:
+        tune(*shape, dtype=x.dtype, weight_dtype=w.dtype, autocast=autocast, device=x.device)
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        warnings.warn(f"tuning failed, training goes on without: {error}", stacklevel=2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -33,6 +33,15 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny work on two threads is mostly waiting for the second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def poison() -> Iterator[None]:
     """Memory from `torch.empty` is NaN for the duration of the test."""
     with poisoned_memory():

@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
 HAS_PEAK = Path("/proc/self/clear_refs").exists()
 HAS_LCE = hasattr(F, "linear_cross_entropy")
@@ -46,15 +46,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny work on two threads is mostly waiting for the second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -787,8 +778,6 @@ def test_report_refuses_an_empty_folder(load, tmp_path: Path) -> None:
 
 def test_committed_report_is_that_of_the_committed_results(load) -> None:
     document = ROOT / "docs" / "benchmarks.md"
-    if not document.exists():
-        pytest.skip("docs/benchmarks.md is not there yet: make bench-report")
     report = load("report")
     built = report.build(report.load(ROOT / "benchmarks" / "results"))
     assert document.read_text(encoding="utf-8") == built.text(), "stale: make bench-report"

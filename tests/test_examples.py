@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 digits_data: Any = importlib.import_module("digits_data")
@@ -81,15 +82,6 @@ def write_mnist(root: Path, rename: Callable[[str], str] = str, zipped: bool = F
             content = idx_bytes(array)
             path = root / rename(f"{split}-{kind}")
             path.write_bytes(gzip.compress(content) if zipped else content)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Don't wait for a second thread, which batches as small as these don't need."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -88,15 +88,15 @@ def test_many_classes(mode: Mode) -> None:
 @pytest.mark.parametrize("strategy", ["chunked", "fused", "kept"])
 @pytest.mark.parametrize("mode", [FP32, *HALF_MODES], ids=str)
 def test_strategies(strategy: str, mode: Mode) -> None:
-    from fused_margin._triton import launch
+    from fused_margin._triton import planning
 
     given = problem(100, 1000, 64)
     with torch.no_grad():
         x, w = given.x.to(CUDA, mode.embeddings), given.w.to(CUDA, mode.weight)
-        config = launch.plan(x, w, mode.autocast or mode.embeddings).config
+        config = planning.plan(x, w, mode.autocast or mode.embeddings).config
     if strategy == "fused" and config.fused_tiles(64) is None:
         pytest.skip("no fused tiles for this operand type")
-    with launch.override(strategy):
+    with planning.override(strategy):
         check_loss(ARCFACE, given, mode, "triton", device=CUDA, reduction="none")
         check_loss(COSFACE, given, mode, "triton", device=CUDA, reduction="mean")
 

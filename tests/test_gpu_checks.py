@@ -103,8 +103,8 @@ def test_a_strategy_is_forced_on_forward_and_backward(
         yield
         active.pop()
 
-    launch = SimpleNamespace(override=override)
-    monkeypatch.setitem(sys.modules, "fused_margin._triton.launch", launch)
+    planning = SimpleNamespace(override=override)
+    monkeypatch.setitem(sys.modules, "fused_margin._triton.planning", planning)
     mode = b.gpu_checks.MODES["tf32"]
     bound = b.gpu_checks.bind(mode.problem(4, 10, 8, torch.device("cpu")), mode, "chunked")
     compute_loss = bound.compute_loss

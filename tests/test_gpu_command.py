@@ -172,7 +172,7 @@ def test_steps_that_hang_or_crash_do_not_stop_the_others(
         "        Step('first', lambda details: details.update(value=1)),\n"
         "        Step('check/crash', lambda details: os._exit(3), is_check=True),\n"
         "        Step('hang', lambda details: time.sleep(1000), limit=0.5),\n"
-        "        Step('error', lambda details: [][0] if False else int('x')),\n"
+        "        Step('error', lambda details: int('x')),\n"
         "        Step('last', lambda details: details.update(value=2)),\n"
         "    ]\n"
         "gpu_worker.plan = plan"

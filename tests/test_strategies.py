@@ -33,10 +33,10 @@ from fused_margin import _ops
 launch = pytest.importorskip(
     "fused_margin._triton.launch", reason="Triton has no wheel for this platform"
 )
-from fused_margin._triton import configs  # noqa: E402  # after the check that Triton is there
+from fused_margin._triton import configs, planning  # noqa: E402  # after the check that Triton is there
 
 pytestmark = pytest.mark.usefixtures("poison")
-STRATEGIES = launch.STRATEGIES
+STRATEGIES = planning.STRATEGIES
 DEVICE = device_of("triton")
 NONE: dict[str, Any] = {"reduction": "none"}
 # within and beyond one tile of rows, classes and dimensions, and within the fused tiles' D
@@ -45,14 +45,14 @@ SHAPES = ((7, 10, 3), (17, 41, 24), (33, 150, 40))
 
 @pytest.fixture(params=STRATEGIES)
 def strategy(request: pytest.FixtureRequest) -> Iterator[str]:
-    with launch.override(request.param):
+    with planning.override(request.param):
         yield request.param
 
 
 def _skip_without_tiles(strategy: str, mode: Mode) -> None:
     x = torch.empty(1, 8, dtype=mode.embeddings, device=DEVICE)
     w = torch.empty(1, 8, dtype=mode.weight, device=DEVICE)
-    config = launch.plan(x, w, mode.autocast or mode.embeddings).config
+    config = planning.plan(x, w, mode.autocast or mode.embeddings).config
     if strategy == "fused" and config.fused_tiles(40) is None:
         pytest.skip("this device has no fused tiles for this operand type")
 
@@ -102,15 +102,15 @@ def test_only_what_is_needed(strategy: str, needs: tuple[bool, bool, bool]) -> N
 @pytest.mark.parametrize("strategy_name", ["chunked", "kept"])
 def test_several_chunks(monkeypatch: pytest.MonkeyPatch, strategy_name: str) -> None:
     monkeypatch.setattr(launch, "CHUNK_BYTES", 33 * 8 * 64)
-    with launch.override(strategy_name):
+    with planning.override(strategy_name):
         check_loss(ARCFACE, problem(33, 150, 40), FP64, "triton", **NONE)
 
 
 def test_kept_blocks_may_differ_from_the_backward_s() -> None:
     given = problem(33, 150, 40)
-    base = launch.plan(given.x.to(DEVICE), given.w.to(DEVICE), torch.float64).config
+    base = planning.plan(given.x.to(DEVICE), given.w.to(DEVICE), torch.float64).config
     tile = dataclasses.replace(base.gradient, columns=16, rows=32)
-    with launch.override("kept", dataclasses.replace(base, gradient=tile)):
+    with planning.override("kept", dataclasses.replace(base, gradient=tile)):
         check_loss(ARCFACE, given, FP64, "triton", **NONE)
 
 
@@ -160,7 +160,7 @@ def test_the_rule() -> None:
         budget: int = 0,
     ) -> str:
         config = configs.config("sm_90", operands)
-        return launch.strategy_for(num_rows, num_classes, dim, config, kept, budget)
+        return planning.strategy_for(num_rows, num_classes, dim, config, kept, budget)
 
     assert chosen(512, 360_232, 512) == "chunked"
     assert chosen(512, 360_232, 64) == "fused"
@@ -174,8 +174,8 @@ def test_the_rule() -> None:
 
 def test_a_strategy_that_is_not_there() -> None:
     with pytest.raises(ValueError, match=r"strategy must be one of .*, got 'fast'"):
-        launch.override("fast").__enter__()
-    with launch.override("fused"), pytest.raises(ValueError, match="no fused tiles for D = 300"):
+        planning.override("fast").__enter__()
+    with planning.override("fused"), pytest.raises(ValueError, match="no fused tiles for D = 300"):
         run(ARCFACE, problem(3, 5, 300), FP32, "triton")
 
 

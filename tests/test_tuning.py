@@ -16,7 +16,7 @@ import fused_margin.functional as fmf
 from fused_margin import _validate, tuning
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-from fused_margin._triton import configs, launch, tuned  # after the check for Triton
+from fused_margin._triton import configs, launch, planning, tuned  # after the check for Triton
 
 pytestmark = pytest.mark.skipif(
     not _validate.INTERPRETED, reason="the interpreter's tiles are tuned here, not a GPU's"
@@ -55,7 +55,7 @@ def _default() -> configs.Config:
 
 def _plan() -> configs.Config:
     x, w = torch.randn(3, 5), torch.randn(7, 5)
-    return launch.plan(x, w, torch.float32).config
+    return planning.plan(x, w, torch.float32).config
 
 
 @pytest.mark.usefixtures("few")
@@ -85,7 +85,7 @@ OTHER = dataclasses.replace(
 
 
 def _save(config: configs.Config = OTHER, operands: str = "ieee") -> None:
-    key = tuned.key("interpreter", operands, "float32", "float32", 3, 5)
+    key = tuned.key("interpreter", operands, torch.float32, torch.float32, 3, 5)
     tuned.save(key, config, {})
 
 
@@ -94,7 +94,7 @@ def test_the_choice_is_for_its_dtypes_and_range() -> None:
     assert _plan() == OTHER
 
     def config(x: torch.Tensor, w: torch.Tensor) -> configs.Config:
-        return launch.plan(x, w, x.dtype).config
+        return planning.plan(x, w, x.dtype).config
 
     assert config(torch.randn(16, 16), torch.randn(7, 16)) == OTHER
     assert config(torch.randn(3, 17), torch.randn(7, 17)) == _default(), "another range of D"
@@ -138,7 +138,7 @@ def test_a_wrong_candidate_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> N
 
     def candidates(config: configs.Config, operands: str, *sizes: int):
         for tile in (config.gradient, wrong):
-            yield "gradient", "chunked", tile, dataclasses.replace(config, gradient=tile)
+            yield "gradient", tile
 
     monkeypatch.setattr(launch, "_chunked", corrupting)
     monkeypatch.setattr(tuning, "_candidates", candidates)
@@ -205,16 +205,16 @@ def test_no_candidate_is_cut_down() -> None:
     base = configs.config("sm_90", "bf16")
     for num_rows, num_classes, dim in ((16, 100_000, 512), (512, 10, 512), (512, 100_000, 32)):
         candidates = list(tuning._candidates(base, "bf16", num_rows, num_classes, dim))
-        for kernel, _, tile, _ in candidates:
+        for kernel, tile in candidates:
             present = {base.forward, base.gradient, base.weight, base.embeddings}
             fused = base.fused_tiles(dim)
             if tile in present or (fused and tile in fused):
                 continue
             rows = num_classes if kernel == "weight" else num_rows
             columns = dim if kernel in ("weight", "embeddings") else num_classes
-            assert tile.rows <= launch.power_of_two(rows, tile.rows)
-            assert tile.columns <= launch.power_of_two(columns, tile.columns)
-    first = [kernel for kernel, *_ in tuning._candidates(base, "bf16", 512, 100_000, 64)][:6]
+            assert tile.rows <= planning.power_of_two(rows, tile.rows)
+            assert tile.columns <= planning.power_of_two(columns, tile.columns)
+    first = [kernel for kernel, _ in tuning._candidates(base, "bf16", 512, 100_000, 64)][:6]
     assert len(set(first)) == 6, "kernels take turns"
 
 
@@ -227,7 +227,7 @@ def test_tuning_on_demand(
     context: Any,
 ) -> None:
     """Only with the variable, and only once."""
-    monkeypatch.setattr(launch, "_tried", set())
+    monkeypatch.setattr(tuning, "_tried", set())
     x, w = torch.randn(3, 5, requires_grad=True), torch.randn(7, 5)
     labels = torch.randint(7, (3,))
     fmf.arcface(x, w, labels, backend="triton").backward()
@@ -245,7 +245,7 @@ def test_tuning_on_demand(
 @pytest.mark.usefixtures("few")
 def test_tuning_on_demand_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """The entry is for the dtypes of the call."""
-    monkeypatch.setattr(launch, "_tried", set())
+    monkeypatch.setattr(tuning, "_tried", set())
     monkeypatch.setenv("FUSED_MARGIN_TUNE", "1")
     x, w = torch.randn(3, 5), torch.randn(7, 5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -259,7 +259,7 @@ def test_where_nothing_can_be_saved(directory: Path, monkeypatch: pytest.MonkeyP
     """Training goes on, and the next step doesn't try again."""
     directory.mkdir()
     (directory / "tiles.json").write_text("broken")
-    monkeypatch.setattr(launch, "_tried", set())
+    monkeypatch.setattr(tuning, "_tried", set())
     monkeypatch.setenv("FUSED_MARGIN_TUNE", "1")
     x, w, labels = torch.randn(3, 5), torch.randn(7, 5), torch.randint(7, (3,))
     with (

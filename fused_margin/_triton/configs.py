@@ -49,6 +49,7 @@ class Config:
         return next((tiles for tiles in self.fused if dim <= tiles[0].inner), None)
 
 
+KERNELS = ("forward", "gradient", "weight", "embeddings")  # of `Config`, beside the fused
 OPERANDS = ("bf16", "fp16", "tf32", "ieee", "fp64")
 
 
@@ -90,7 +91,7 @@ _TINY = Config(
 
 
 def _shallow(config: Config, stages: int) -> Config:
-    tiles = (config.forward, config.gradient, config.weight, config.embeddings)
+    tiles = (getattr(config, kernel) for kernel in KERNELS)
     fused = tuple(
         (replace(w, num_stages=stages), replace(x, num_stages=stages)) for w, x in config.fused
     )

@@ -1,24 +1,15 @@
-"""Launches the kernels: allocation, grids and tiles. No mathematics."""
+"""Launches the kernels: allocation and grids. No mathematics, and no choices: see `planning`."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import sys
-import threading
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources, PTXASError
 
-from fused_margin._numerics import accumulation_dtype
-from fused_margin._triton import configs, tuned
+from fused_margin._triton import configs
 from fused_margin._triton.backward import (
     embeddings_kernel,
     finish_kernel,
@@ -28,6 +19,15 @@ from fused_margin._triton.backward import (
     weight_kernel,
 )
 from fused_margin._triton.forward import forward_kernel
+from fused_margin._triton.planning import (
+    TRITON_DTYPE,
+    Plan,
+    kept_parts,
+    kept_shape,
+    plan,
+    power_of_two,
+    strategy_for,
+)
 from fused_margin.margins import NO_MARGIN, Margin
 
 Tensor = torch.Tensor
@@ -35,257 +35,10 @@ Tensor = torch.Tensor
 # Bytes of the chunk of G that the backward keeps at a time, and of all partials of d_x.
 CHUNK_BYTES = 32 << 20
 PARTIAL_BYTES = 64 << 20
-# Up to this many cosines a step is bound by its launches, of which the fused backward has fewest.
-LAUNCH_BOUND = 1 << 20
-# Up to this D the fused backward reads less per cosine than the chunked one writes and reads.
-FUSED_DIM = 64
 # Rows and columns that a program of `finish_kernel` works on at a time.
 FINISH_ROWS, FINISH_COLUMNS = 16, 128
-# Programs in a sweep under the interpreter, so that merges are exercised there too.
-INTERPRETER_PROGRAMS = 3
-FAILURES = (CompilationError, OutOfResources, PTXASError)  # of tiles that don't fit a device
-is_tuning = False  # while `fused_margin.tuning` tries candidates
 # For tests: the order in which the interpreter runs the splits of the forward sweep.
 ROTATION = 0
-
-_TRITON_DTYPE = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-
-
-@functools.cache
-def _device(index: int | None) -> tuple[str, bool, int]:
-    """Family, whether it has TF32 products, and how many programs run at once."""
-    if index is None:
-        return "interpreter", True, INTERPRETER_PROGRAMS
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip is not None:
-        arch = properties.gcnArchName.split(":")[0]
-        return configs.family("hip", arch), arch == "gfx942", properties.multi_processor_count
-    arch = 10 * properties.major + properties.minor
-    return configs.family("cuda", arch), arch >= 80, properties.multi_processor_count
-
-
-@functools.cache
-def _name(index: int | None) -> str:
-    return "interpreter" if index is None else torch.cuda.get_device_name(index)
-
-
-def device_name(x: Tensor) -> str:
-    """The name of the tensor's device, for which tiles are tuned."""
-    return _name(x.device.index if x.device.type == "cuda" else None)
-
-
-def power_of_two(size: int, limit: int) -> int:
-    """The smallest block that covers ``size``, at least 16 (a product's minimum), at most limit."""
-    return min(limit, max(16, triton.next_power_of_2(size)))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Dtypes and tiles of one call.
-
-    fp16 lacks the exponents for raw operands and for probabilities: it is normalised before the
-    cast in the cosine tiles, and the two products of the backward run in TF32, in which fp16 values
-    are exact.
-
-    Attributes:
-        accumulate: dtype of sums. compute: dtype of the operands of the cosine product.
-        gradient: dtype of the stored G and of the operands of the backward products.
-        precision: of the cosine product; gradient_precision: of the backward products.
-        operands: the operand type of `configs.OPERANDS` that the tiles are for.
-        programs: how many programs fill the device.
-    """
-
-    accumulate: torch.dtype
-    compute: torch.dtype
-    gradient: torch.dtype
-    precision: str
-    gradient_precision: str
-    operands: str
-    config: configs.Config
-    programs: int
-
-    @property
-    def normalize_first(self) -> bool:
-        """Whether operands are normalised before the cast."""
-        return self.compute is torch.float16
-
-    def constants(self) -> dict[str, Any]:
-        """Constexprs of the kernels with a cosine tile."""
-        return {
-            "ACC": _TRITON_DTYPE[self.accumulate],
-            "COMPUTE": _TRITON_DTYPE[self.compute],
-            "PRECISION": self.precision,
-            "NORMALIZE_FIRST": self.normalize_first,
-        }
-
-
-def plan(x: Tensor, w: Tensor, compute: torch.dtype) -> Plan:
-    """Choose dtypes and tiles from the inputs, the device and the float32 matmul precision."""
-    p = _default_plan(x, w, compute)
-    if _override.config is not None:
-        return replace(p, config=_override.config)
-    config = tuned.load(tuned_key(x, w, p))
-    return p if config is None else replace(p, config=config)
-
-
-def tuned_key(x: Tensor, w: Tensor, p: Plan) -> str:
-    """What the tiles of a call are saved under: all that decides whether and how fast they run."""
-    storage = (str(t.dtype).removeprefix("torch.") for t in (x, w))
-    return tuned.key(device_name(x), p.operands, *storage, *x.shape)
-
-
-def _default_plan(x: Tensor, w: Tensor, compute: torch.dtype) -> Plan:
-    """The plan with the default tiles."""
-    accumulate = accumulation_dtype(x, w)
-    family, has_tf32, programs = _device(x.device.index if x.device.type == "cuda" else None)
-
-    def tiles(operands: str) -> configs.Config:
-        return configs.config(family, operands)
-
-    lowers = torch.get_float32_matmul_precision() != "highest"
-    if accumulate is torch.float64:
-        return Plan(accumulate, torch.float64, torch.float64, "ieee", "ieee", "fp64",
-                    tiles("fp64"), programs)  # fmt: skip
-    tf32 = "tf32" if has_tf32 else "ieee"
-    if compute is torch.bfloat16:
-        return Plan(accumulate, compute, compute, "ieee", "ieee", "bf16",
-                    tiles("bf16"), programs)  # fmt: skip
-    if compute is torch.float16:
-        return Plan(accumulate, compute, torch.float32, "ieee", tf32, "fp16",
-                    tiles("fp16"), programs)  # fmt: skip
-    precision = tf32 if lowers else "ieee"
-    return Plan(accumulate, torch.float32, torch.float32, precision, precision, precision,
-                tiles(precision), programs)  # fmt: skip
-
-
-@contextlib.contextmanager
-def tuning_flag() -> Iterator[None]:
-    """Keep the calls inside from tuning on demand."""
-    global is_tuning
-    before, is_tuning = is_tuning, True
-    try:
-        yield
-    finally:
-        is_tuning = before
-
-
-_tried: set[str] = set()  # keys that `tune_once` has tuned, or failed to, in this process
-
-
-def tune_once(x: Tensor, w: Tensor, compute: torch.dtype) -> None:
-    """Tune for this call if nothing is saved for it; not while a graph is being captured."""
-    if is_tuning or not x.shape[0]:
-        return
-    p = _default_plan(x, w, compute)
-    key = tuned_key(x, w, p)
-    with guard(x):
-        if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return
-    if key in _tried or tuned.load(key) is not None:
-        return
-    _tried.add(key)
-    from fused_margin import tuning
-
-    shape = (x.shape[0], *w.shape)
-    print(f"fused_margin: tuning tiles for N, C, D = {shape}, {p.operands}", file=sys.stderr)
-    autocast = compute if p.accumulate is torch.float32 and compute is not x.dtype else None
-    try:
-        tuning.tune(*shape, dtype=x.dtype, weight_dtype=w.dtype, autocast=autocast, device=x.device)
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        warnings.warn(f"tuning failed, training goes on without: {error}", stacklevel=2)
-
-
-STRATEGIES = ("chunked", "fused", "kept")
-
-
-@dataclass(frozen=True)
-class Override:
-    """What replaces the defaults: a strategy of the backward, tiles."""
-
-    strategy: str | None = None
-    config: configs.Config | None = None
-
-
-_override = Override()
-_override_lock = threading.RLock()
-
-
-@contextlib.contextmanager
-def override(strategy: str | None = None, config: configs.Config | None = None) -> Iterator[None]:
-    """Force a strategy or tiles, in the whole process: for tests, benchmarks and tuning.
-
-    Autograd's own threads have to see it, and other threads see it, too: they must not use the
-    losses meanwhile.
-    """
-    global _override
-    if strategy is not None and strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
-    with _override_lock:
-        before, _override = _override, Override(strategy, config)
-        try:
-            yield
-        finally:
-            _override = before
-
-
-def strategy_for(
-    num_rows: int, num_classes: int, dim: int, config: configs.Config, kept_bytes: int, budget: int
-) -> str:
-    """Which backward a call gets (docs/design.md).
-
-    ``"kept"`` if the forward's exponentials, ``kept_bytes``, are within the caller's budget;
-    ``"fused"`` for small D, and where launches are what a step costs, if there are tiles for D;
-    else ``"chunked"``.
-    """
-    if _override.strategy is not None:
-        if _override.strategy == "fused" and config.fused_tiles(dim) is None:
-            raise ValueError(f"no fused tiles for D = {dim}")
-        return _override.strategy
-    if kept_bytes <= budget:
-        return "kept"
-    is_small = dim <= FUSED_DIM or num_rows * num_classes <= LAUNCH_BOUND
-    return "fused" if is_small and config.fused_tiles(dim) is not None else "chunked"
-
-
-def _kept_bytes(block_c: int, num_rows: int, p: Plan) -> int:
-    """Bytes of a block of classes of the kept exponentials, with its shifts."""
-    return num_rows * (block_c * p.gradient.itemsize + p.accumulate.itemsize)
-
-
-def _kept_block(num_classes: int, p: Plan) -> int:
-    """Classes that share a shift: the default tile's, so that a graph outlives another tuning."""
-    return power_of_two(num_classes, p.config.forward.columns)
-
-
-def kept_shape(x: Tensor, w: Tensor, compute: torch.dtype, budget: int) -> tuple[int, int]:
-    """Shape of the bytes that the forward keeps: blocks of classes, bytes of each.
-
-    All exponentials, a row for each class up to whole blocks, in the dtype of G, come first in
-    memory, then all shifts.
-    """
-    if budget <= 0 and _override.strategy != "kept":
-        return 0, 0
-    # under torch.compile the number of rows may stay symbolic
-    num_rows, dim, num_classes = x.shape[0], int(x.shape[1]), int(w.shape[0])
-    p = _default_plan(x, w, compute)
-    block_c = _kept_block(num_classes, p)
-    blocks, size = triton.cdiv(num_classes, block_c), _kept_bytes(block_c, num_rows, p)
-    chosen = strategy_for(num_rows, num_classes, dim, p.config, blocks * size, budget)
-    return (blocks, size) if chosen == "kept" and num_rows else (0, 0)
-
-
-def _kept_parts(kept: Tensor, num_rows: int, p: Plan) -> tuple[Tensor, Tensor, int]:
-    """The exponentials and the shifts in ``kept``, and the classes of a block."""
-    blocks, size = kept.shape
-    block_c = (size // num_rows - p.accumulate.itemsize) // p.gradient.itemsize
-    end = blocks * block_c * num_rows * p.gradient.itemsize
-    flat = kept.view(-1)
-    return flat[:end].view(p.gradient), flat[end:].view(p.accumulate), block_c
 
 
 def guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -320,7 +73,7 @@ def _forward(
     tile = p.config.forward
     kept = torch.empty(kept_shape(x, w, compute, budget), dtype=torch.uint8, device=x.device)
     exponentials, shifts, kept_block = (
-        _kept_parts(kept, num_rows, p) if kept.numel() else (None, None, 0)
+        kept_parts(kept, num_rows, p) if kept.numel() else (None, None, 0)
     )
     block_n = power_of_two(num_rows, tile.rows)
     block_c = kept_block or power_of_two(num_classes, tile.columns)
@@ -469,9 +222,11 @@ def backward(
     )
     # what was kept goes through the chunks; whether anything is kept was the forward's to decide
     strategy = "kept" if kept.numel() else strategy_for(num_rows, num_classes, dim, p.config, 1, 0)
-    launch = _fused if strategy == "fused" else _chunked
     with guard(x):
-        partial = launch(p, rows, x, w, inv_w, kept, d_x, d_w, need_scale=need_scale)
+        if strategy == "fused":
+            partial = _fused(p, rows, x, w, inv_w, d_x, d_w, need_scale=need_scale)
+        else:
+            partial = _chunked(p, rows, x, w, inv_w, kept, d_x, d_w, need_scale=need_scale)
         d_scale_rows = None
         if partial is not None:
             if need_scale:
@@ -479,7 +234,7 @@ def backward(
             finish_kernel[(triton.cdiv(num_rows, FINISH_ROWS),)](
                 x, partial, scale_tensor, grad_loss, count, d_u, u, inv_x, d_x, d_scale_rows,
                 scale, num_rows, dim, partial.shape[0], *x.stride(), rows.stride_grad,
-                **rows.flags, NEED_X=need_x, NEED_SCALE=need_scale, ACC=_TRITON_DTYPE[p.accumulate],
+                **rows.flags, NEED_X=need_x, NEED_SCALE=need_scale, ACC=TRITON_DTYPE[p.accumulate],
                 BLOCK_N=FINISH_ROWS, BLOCK_D=FINISH_COLUMNS,
                 num_warps=4, num_stages=2, enable_fp_fusion=True,
             )  # fmt: skip
@@ -497,7 +252,6 @@ def _fused(
     x: Tensor,
     w: Tensor,
     inv_w: Tensor,
-    kept: Tensor,
     d_x: Tensor | None,
     d_w: Tensor | None,
     *,
@@ -506,12 +260,11 @@ def _fused(
     """Launch the fused backward; returns the partials of d_x that are still to be merged."""
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     tiles = p.config.fused_tiles(dim)
-    if tiles is None or kept.numel():
+    if tiles is None:
         raise RuntimeError("the fused backward was chosen without tiles for this D")
-    block_d = max(16, triton.next_power_of_2(dim))
     constants = p.constants() | {
-        "GRADIENT": _TRITON_DTYPE[p.gradient], "GRADIENT_PRECISION": p.gradient_precision,
-        "BLOCK_D": block_d,
+        "GRADIENT": TRITON_DTYPE[p.gradient], "GRADIENT_PRECISION": p.gradient_precision,
+        "BLOCK_D": power_of_two(dim, tiles[0].inner),
     }  # fmt: skip
     strides = (*x.stride(), *w.stride(), rows.labels.stride(0), rows.stride_grad)
     if d_w is not None:
@@ -557,9 +310,9 @@ def _chunked(
 ) -> Tensor | None:
     """Launch the chunked backward; returns the partials of d_x that are still to be merged."""
     (num_rows, dim), num_classes = x.shape, w.shape[0]
-    acc = _TRITON_DTYPE[p.accumulate]
+    acc = TRITON_DTYPE[p.accumulate]
     exponentials, shifts, kept_block = (
-        _kept_parts(kept, num_rows, p) if kept.numel() else (None, None, 0)
+        kept_parts(kept, num_rows, p) if kept.numel() else (None, None, 0)
     )
 
     def rows_of(*shape: int, dtype: torch.dtype = p.accumulate) -> Tensor:

@@ -17,6 +17,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 
 from fused_margin._triton import configs
@@ -38,7 +39,7 @@ def cache_file() -> Path:
     return Path(home) / "fused_margin" / "tiles.json"
 
 
-def key(device: str, operands: str, x: str, w: str, num_rows: int, dim: int) -> str:
+def key(device: str, operands: str, x: torch.dtype, w: torch.dtype, num_rows: int, dim: int) -> str:
     """What an entry is for.
 
     Args:
@@ -46,9 +47,10 @@ def key(device: str, operands: str, x: str, w: str, num_rows: int, dim: int) -> 
         x: dtype of the embeddings. w: dtype of the weights.
         num_rows: N, of which the range counts. dim: D, likewise.
     """
+    x_name, w_name = (str(dtype).removeprefix("torch.") for dtype in (x, w))
     rows, columns = (max(16, triton.next_power_of_2(size)) for size in (num_rows, dim))
     return (
-        f"{device}, triton {triton.__version__}, {operands}, x {x}, w {w},"
+        f"{device}, triton {triton.__version__}, {operands}, x {x_name}, w {w_name},"
         f" N <= {rows}, D <= {columns}"
     )
 
@@ -112,15 +114,15 @@ def _tile(values: list[int]) -> configs.Tile:
 
 
 def _config(entry: dict[str, Any]) -> configs.Config:
-    tiles = {name: _tile(entry[name]) for name in ("forward", "gradient", "weight", "embeddings")}
+    tiles = {name: _tile(entry[name]) for name in configs.KERNELS}
     fused = tuple((_tile(w), _tile(x)) for w, x in entry["fused"])
     return configs.Config(**tiles, fused=fused)
 
 
-@functools.lru_cache(maxsize=256)
-def load(key: str) -> configs.Config | None:
-    """The tuned tiles, or None."""
-    entry = _entries().get(key)
+@functools.lru_cache(maxsize=256)  # by what `key` takes: every call of a kernel asks
+def load(*call: Any) -> configs.Config | None:
+    """The tuned tiles for the arguments of `key`, or None."""
+    entry = _entries().get(key(*call))
     return None if entry is None else _config(entry)
 
 
@@ -149,10 +151,7 @@ def save(key: str, config: configs.Config, about: dict[str, Any]) -> Path:
     Raises:
         UnusableFileError: there is a file that can't be used; it is left alone.
     """
-    entry: dict[str, Any] = {
-        name: astuple(getattr(config, name))
-        for name in ("forward", "gradient", "weight", "embeddings")
-    }
+    entry: dict[str, Any] = {name: astuple(getattr(config, name)) for name in configs.KERNELS}
     entry["fused"] = [[astuple(tile) for tile in tiles] for tiles in config.fused]
     file = cache_file()
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,0 +1,236 @@
+"""What a call gets: dtypes, tiles, the strategy of its backward, and what its forward keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from fused_margin._numerics import accumulation_dtype
+from fused_margin._triton import configs, tuned
+
+Tensor = torch.Tensor
+
+# Up to this many cosines a step is bound by its launches, of which the fused backward has fewest.
+LAUNCH_BOUND = 1 << 20
+# Up to this D the fused backward reads less per cosine than the chunked one writes and reads.
+FUSED_DIM = 64
+# Programs in a sweep under the interpreter, so that merges are exercised there too.
+INTERPRETER_PROGRAMS = 3
+FAILURES = (CompilationError, OutOfResources, PTXASError)  # of tiles that don't fit a device
+
+TRITON_DTYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def architecture(device: torch.device | int) -> tuple[str, int | str]:
+    """A GPU as Triton names it and `configs.family` takes it: ("cuda", 90), ("hip", "gfx942")."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return "hip", properties.gcnArchName.split(":")[0]
+    return "cuda", 10 * properties.major + properties.minor
+
+
+@functools.cache
+def _device(index: int | None) -> tuple[str, bool, int]:
+    """Family, whether it has TF32 products, and how many programs run at once."""
+    if index is None:
+        return "interpreter", True, INTERPRETER_PROGRAMS
+    backend, arch = architecture(index)
+    has_tf32 = arch == "gfx942" if backend == "hip" else int(arch) >= 80
+    programs = torch.cuda.get_device_properties(index).multi_processor_count
+    return configs.family(backend, arch), has_tf32, programs
+
+
+@functools.cache
+def _name(index: int | None) -> str:
+    return "interpreter" if index is None else torch.cuda.get_device_name(index)
+
+
+def device_name(x: Tensor) -> str:
+    """The name of the tensor's device, for which tiles are tuned."""
+    return _name(x.device.index if x.device.type == "cuda" else None)
+
+
+def power_of_two(size: int, limit: int) -> int:
+    """The smallest block that covers ``size``, at least 16 (a product's minimum), at most limit."""
+    return min(limit, max(16, triton.next_power_of_2(size)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Dtypes and tiles of one call.
+
+    fp16 lacks the exponents for raw operands and for probabilities: it is normalised before the
+    cast in the cosine tiles, and the two products of the backward run in TF32, in which fp16 values
+    are exact.
+
+    Attributes:
+        accumulate: dtype of sums. compute: dtype of the operands of the cosine product.
+        gradient: dtype of the stored G and of the operands of the backward products.
+        precision: of the cosine product; gradient_precision: of the backward products.
+        operands: the operand type of `configs.OPERANDS` that the tiles are for.
+        programs: how many programs fill the device.
+    """
+
+    accumulate: torch.dtype
+    compute: torch.dtype
+    gradient: torch.dtype
+    precision: str
+    gradient_precision: str
+    operands: str
+    config: configs.Config
+    programs: int
+
+    @property
+    def normalize_first(self) -> bool:
+        """Whether operands are normalised before the cast."""
+        return self.compute is torch.float16
+
+    def constants(self) -> dict[str, Any]:
+        """Constexprs of the kernels with a cosine tile."""
+        return {
+            "ACC": TRITON_DTYPE[self.accumulate],
+            "COMPUTE": TRITON_DTYPE[self.compute],
+            "PRECISION": self.precision,
+            "NORMALIZE_FIRST": self.normalize_first,
+        }
+
+
+def plan(x: Tensor, w: Tensor, compute: torch.dtype) -> Plan:
+    """Choose dtypes and tiles from the inputs, the device and the float32 matmul precision."""
+    p = default_plan(x, w, compute)
+    if _override.config is not None:
+        return replace(p, config=_override.config)
+    config = tuned.load(*tuned_for(x, w, p))
+    return p if config is None else replace(p, config=config)
+
+
+def tuned_for(x: Tensor, w: Tensor, p: Plan) -> tuple[Any, ...]:
+    """What tiles are saved for, as `tuned.key` takes it: all that decides how fast they run."""
+    return device_name(x), p.operands, x.dtype, w.dtype, *x.shape
+
+
+def default_plan(x: Tensor, w: Tensor, compute: torch.dtype) -> Plan:
+    """The plan with the default tiles."""
+    accumulate = accumulation_dtype(x, w)
+    family, has_tf32, programs = _device(x.device.index if x.device.type == "cuda" else None)
+
+    lowers = torch.get_float32_matmul_precision() != "highest"
+    tf32 = "tf32" if has_tf32 else "ieee"
+    precision = gradient_precision = "ieee"
+    if accumulate is torch.float64:
+        compute = gradient = torch.float64
+        operands = "fp64"
+    elif compute is torch.bfloat16:
+        gradient, operands = compute, "bf16"
+    elif compute is torch.float16:
+        gradient, gradient_precision, operands = torch.float32, tf32, "fp16"
+    else:
+        compute = gradient = torch.float32
+        precision = gradient_precision = operands = tf32 if lowers else "ieee"
+    config = configs.config(family, operands)
+    return Plan(
+        accumulate, compute, gradient, precision, gradient_precision, operands, config, programs
+    )
+
+
+STRATEGIES = ("chunked", "fused", "kept")
+
+
+@dataclass(frozen=True)
+class Override:
+    """What replaces the defaults: a strategy of the backward, tiles."""
+
+    strategy: str | None = None
+    config: configs.Config | None = None
+
+
+_override = Override()
+_override_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def override(strategy: str | None = None, config: configs.Config | None = None) -> Iterator[None]:
+    """Force a strategy or tiles, in the whole process: for tests, benchmarks and tuning.
+
+    Autograd's own threads have to see it, and other threads see it, too: they must not use the
+    losses meanwhile.
+    """
+    global _override
+    if strategy is not None and strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
+    with _override_lock:
+        before, _override = _override, Override(strategy, config)
+        try:
+            yield
+        finally:
+            _override = before
+
+
+def strategy_for(
+    num_rows: int, num_classes: int, dim: int, config: configs.Config, kept_bytes: int, budget: int
+) -> str:
+    """Which backward a call gets (docs/design.md).
+
+    ``"kept"`` if the forward's exponentials, ``kept_bytes``, are within the caller's budget;
+    ``"fused"`` for small D, and where launches are what a step costs, if there are tiles for D;
+    else ``"chunked"``.
+    """
+    if _override.strategy is not None:
+        if _override.strategy == "fused" and config.fused_tiles(dim) is None:
+            raise ValueError(f"no fused tiles for D = {dim}")
+        return _override.strategy
+    if kept_bytes <= budget:
+        return "kept"
+    is_small = dim <= FUSED_DIM or num_rows * num_classes <= LAUNCH_BOUND
+    return "fused" if is_small and config.fused_tiles(dim) is not None else "chunked"
+
+
+def _kept_bytes(block_c: int, num_rows: int, p: Plan) -> int:
+    """Bytes of a block of classes of the kept exponentials, with its shifts."""
+    return num_rows * (block_c * p.gradient.itemsize + p.accumulate.itemsize)
+
+
+def _kept_block(num_classes: int, p: Plan) -> int:
+    """Classes that share a shift: the default tile's, so that a graph outlives another tuning."""
+    return power_of_two(num_classes, p.config.forward.columns)
+
+
+def kept_shape(x: Tensor, w: Tensor, compute: torch.dtype, budget: int) -> tuple[int, int]:
+    """Shape of the bytes that the forward keeps: blocks of classes, bytes of each.
+
+    All exponentials, a row for each class up to whole blocks, in the dtype of G, come first in
+    memory, then all shifts.
+    """
+    if budget <= 0 and _override.strategy != "kept":
+        return 0, 0
+    # under torch.compile the number of rows may stay symbolic
+    num_rows, dim, num_classes = x.shape[0], int(x.shape[1]), int(w.shape[0])
+    p = default_plan(x, w, compute)
+    block_c = _kept_block(num_classes, p)
+    blocks, size = triton.cdiv(num_classes, block_c), _kept_bytes(block_c, num_rows, p)
+    chosen = strategy_for(num_rows, num_classes, dim, p.config, blocks * size, budget)
+    return (blocks, size) if chosen == "kept" and num_rows else (0, 0)
+
+
+def kept_parts(kept: Tensor, num_rows: int, p: Plan) -> tuple[Tensor, Tensor, int]:
+    """The exponentials and the shifts in ``kept``, and the classes of a block."""
+    blocks, size = kept.shape
+    block_c = (size // num_rows - p.accumulate.itemsize) // p.gradient.itemsize
+    end = blocks * block_c * num_rows * p.gradient.itemsize
+    flat = kept.view(-1)
+    return flat[:end].view(p.gradient), flat[end:].view(p.accumulate), block_c
