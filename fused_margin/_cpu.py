@@ -27,11 +27,11 @@ from fused_margin._numerics import CLAMPED_INVERSE_NORM, NORM_EPS, accumulation_
 BLOCK_BYTES = 2 << 20
 WEIGHT_BLOCK_BYTES = 16 << 20
 MIN_BLOCK, EFFICIENT_BLOCK, MAX_BLOCK = 128, 2048, 8192
-# Bytes of products that the forward leaves for the backward: those of the first classes, this much
-# in all or for each row of the batch, whichever is more. The others are formed again, so that
-# memory does not grow with N C.
+# Bytes of products that the forward leaves for the backward, those of the first classes: this much,
+# and more for each row of the batch above 256. The others are formed again, so that memory does not
+# grow with N C.
 KEPT_BYTES = 40 << 20
-KEPT_BYTES_PER_ROW = 160 << 10
+KEPT_ROWS, KEPT_BYTES_PER_FURTHER_ROW = 256, 224 << 10
 # From this size on, kept products and d_w lie in memory that the next step uses again. The C
 # library would give it back to the system, and touching 200 MB of new pages takes as long as half a
 # product.
@@ -60,7 +60,7 @@ def kept_classes(x: torch.Tensor, w: torch.Tensor, compute: torch.dtype, budget:
     accumulate = accumulation_dtype(x, w)
     bytes_per_class = num_rows * product_dtype(compute, accumulate).itemsize
     if budget < 0:
-        budget = max(KEPT_BYTES, num_rows * KEPT_BYTES_PER_ROW)
+        budget = KEPT_BYTES + max(0, num_rows - KEPT_ROWS) * KEPT_BYTES_PER_FURTHER_ROW
     if num_classes * bytes_per_class <= budget:
         return num_classes
     size = block_size(num_rows, num_classes, dim, accumulate.itemsize)

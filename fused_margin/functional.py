@@ -109,8 +109,8 @@ def arcface(
         backend: ``"auto"`` (Triton for GPU tensors, class-blocked for CPU tensors),
             ``"reference"``, ``"cpu"`` or ``"triton"``.
         memory_budget: bytes that the forward may keep for the backward, which then forms fewer
-            cosines again. By default nothing on a GPU, and on a CPU 40 MiB or 160 KiB for each
-            row, whichever is more. A CPU keeps what fits. A GPU keeps all or nothing: N C' times 2
+            cosines again. By default nothing on a GPU, and on a CPU 40 MiB and 224 KiB more for
+            each row above 256. A CPU keeps what fits. A GPU keeps all or nothing: N C' times 2
             bytes with bf16 products, 8 in fp64, else 4, and up to 3 % more for their shifts, where
             C' is C rounded up to a multiple of 128. ``"reference"`` keeps everything in any case.
 

@@ -50,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("poison", "_forms_products_again")
 def _forms_products_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Problems this small would keep every product; other files test that."""
     monkeypatch.setattr(_cpu, "KEPT_BYTES", 0)
-    monkeypatch.setattr(_cpu, "KEPT_BYTES_PER_ROW", 0)
+    monkeypatch.setattr(_cpu, "KEPT_BYTES_PER_FURTHER_ROW", 0)
 
 
 # N, C and D below, at and above what a tile or a block holds, and never a multiple of it.

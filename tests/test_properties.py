@@ -229,7 +229,7 @@ def test_block_size_changes_nothing(
     for name in ("MIN_BLOCK", "MAX_BLOCK"):
         monkeypatch.setattr(_cpu, name, size)
     monkeypatch.setattr(_cpu, "KEPT_BYTES", kept_bytes)
-    monkeypatch.setattr(_cpu, "KEPT_BYTES_PER_ROW", 0)
+    monkeypatch.setattr(_cpu, "KEPT_BYTES_PER_FURTHER_ROW", 0)
     assert _cpu.block_size(9, 41, 5, 8) == min(size, 41)
     actual = run(loss, before, FP64, "cpu", **NONE)
     for got, want in zip(actual, expected, strict=True):
@@ -252,7 +252,7 @@ def test_what_is_kept_stays_within_its_budget() -> None:
     assert kept(64, 1000, torch.float32) == 1000
     for num_rows in (1, 64, 256, 5000):
         classes = kept(num_rows, 10**8, torch.float32)
-        budget = max(_cpu.KEPT_BYTES, num_rows * _cpu.KEPT_BYTES_PER_ROW)
+        budget = _cpu.KEPT_BYTES + max(0, num_rows - 256) * _cpu.KEPT_BYTES_PER_FURTHER_ROW
         assert 0 < classes * num_rows * 4 <= budget
         assert classes % _cpu.block_size(num_rows, 10**8, 8, 4) == 0
     if _cpu.has_bf16_products():
@@ -265,7 +265,7 @@ def test_blocks_in_lower_precision(
     monkeypatch: pytest.MonkeyPatch, mode_name: str, kept_bytes: int
 ) -> None:
     monkeypatch.setattr(_cpu, "KEPT_BYTES", kept_bytes)
-    monkeypatch.setattr(_cpu, "KEPT_BYTES_PER_ROW", 0)
+    monkeypatch.setattr(_cpu, "KEPT_BYTES_PER_FURTHER_ROW", 0)
     (mode,) = (mode for mode in MODES if mode.name == mode_name)
     monkeypatch.setattr(_cpu, "MIN_BLOCK", 16)
     monkeypatch.setattr(_cpu, "MAX_BLOCK", 16)
