@@ -20,8 +20,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
-import re
 import statistics
 import sys
 import time
@@ -31,22 +29,19 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from digits_data import NUM_CLASSES, DataError, Digits, load_mnist, load_scikit_learn_digits
+from study.command import default_device, learning_rate, usable_device, versions, whole_number
+from study.criteria import LinearCrossEntropy
+from study.measure import embed, nearest_neighbour_accuracy, percent
+from study.store import write_text
+from study.training import DivergedError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fused_margin as fm
 
 DEFAULT_EPOCHS = {"digits": 20, "mnist": 5}
-EVALUATION_BATCH = 1024  # images embedded at a time
-NEIGHBOUR_BLOCK = 512  # queries compared at a time: 512 x 60,000 similarities are 123 MB
-
-
-class DivergedError(RuntimeError):
-    """A training loss is no longer finite."""
 
 
 class SmallCNN(nn.Module):
@@ -73,20 +68,6 @@ class SmallCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
-
-
-class LinearCrossEntropy(nn.Module):
-    """The baseline: a linear head and softmax cross-entropy, called like a margin loss."""
-
-    def __init__(self, num_classes: int, embedding_size: int) -> None:
-        super().__init__()
-        self.head = nn.Linear(embedding_size, num_classes)
-
-    def logits(self, embeddings: Tensor) -> Tensor:
-        return self.head(embeddings)
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(embeddings), labels)
 
 
 LOSSES: dict[str, Callable[[int, int], nn.Module]] = {
@@ -180,50 +161,9 @@ def evaluate(model: nn.Module, criterion: nn.Module, data: Digits) -> tuple[floa
 
 
 @torch.no_grad()
-def embed(model: nn.Module, images: Tensor) -> Tensor:
-    """Embed images in evaluation mode: (count, 1, height, width) -> (count, D)."""
-    model.eval()
-    return torch.cat([model(batch) for batch in images.split(EVALUATION_BATCH)])
-
-
-@torch.no_grad()
 def arg_max_accuracy(criterion: LinearCrossEntropy, embeddings: Tensor, labels: Tensor) -> float:
     """Return the share of largest logits that are the label's, in %."""
     return percent(criterion.logits(embeddings).argmax(dim=1) == labels)
-
-
-@torch.no_grad()
-def nearest_neighbour_accuracy(
-    queries: Tensor,
-    query_labels: Tensor,
-    gallery: Tensor,
-    gallery_labels: Tensor,
-    *,
-    leave_one_out: bool = False,
-) -> float:
-    """Return the share of queries whose most similar gallery entry has their label, in %.
-
-    Works through the queries in blocks: the whole (Q, G) matrix of similarities may not fit memory.
-
-    Args:
-        queries: (Q, D) embeddings.
-        query_labels: (Q,) labels.
-        gallery: (G, D) embeddings.
-        gallery_labels: (G,) labels.
-        leave_one_out: query i is gallery entry i and must not be its own neighbour; needs G >= 2.
-    """
-    unit_gallery = F.normalize(gallery)
-    nearest = []
-    for rows in torch.arange(len(queries), device=queries.device).split(NEIGHBOUR_BLOCK):
-        cosine = F.normalize(queries[rows]) @ unit_gallery.T  # (rows, G)
-        if leave_one_out:
-            cosine.scatter_(1, rows[:, None], -math.inf)
-        nearest.append(cosine.argmax(dim=1))
-    return percent(gallery_labels[torch.cat(nearest)] == query_labels)
-
-
-def percent(correct: Tensor) -> float:
-    return 100 * correct.sum().item() / len(correct)
 
 
 def summarise(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -288,13 +228,7 @@ def describe_run(
             "test_images": len(data.test_images),
             "threads": torch.get_num_threads(),
         },
-        "versions": {
-            "fused_margin": fm.__version__,
-            "numpy": np.__version__,
-            "platform": platform.platform(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "versions": versions(),
         "summary": summarise(results),
         "results": [dataclasses.asdict(result) for result in results],
     }
@@ -306,43 +240,7 @@ def write_json(target: str, content: dict[str, Any]) -> None:
     if target == "-":
         sys.stdout.write(text)
         return
-    path = Path(target)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def whole_number(at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], int]:
-    bounds = f"of at least {at_least}" if at_most == 2**63 - 1 else f"from {at_least} to {at_most}"
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not at_least <= int(text) <= at_most:
-            raise argparse.ArgumentTypeError(f"expected a whole number {bounds}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-def learning_rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 10:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, at most 10, got {text!r}")
-    return value
-
-
-def usable_device(text: str) -> torch.device:
-    if re.fullmatch(r"cpu|cuda(:\d+)?", text) is None:
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:INDEX, got {text!r}")
-    device, gpus = torch.device(text), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise argparse.ArgumentTypeError(f"asked for {text!r} with {gpus} GPUs; try --device cpu")
-    return device
+    write_text(Path(target), text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -396,7 +294,7 @@ def parse_settings(
     if settings.epochs is None:
         settings.epochs = DEFAULT_EPOCHS[settings.data]
     if settings.device is None:
-        settings.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        settings.device = default_device()
     return settings
 
 

@@ -8,16 +8,16 @@ import json
 import math
 import os
 import statistics
-import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from mnist_files import IDX_NAMES, idx_bytes, write_mnist
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,6 +25,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 digits_data: Any = importlib.import_module("digits_data")
 train_digits: Any = importlib.import_module("train_digits")
+measure: Any = importlib.import_module("study.measure")
 
 LOSSES = ("arcface", "cosface", "fixed_adacos", "cross_entropy")
 SCALES = {
@@ -35,12 +36,6 @@ SCALES = {
 }
 MARGINS = {"arcface": 0.5, "cosface": 0.35, "fixed_adacos": None, "cross_entropy": None}
 QUICK = ["--device", "cpu", "--epochs", "1", "--limit", "200"]
-IDX_NAMES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -63,25 +58,6 @@ def table_rows(output: str) -> dict[str, list[str]]:
     lines = output.splitlines()
     rule = next(i for i, line in enumerate(lines) if line.startswith("---"))
     return {line.split()[0]: line.split() for line in lines[rule + 1 :]}
-
-
-def idx_bytes(array: np.ndarray, magic: int | None = None) -> bytes:
-    magic = 0x0800 + array.ndim if magic is None else magic
-    return struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.tobytes()
-
-
-def write_mnist(root: Path, rename: Callable[[str], str] = str, zipped: bool = False) -> None:
-    """Write 60 training and 20 test images, each with a bright row where its label says."""
-    root.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 60), ("t10k", 20)):
-        labels = np.arange(count, dtype=np.uint8) % 10
-        images = generator.integers(0, 100, (count, 28, 28), dtype=np.uint8)
-        images[np.arange(count), 2 * labels + 4] = 255
-        for kind, array in (("images-idx3-ubyte", images), ("labels-idx1-ubyte", labels)):
-            content = idx_bytes(array)
-            path = root / rename(f"{split}-{kind}")
-            path.write_bytes(gzip.compress(content) if zipped else content)
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +328,7 @@ def brute_force_accuracy(
 def test_nearest_neighbour_against_brute_force(
     monkeypatch: pytest.MonkeyPatch, block: int, leave_one_out: bool
 ) -> None:
-    monkeypatch.setattr(train_digits, "NEIGHBOUR_BLOCK", block)
+    monkeypatch.setattr(measure, "COMPARED_AT_ONCE", block)
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 3, 60)
     # Lengths that differ by 100 make the dot product and the cosine disagree on who is nearest.
@@ -363,7 +339,7 @@ def test_nearest_neighbour_against_brute_force(
     else:
         arrays = (points[:20], labels[:20], points[20:], labels[20:])
     tensors = [torch.from_numpy(array) for array in arrays]
-    accuracy = train_digits.nearest_neighbour_accuracy(*tensors, leave_one_out=leave_one_out)
+    accuracy = measure.nearest_neighbour_accuracy(*tensors, leave_one_out=leave_one_out)
     assert accuracy == brute_force_accuracy(*arrays, leave_one_out)
     assert 40 < accuracy < 95  # so that an accident doesn't agree
 
@@ -372,7 +348,7 @@ def test_a_point_is_not_its_own_neighbour() -> None:
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(2000, 8, generator=generator)
     labels = torch.randint(0, 10, (2000,), generator=generator)
-    accuracy = train_digits.nearest_neighbour_accuracy
+    accuracy = measure.nearest_neighbour_accuracy
     assert accuracy(points, labels, points, labels) == 100
     # Random labels: 10 % +- 0.7 % (one standard deviation of 2000 draws).
     assert 7 < accuracy(points, labels, points, labels, leave_one_out=True) < 13
@@ -381,7 +357,7 @@ def test_a_point_is_not_its_own_neighbour() -> None:
 def test_a_duplicate_is_a_neighbour() -> None:
     points = torch.randn(50, 8).repeat(2, 1)
     labels = torch.arange(50).repeat(2)
-    accuracy = train_digits.nearest_neighbour_accuracy
+    accuracy = measure.nearest_neighbour_accuracy
     assert accuracy(points, labels, points, labels, leave_one_out=True) == 100
 
 

@@ -1,0 +1,155 @@
+"""The sweep trains at every point of its grid, on each kind of data."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mnist_files import write_mnist
+from PIL import Image
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+scale_sweep: Any = importlib.import_module("scale_sweep")
+synthetic: Any = importlib.import_module("study.synthetic")
+training: Any = importlib.import_module("study.training")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = [
+    "--device", "cpu", "--epochs", "1", "--batch-size", "16", "--embedding-size", "8", "--quiet",
+    "--scales", "2", "16", "--margins", "0", "0.5", "--seeds", "0",
+]  # fmt: skip
+
+
+def run_main(path: Path, *arguments: str) -> dict[str, Any]:
+    assert scale_sweep.main([*SMALL, "--json", str(path), *arguments]) == 0
+    return json.loads(path.read_text())
+
+
+def write_folder(root: Path) -> None:
+    generator = np.random.default_rng(0)
+    for name in "abcde":
+        (root / name).mkdir()
+        for index in range(6):
+            pixels = generator.integers(0, 255, (32, 32), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+
+
+@pytest.mark.parametrize(("data", "classes"), [("mnist", 10), ("folder", 5), ("synthetic", 20)])
+def test_every_point_of_the_grid(tmp_path: Path, data: str, classes: int) -> None:
+    arguments = ["--data", data]
+    if data == "synthetic":
+        arguments += ["--classes", "20"]
+    else:
+        root = tmp_path / "data"
+        root.mkdir()
+        (write_mnist if data == "mnist" else write_folder)(root)
+        arguments += ["--root", str(root)]
+        arguments += (
+            ["--image-size", "32", "--test-share", "0.4"] if data == "folder" else ["--limit", "40"]
+        )
+    content = run_main(tmp_path / "sweep.json", *arguments)
+    fixed = round(math.sqrt(2) * math.log(classes - 1), 4)
+    assert content["settings"]["classes"] == classes
+    assert content["settings"]["fixed_adacos_scale"] == fixed
+    points = [(run["scale"], run["margin"]) for run in content["runs"]]
+    assert points == [(s, m) for s in sorted([2.0, 16.0, fixed]) for m in (0.0, 0.5)]
+    for run in content["runs"]:
+        assert 0 <= run["nearest"] <= 100
+        assert 0 <= run["arg_max"] <= 100
+        assert 0 <= run["eer"] <= 100
+    first_losses = [run["losses"][0] for run in content["runs"]]
+    assert len(set(first_losses)) == len(points)  # scale and margin reach the loss
+
+
+@pytest.mark.parametrize(
+    ("labels", "each"),
+    [(torch.arange(10).repeat(900), 200), (torch.arange(6000).repeat_interleave(3), 2)],
+    ids=["many images", "many classes"],
+)
+def test_pairs_are_of_as_many_images_of_each_class(labels: torch.Tensor, each: int) -> None:
+    some = scale_sweep.paired_images(labels)
+    assert len(some) == len(some.unique()) == 2000
+    counts = labels[some].bincount()
+    assert (counts == each).all()
+
+
+def test_one_held_out_image_of_each_class_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path)
+    with pytest.raises(SystemExit):
+        scale_sweep.main([*SMALL, "--data", "folder", "--root", str(tmp_path)])
+    assert "--test-share 0.2 holds out one image of each class" in capsys.readouterr().err
+
+
+def test_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--data", "synthetic", "--classes", "20"]
+    whole = run_main(tmp_path / "whole.json", *options)
+    train_epoch, calls = training.train_epoch, []
+
+    def stops(*arguments: Any) -> float:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train_epoch(*arguments)
+
+    path = tmp_path / "parts.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_epoch", stops)
+        assert scale_sweep.main([*SMALL, "--json", str(path), *options]) == 130
+    assert len(json.loads(path.read_text())["runs"]) == 3
+    assert run_main(path, *options, "--resume") == whole
+
+
+def test_synthetic_identities() -> None:
+    def make(seed: int = 0) -> Any:
+        return synthetic.synthetic_identities(
+            30, per_class=6, test_per_class=2, noise=0.5, seed=seed
+        )
+
+    data, again = make(), make()
+    assert data.train.shape == (180, 64)
+    assert data.test.shape == (60, 64)
+    assert torch.equal(data.train, again.train)
+    assert not torch.equal(data.train, make(1).train)
+    assert data.train_labels.bincount().tolist() == [6] * 30
+    assert data.test_labels.bincount().tolist() == [2] * 30
+    everything = torch.cat([data.train, data.test])
+    assert len(everything.unique(dim=0)) == 240  # test samples are new ones
+    # The noise is what tells samples of a class apart: less of it, closer together.
+    calm = synthetic.synthetic_identities(30, per_class=6, test_per_class=2, noise=0.1, seed=0)
+    spread = [part.train.view(30, 6, 64).std(dim=1).mean() for part in (calm, data)]
+    assert 0 < 2 * spread[0] < spread[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "mnist"], "--data mnist needs --root DIR"),
+        (["--data", "synthetic", "--root", "."], "--root is not for --data synthetic"),
+        (["--data", "folder", "--root", "nowhere"], "nowhere: no such folder"),
+        (["--data", "mnist", "--root", "nowhere"], "missing train-images"),
+        (["--data", "synthetic", "--classes", "3"], "of at least 4"),
+        (["--data", "synthetic", "--scales", "0"], "above 0"),
+        (["--data", "synthetic", "--margins", "4"], "at most 3.14"),
+    ],
+)
+def test_bad_arguments_end_before_training(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(scale_sweep, "run_jobs", None)  # training would be a TypeError
+    with pytest.raises(SystemExit) as stop:
+        scale_sweep.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
