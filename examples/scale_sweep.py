@@ -14,6 +14,7 @@ images (at most 2,000 of them, of 1,000 classes). `--resume` goes on after an in
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,8 +62,11 @@ class Task:
     network: Callable[[int], nn.Module]
 
     def to(self, device: torch.device) -> Task:
-        parts = (self.train, self.train_labels, self.test, self.test_labels)
-        return Task(*(part.to(device) for part in parts), self.num_classes, self.network)
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("train", "train_labels", "test", "test_labels")
+        }
+        return dataclasses.replace(self, **moved)
 
 
 def load_task(arguments: argparse.Namespace) -> Task:

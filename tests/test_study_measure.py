@@ -268,3 +268,12 @@ def test_interval_covers_the_mean_as_often_as_it_says() -> None:
         mean, _, half = measure.mean_and_interval(generator.normal(5, 2, 3).tolist())
         covered += abs(mean - 5) <= half
     assert 920 <= covered <= 980  # 950, with a standard deviation of 7
+
+
+def test_long_embeddings_close_together_are_their_own_nearest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = 1000 + 1e-3 * torch.randn(500, 16, generator=generator)
+    assert len(points.unique(dim=0)) == 500
+    labels = torch.arange(500)
+    accuracy = measure.nearest_neighbour_accuracy
+    assert accuracy(points, labels, points, labels, metric="euclidean") == 100

@@ -23,7 +23,7 @@ class LinearCrossEntropy(nn.Module):
         self.head = nn.Linear(embedding_size, num_classes)
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """Weights of the classes, (C, D)."""
         return self.head.weight
 
