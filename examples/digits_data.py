@@ -1,4 +1,4 @@
-"""The images `train_digits.py` trains on: scikit-learn's digits, and MNIST from its IDX files."""
+"""Images of digits: scikit-learn's, and MNIST from its IDX files."""
 
 from __future__ import annotations
 
@@ -88,12 +88,14 @@ def locate_mnist(root: Path) -> list[Path]:
         for split in ("train", "t10k")
         for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
     ]
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; name the one that holds MNIST's four IDX files")
     folders = [root, root / "MNIST" / "raw"]
     found = {stem: find_idx(stem, folders) for stem in stems}
     missing = [stem for stem, path in found.items() if path is None]
     if missing:
         raise DataError(
-            f"--data mnist: missing {', '.join(missing)} (also looked for with '.idx' in place of "
+            f"missing {', '.join(missing)} (also looked for with '.idx' in place of "
             f"'-idx', and each with '.gz') in {' and '.join(str(f.absolute()) for f in folders)}; "
             "point --root at the folder that holds MNIST's four IDX files"
         )

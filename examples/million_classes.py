@@ -50,13 +50,12 @@ from study.command import (
     writable_file,
 )
 from study.identities import NOISE, Identities
-from study.measure import embed, percent
+from study.measure import DivergedError, embed, percent
 from study.memory import PeakMemory, available_bytes, eager_bytes
 from study.runner import FAILED, INTERRUPTED
 from study.store import Runs, StoreError
 from study.synthetic import HIDDEN_SIZE, OBSERVED_SIZE, Perceptron
 from study.tables import number, text_table
-from study.training import DivergedError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -300,8 +299,8 @@ def run_training(
         training.restore(saved)
     elif runs.checkpoint_path is not None and runs.checkpoint_path.exists():
         raise StoreError(
-            f"{runs.checkpoint_path} is of a run with another loss, seed or settings: repeat the "
-            "command it was begun with, or remove it"
+            f"{runs.checkpoint_path} is of a run with another --loss or --seed: repeat the command "
+            "it was begun with, or remove it"
         )
     del saved  # its weights take as much memory as the gradient will
     progress = training.progress
@@ -325,6 +324,7 @@ def describe(
     if not is_exact and above is not None and above < 0:
         above = None  # hidden by an earlier peak
     return {
+        "threads": torch.get_num_threads(),
         "scale": criterion.scale,
         "margin": getattr(criterion, "margin", None),
         "weight_lr": training.weight_optimizer.param_groups[0]["lr"],
@@ -447,8 +447,8 @@ def report(run: dict[str, Any], settings: dict[str, Any]) -> str:
         [
             ["class weights", mib(memory["class_weights"])],
             ["their gradient", mib(memory["gradient"])],
-            [f"everything else, {how}", mib(memory["above_weights_and_gradient"])],
-            ["  careful eager code instead, by formula", mib(memory["eager_by_formula"])],
+            [f"all else (network, cosines, ...), {how}", mib(memory["above_weights_and_gradient"])],
+            ["careful eager code: the loss alone, by formula", mib(memory["eager_by_formula"])],
         ],
     )
     losses, seconds = run["losses"], run["seconds"]
@@ -488,8 +488,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     shown = "default: %(default)s"
     add("--classes", type=whole_number(3), metavar="C", default=1_000_000, help=shown)
-    add("--embedding", type=size, metavar="D", default=128, help=shown)
-    add("--batch", type=count, metavar="N", default=128, help=shown)
+    add("--embedding", "--embedding-size", type=size, metavar="D", default=128, help=shown)
+    add("--batch", "--batch-size", type=count, metavar="N", default=128, help=shown)
     add("--steps", type=count, metavar="N", default=100, help=shown)
     add(
         "--identities-seen", type=count, metavar="N",
@@ -577,19 +577,11 @@ def open_runs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
         **{name: getattr(arguments, name) for name in names},
         "noise": NOISE,
         "device": str(arguments.device),
-        "threads": torch.get_num_threads(),
     }
     try:
-        runs = Runs(arguments.json, settings, resume=arguments.resume)
+        return Runs(arguments.json, settings, resume=arguments.resume)
     except StoreError as error:
         parser.error(str(error))
-    checkpoint = runs.checkpoint_path
-    if arguments.resume and not runs.runs and checkpoint is not None and not checkpoint.exists():
-        parser.error(
-            f"--resume: there is neither {arguments.json} nor {checkpoint}; leave out --resume to "
-            "begin"
-        )
-    return runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:

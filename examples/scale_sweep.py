@@ -5,16 +5,19 @@
     python examples/scale_sweep.py --data synthetic --classes 1000 --json sweep-1000.json
 
 Trains with ArcFace at every margin above 0 and the normalised softmax at margin 0, at every scale
-of the grid and at Fixed AdaCos's, for every seed, all else equal. Images (or samples) of every
-class are held out: 1-NN is the nearest neighbour of a held-out image among the training images by
-cosine, arg max the class of the largest logit, EER the equal error rate over the pairs of held-out
-images (at most 2,000 of them, of 1,000 classes). `--resume` goes on after an interruption.
+of the grid and at Fixed AdaCos's, for every seed, all else equal. Some images (or samples) of every
+class are held out, drawn by the seed: 1-NN is the nearest neighbour of a held-out image among the
+training images by cosine, arg max the class of the largest logit, EER the equal error rate over the
+pairs of held-out images (at most 2,000 of them, of 1,000 classes). `--resume` goes on after an
+interruption.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ from study.images import ImageError, load_folder, split_images
 from study.measure import embed, nearest_neighbour_accuracy, pair_scores, verification
 from study.networks import ArticleCNN, SmallResidualNetwork
 from study.runner import (
+    INTERRUPTED,
     Job,
     Training,
     add_run_arguments,
@@ -37,8 +41,9 @@ from study.runner import (
     open_runs,
     run_jobs,
 )
+from study.store import digest
 from study.synthetic import Perceptron, synthetic_identities
-from study.tables import spread, text_table
+from study.tables import missing_runs, spread, text_table
 from study.training import Network, Progress, Recipe
 from torch import Tensor, nn
 
@@ -69,8 +74,11 @@ class Task:
         return dataclasses.replace(self, **moved)
 
 
-def load_task(arguments: argparse.Namespace) -> Task:
-    """Load or make the data the arguments ask for.
+def load_tasks(arguments: argparse.Namespace) -> Callable[[int], Task]:
+    """Load the data the arguments ask for; return the task of a seed, on the CPU.
+
+    The seed decides which images of a folder are held out, and which identities are drawn. MNIST
+    comes with its test images.
 
     Raises:
         DataError: MNIST's files can't be used.
@@ -78,25 +86,35 @@ def load_task(arguments: argparse.Namespace) -> Task:
     """
     if arguments.data == "mnist":
         digits = load_data(arguments.root, arguments.limit, torch.device("cpu"))
-        return Task(
+        task = Task(
             digits.train_images, digits.train_labels, digits.test_images, digits.test_labels,
             10, ArticleCNN,
         )  # fmt: skip
+        return lambda seed: task
     if arguments.data == "folder":
-        images = load_folder(arguments.root, arguments.image_size)
-        train, test = split_images(images.labels, arguments.test_share, seed=0)
-        channels = images.images.shape[1]
-        return Task(
-            images.images[train], images.labels[train], images.images[test], images.labels[test],
-            len(images.classes), lambda size: SmallResidualNetwork(channels, size),
+        data = load_folder(arguments.root, arguments.image_size, show_progress=not arguments.quiet)
+        images, labels = data.images, data.labels
+
+        def split(seed: int) -> Task:
+            train, test = split_images(labels, arguments.test_share, seed)
+            return Task(
+                images[train], labels[train], images[test], labels[test], len(data.classes),
+                lambda size: SmallResidualNetwork(images.shape[1], size),
+            )  # fmt: skip
+
+        return split
+
+    def draw(seed: int) -> Task:
+        data = synthetic_identities(
+            arguments.classes, per_class=arguments.per_class, test_per_class=2,
+            noise=SYNTHETIC_NOISE, seed=seed,
         )  # fmt: skip
-    data = synthetic_identities(
-        arguments.classes, per_class=arguments.per_class, test_per_class=2,
-        noise=SYNTHETIC_NOISE, seed=0,
-    )  # fmt: skip
-    return Task(
-        data.train, data.train_labels, data.test, data.test_labels, arguments.classes, Perceptron
-    )
+        return Task(
+            data.train, data.train_labels, data.test, data.test_labels, arguments.classes,
+            Perceptron,
+        )  # fmt: skip
+
+    return draw
 
 
 def criterion_of(scale: float, margin: float, num_classes: int, embedding_size: int) -> nn.Module:
@@ -106,7 +124,11 @@ def criterion_of(scale: float, margin: float, num_classes: int, embedding_size: 
 
 
 def make_job(
-    scale: float, margin: float, seed: int, task: Task, arguments: argparse.Namespace
+    scale: float,
+    margin: float,
+    seed: int,
+    task_of: Callable[[int], Task],
+    arguments: argparse.Namespace,
 ) -> Job:
     recipe = Recipe(
         epochs=arguments.epochs,
@@ -116,6 +138,7 @@ def make_job(
     )
 
     def prepare() -> Training:
+        task = task_of(seed)
         torch.manual_seed(seed)
         network = Network(task.network(arguments.embedding_size), recipe.precision)
         criterion = criterion_of(scale, margin, task.num_classes, arguments.embedding_size)
@@ -126,6 +149,7 @@ def make_job(
         )  # fmt: skip
 
     def measure(training: Training, progress: Progress) -> dict[str, Any]:
+        task = task_of(seed)
         train, test = embed(training.network, task.train), embed(training.network, task.test)
         some = paired_images(task.test_labels)
         pairs = verification(*pair_scores(test[some], task.test_labels[some]))
@@ -168,25 +192,44 @@ def rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
 HEADER = ("scale", "margin", "test 1-NN", "arg max", "EER", "runs")
 
 
+def angle(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= math.pi:
+        raise argparse.ArgumentTypeError(f"expected radians from 0 to pi, got {text!r}")
+    return value
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s --data {mnist,folder,synthetic} [options] (--help lists them)",
         description="Sweep the scale and the margin of ArcFace.",
     )
     add = parser.add_argument
-    add("--data", choices=("mnist", "folder", "synthetic"), required=True)
-    add("--root", type=Path, metavar="DIR", help="MNIST's IDX files, or a folder for each class")
+    add(
+        "--data", choices=("mnist", "folder", "synthetic"), required=True,
+        help="digits, a folder for each class, or identities on a sphere",
+    )  # fmt: skip
+    add(
+        "--root",
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="MNIST's IDX files, or a folder for each class",
+    )
     add("--limit", type=whole_number(2), metavar="N", help="mnist: the first N training images")
     add("--image-size", type=whole_number(32, 1024), metavar="PIXELS", help="folder; default: 64")
     add("--test-share", type=real_number(0, 0.9), metavar="SHARE", help="folder; default: 0.2")
     count = whole_number(4)
     add("--classes", type=count, metavar="C", help="synthetic; default: 1000")
     add("--per-class", type=whole_number(1), metavar="N", help="synthetic; default: 8")
-    scale, margin = real_number(0, 1000), real_number(-1e-9, 3.14)
+    scale = real_number(0, 1000)
     scales, margins = (" ".join(f"{value:g}" for value in grid) for grid in (SCALES, MARGINS))
     add("--scales", type=scale, nargs="+", metavar="S", default=SCALES, help=f"default: {scales}")
     add(
-        "--margins", type=margin, nargs="+", metavar="M", default=MARGINS,
+        "--margins", type=angle, nargs="+", metavar="M", default=MARGINS,
         help=f"radians; default: {margins}",
     )  # fmt: skip
     add_run_arguments(parser, seeds=(0, 1, 2), batch_size=64, embedding_size=128)
@@ -223,9 +266,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     arguments = parse_arguments(parser, argv)
     try:
-        task = load_task(arguments).to(arguments.device)
+        tasks = load_tasks(arguments)
     except (DataError, ImageError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted while reading", file=sys.stderr)
+        return INTERRUPTED
+
+    @functools.lru_cache(maxsize=1)  # runs come seed by seed
+    def task_of(seed: int) -> Task:
+        return tasks(seed).to(arguments.device)
+
+    task = task_of(arguments.seeds[0])
     if task.num_classes < 3:
         parser.error(f"√2·ln(C − 1) needs 3 classes or more, got {task.num_classes}")
     if task.test_labels.bincount().max() < 2:
@@ -244,12 +296,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "device": str(arguments.device),
         "train_images": len(task.train),
         "test_images": len(task.test),
+        "images_sha256": digest(tasks(0).train, tasks(0).test),
     }
     runs = open_runs(parser, arguments.json, settings, resume=arguments.resume)
     grid = product(arguments.seeds, sorted({*arguments.scales, fixed}), arguments.margins)
-    jobs = [make_job(scale, margin, seed, task, arguments) for seed, scale, margin in grid]
+    jobs = [make_job(scale, margin, seed, task_of, arguments) for seed, scale, margin in grid]
     code = run_jobs(runs, jobs, arguments.epochs, quiet=arguments.quiet)
     print(text_table(HEADER, rows(runs.runs)))
+    by_point = [{**run, "point": (run["scale"], run["margin"])} for run in runs.runs]
+    for line in missing_runs(by_point, "point"):
+        print(line)
     return code
 
 

@@ -33,9 +33,8 @@ import torch
 from digits_data import NUM_CLASSES, DataError, Digits, load_mnist, load_scikit_learn_digits
 from study.command import default_device, learning_rate, usable_device, versions, whole_number
 from study.criteria import LinearCrossEntropy
-from study.measure import embed, nearest_neighbour_accuracy, percent
+from study.measure import DivergedError, embed, nearest_neighbour_accuracy, percent
 from study.store import write_text
-from study.training import DivergedError
 from torch import Tensor, nn
 from tqdm import tqdm
 

@@ -65,7 +65,9 @@ def test_end_to_end(mnist: Path, tmp_path: Path) -> None:
         "experiment": "mnist", "as_published": False, "epochs": 2, "batch_size": 16,
         "embedding_size": 12, "lr": 0.001, "precision": "fp32", "device": "cpu",
         "train_images": 60, "test_images": 20,
+        "images_sha256": content["settings"]["images_sha256"],
     }  # fmt: skip
+    assert len(content["settings"]["images_sha256"]) == 64
     assert content["versions"]["torch"] == torch.__version__
     names = [run["loss"] for run in content["runs"]]
     plain = ["arcface", "cosface", "fixed_adacos", "cross_entropy"]
@@ -93,7 +95,7 @@ def test_as_published(mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert run_main(mnist, "--as-published", "--seeds", "0", "--json", str(path)) == 0
     content = json.loads(path.read_text())
     assert content["settings"]["lr"] == 0.01
-    losses = ["arcface", "simple_arcface", "fixed_adacos", "cross_entropy"]
+    losses = ["arcface+center_invariant", "simple_arcface", "fixed_adacos", "cross_entropy"]
     assert [run["loss"] for run in content["runs"]] == losses
     assert "Simple ArcFace" in capsys.readouterr().out
 
@@ -102,7 +104,7 @@ def test_as_published(mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_class_weights_are_frozen_only_as_published(mnist: Path, frozen: bool) -> None:
     data = article_mnist.load_data(mnist, None, torch.device("cpu"))
     recipe = training.Recipe(2, 16, 0.01, train_class_weights=not frozen)
-    variant = article_mnist.variants(frozen)["arcface"]
+    variant = article_mnist.variants(frozen)["arcface+center_invariant"]
     setup = article_mnist.prepare(variant, data, recipe, 0, 12)
     before = setup.criterion.weight.detach().clone()
     list(fit(setup))
@@ -276,10 +278,12 @@ def test_interrupted_and_resumed(
         interrupt(patch, after_epochs, KeyboardInterrupt())
         assert run_main(mnist, *options, "--json", str(parts)) == 130
     captured = capsys.readouterr()
-    assert f"interrupted with {after_epochs // 2} of 2 runs finished; --resume" in captured.err
-    if after_epochs:
-        assert (tmp_path / "parts.json.checkpoint").exists() == (after_epochs % 2 == 1)
-    assert run_main(mnist, *options, "--json", str(parts), "--resume") == 0
+    message = f"interrupted with {after_epochs // 2} of 2 runs finished"
+    hint = "; --resume goes on from the last epoch\n" if after_epochs else "\n"
+    assert message + hint in captured.err
+    assert (tmp_path / "parts.json.checkpoint").exists() == (after_epochs % 2 == 1)
+    resume = ["--resume"] * bool(after_epochs)  # before the first epoch there is nothing to keep
+    assert run_main(mnist, *options, "--json", str(parts), *resume) == 0
     assert without_times(parts) == without_times(whole)
     assert not (tmp_path / "parts.json.checkpoint").exists()
 
@@ -296,16 +300,134 @@ def test_seeds_can_be_added(mnist: Path, tmp_path: Path) -> None:
     assert runs[0]["losses"] != runs[1]["losses"]
 
 
-def test_divergence_ends_with_an_error(
+@pytest.fixture
+def begun(mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study that was interrupted after its first epoch: a checkpoint, and no file yet."""
+    path = tmp_path / "begun.json"
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1, KeyboardInterrupt())
+        assert run_main(mnist, "--losses", "arcface", "--json", str(path)) == 130
+    assert not path.exists()
+    return path
+
+
+def test_a_checkpoint_is_not_lost_by_a_forgotten_resume(
+    mnist: Path, begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = begun.with_name("begun.json.checkpoint")
+    before = checkpoint.read_bytes()
+    with pytest.raises(SystemExit):
+        run_main(mnist, "--losses", "arcface", "--json", str(begun))
+    assert f"{checkpoint} exists; add --resume" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_checkpoint_of_other_settings_is_refused_and_kept(
+    mnist: Path, begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = begun.with_name("begun.json.checkpoint")
+    before = checkpoint.read_bytes()
+    options = ["--losses", "arcface", "--json", str(begun), "--resume"]
+    assert run_main(mnist, *options, "--lr", "0.002") == 1
+    assert "begun with other settings (lr 0.001, now 0.002)" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
+
+
+def test_nothing_to_resume_is_an_error(
+    mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_main(mnist, "--json", str(tmp_path / "typo.json"), "--resume")
+    assert "--resume: there is neither" in capsys.readouterr().err
+
+
+def test_other_images_are_not_mixed_in(
+    mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "runs.json"
+    options = ["--losses", "fixed_adacos", "--json", str(path)]
+    assert run_main(mnist, *options, "--seeds", "0", "--limit", "40") == 0
+    other = tmp_path / "other"
+    write_mnist(other)
+    name = "t10k-images-idx3-ubyte"
+    content = bytearray((other / name).read_bytes())
+    content[-1] ^= 255  # one pixel
+    (other / name).write_bytes(content)
+    with pytest.raises(SystemExit):
+        run_main(other, *options, "--seeds", "1", "--limit", "40", "--resume")
+    assert "begun with other settings (images_sha256" in capsys.readouterr().err
+
+
+def test_runs_of_another_process_are_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / "runs.json"
+    first = store.Runs(path, {}, resume=False)
+    second = store.Runs(path, {}, resume=False)
+    first.add({"k": 1}, {})
+    with pytest.raises(store.StoreError, match="was changed by another process"):
+        second.add({"k": 2}, {})
+    first.add({"k": 3}, {})
+    assert [run["k"] for run in json.loads(path.read_text())["runs"]] == [1, 3]
+
+
+def test_a_checkpoint_that_cant_be_written_is_an_error(
     mnist: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(training, "train_epoch", lambda *_: math.nan)
+    def full(*_: object) -> None:
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(store.torch, "save", full)
+    assert run_main(mnist, "--losses", "arcface", "--json", str(tmp_path / "runs.json")) == 1
+    assert "runs.json.checkpoint: can't be written (disk full)" in capsys.readouterr().err
+
+
+def test_lines_over_other_seeds_are_pointed_out(
+    mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--json", str(tmp_path / "runs.json")]
+    assert run_main(mnist, *options, "--losses", "arcface", "cosface", "--seeds", "0") == 0
+    assert "some runs are missing" not in capsys.readouterr().out
+    assert run_main(mnist, *options, "--losses", "arcface", "--seeds", "1", "--resume") == 0
+    assert "some runs are missing" in capsys.readouterr().out
+
+
+def test_embeddings_that_are_not_finite_are_not_measured(
+    mnist: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = training.Network.forward
+
+    def infinite(self: Any, images: torch.Tensor) -> torch.Tensor:
+        embeddings = forward(self, images)
+        return embeddings if self.training else embeddings / 0
+
+    monkeypatch.setattr(training.Network, "forward", infinite)
+    assert run_main(mnist, "--losses", "arcface", "--seeds", "0") == 1
+    captured = capsys.readouterr()
+    assert "arcface seed 0, embeddings are not finite" in captured.err
+    assert "ArcFace" not in captured.out
+
+
+def test_a_diverged_run_doesnt_keep_the_others_from_running(
+    mnist: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train_epoch, calls = training.train_epoch, []
+
+    def diverges(*arguments: Any) -> float:
+        calls.append(arguments)
+        return math.nan if len(calls) == 1 else train_epoch(*arguments)
+
+    monkeypatch.setattr(training, "train_epoch", diverges)
     path = tmp_path / "runs.json"
-    assert run_main(mnist, "--losses", "arcface", "--seeds", "0", "--json", str(path)) == 1
+    losses = ["--losses", "arcface", "fixed_adacos", "--seeds", "0"]
+    assert run_main(mnist, *losses, "--json", str(path)) == 1
     assert "arcface seed 0, epoch 1: loss nan; lower --lr" in capsys.readouterr().err
+    assert [run["loss"] for run in json.loads(path.read_text())["runs"]] == ["fixed_adacos"]
+    assert run_main(mnist, *losses, "--json", str(path), "--resume") == 0
 
 
 def test_three_dimensions_keep_points_for_a_picture(mnist: Path, tmp_path: Path) -> None:
@@ -393,8 +515,13 @@ def test_another_platform_may_add_runs(mnist: Path, tmp_path: Path) -> None:
         (spoil_torch, True, "begun with other versions (torch '1.0', now"),
         (lambda path: path.write_text("{"), True, "can't be read"),
         (lambda path: path.write_text("[]"), True, "not the results of a study"),
+        (
+            lambda path: path.write_text('{"settings": [], "versions": {}, "runs": null}'),
+            True,
+            "not the results of a study",
+        ),
     ],
-    ids=["no --resume", "other settings", "other torch", "damaged", "other file"],
+    ids=["no --resume", "other settings", "other torch", "damaged", "other file", "other types"],
 )
 def test_a_file_of_results_that_cant_be_used(
     mnist: Path,

@@ -97,7 +97,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert content["settings"] == {
         "experiment": "million_classes", "classes": 2000, "embedding": 16, "batch": 32, "steps": 6,
         "identities_seen": 40, "lr": 0.002, "weight_lr": None, "noise": million_classes.NOISE,
-        "device": "cpu", "threads": 1,
+        "device": "cpu",
     }  # fmt: skip
     assert content["versions"]["torch"] == torch.__version__
 
@@ -442,19 +442,26 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 @pytest.mark.parametrize(
-    "other", [["--seed", "1"], ["--loss", "arcface"], ["--lr", "0.1"], ["--steps", "7"]]
+    ("other", "message"),
+    [
+        (["--seed", "1"], "of a run with another --loss or --seed"),
+        (["--loss", "arcface"], "of a run with another --loss or --seed"),
+        (["--lr", "0.1"], "begun with other settings (lr 0.001, now 0.1)"),
+        (["--steps", "7"], "begun with other settings (steps 6, now 7)"),
+    ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
     interrupted: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     other: list[str],
+    message: str,
 ) -> None:
     call_in_step(monkeypatch, 0, lambda: pytest.fail("training began"))
     with pytest.raises(SystemExit) as caught:
         run_main("--json", str(interrupted), "--resume", *other)
     assert caught.value.code == 2
-    assert "of a run with another loss, seed or settings" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert interrupted.with_name("result.json.checkpoint").exists()
 
 
@@ -570,7 +577,7 @@ def test_peak_that_cannot_be_reset_is_reported_as_at_least(
     path = tmp_path / "result.json"
     assert run_main("--json", str(path)) == 0
     assert read_run(path)["memory"]["peak_growth_is_exact"] is False
-    assert "everything else, at least " in capsys.readouterr().out
+    assert "all else (network, cosines, ...), at least " in capsys.readouterr().out
 
 
 def test_available_memory_is_the_least_of_system_and_groups(tmp_path: Path) -> None:
@@ -618,8 +625,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         (["--classes", "2"], "--classes: expected a whole number of at least 3, got '2'"),
         (["--classes", "1e6"], "--classes: expected a whole number of at least 3, got '1e6'"),
-        (["--embedding", "0"], "--embedding: expected a whole number from 1 to 65536, got '0'"),
-        (["--batch", "0"], "--batch: expected a whole number of at least 1, got '0'"),
+        (
+            ["--embedding", "0"],
+            "--embedding-size: expected a whole number from 1 to 65536, got '0'",
+        ),
+        (["--batch", "0"], "--batch-size: expected a whole number of at least 1, got '0'"),
         (["--steps", "-1"], "--steps: expected a whole number of at least 1, got '-1'"),
         (["--identities-seen", "2001"], "--identities-seen 2001: there are only 2000 --classes"),
         (["--loss", "softmax"], "--loss: invalid choice: 'softmax'"),

@@ -136,10 +136,10 @@ def test_synthetic_identities() -> None:
         (["--data", "mnist"], "--data mnist needs --root DIR"),
         (["--data", "synthetic", "--root", "."], "--root is not for --data synthetic"),
         (["--data", "folder", "--root", "nowhere"], "nowhere: no such folder"),
-        (["--data", "mnist", "--root", "nowhere"], "missing train-images"),
+        (["--data", "mnist", "--root", "nowhere"], "nowhere: no such folder"),
         (["--data", "synthetic", "--classes", "3"], "of at least 4"),
         (["--data", "synthetic", "--scales", "0"], "above 0"),
-        (["--data", "synthetic", "--margins", "4"], "at most 3.14"),
+        (["--data", "synthetic", "--margins", "4"], "expected radians from 0 to pi"),
     ],
 )
 def test_bad_arguments_end_before_training(

@@ -222,10 +222,19 @@ def test_hidden_and_other_files_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "a" / "._0.png").write_bytes(b"not an image")
     (tmp_path / "a" / "notes.txt").write_text("not an image")
     (tmp_path / "README").write_text("not an image")
-    (tmp_path / "empty").mkdir()
     data = load_folder(tmp_path, 8)
     assert data.classes == ("a", "b")
     assert len(data.images) == 4
+
+
+@pytest.mark.parametrize("names", [[], ["0.gif", "1.gif"]], ids=["empty", "other format"])
+def test_a_folder_without_images_is_refused(tmp_path: Path, names: list[str]) -> None:
+    fill(tmp_path, "a", "b")
+    (tmp_path / "c").mkdir()
+    for name in names:
+        (tmp_path / "c" / name).write_bytes(b"GIF89a")
+    with pytest.raises(ImageError, match=r"c: no \.png, .* files; convert what is there"):
+        load_folder(tmp_path, 8)
 
 
 def test_links_are_followed(tmp_path: Path) -> None:
@@ -256,8 +265,7 @@ def test_file_for_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_images_are_refused_with_the_suffixes_that_count(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "0.gif").write_bytes(b"GIF89a")
+    (tmp_path / "0.gif").write_bytes(b"GIF89a")
     with pytest.raises(
         ImageError, match=r": no \.png, \.jpg, \.jpeg, .*\.tiff files; put"
     ) as caught:

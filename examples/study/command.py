@@ -61,7 +61,7 @@ def default_device() -> torch.device:
 def writable_file(text: str) -> Path:
     """A file that can be written: in a folder that exists, and not a folder itself."""
     path = Path(text)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(
             f"can't write {text!r}; name a file in a folder that exists and is writable"
         )
@@ -75,5 +75,5 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # its own class, which torch.load refuses
     }

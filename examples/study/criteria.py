@@ -112,9 +112,9 @@ def regularized(
 
 
 def as_published() -> dict[str, Variant]:
-    """The four losses of the article's code, class weights never trained."""
+    """The losses of the article's code, which adds a regulariser to its ArcFace."""
     return {
-        "arcface": Variant("ArcFace", arcface, fm.regularizers.CenterInvariant),
+        "arcface": Variant("ArcFace", arcface),
         "simple_arcface": Variant("Simple ArcFace", DegreesAsOffsetLoss),
         "fixed_adacos": Variant("Fixed AdaCos", fm.FixedAdaCosLoss),
         "cross_entropy": Variant("Cross-entropy", OutputCrossEntropy),

@@ -230,7 +230,9 @@ def sweeps(
         panels: title, Fixed AdaCos's scale, and mean and half width by margin and scale.
         y_label: the metric.
     """
-    colors = (BLUE, ORANGE, VERMILION, PURPLE)
+    colors = (BLUE, ORANGE, VERMILION, PURPLE, GREEN, SKY)
+    if any(len(by_margin) > len(colors) for *_, by_margin in panels):
+        raise ValueError(f"a picture has colours for {len(colors)} margins only")
     columns = 2 if len(panels) > 1 else 1
     lines = -(-len(panels) // columns)
     height = 0.75 + 2.65 * lines

@@ -65,7 +65,8 @@ def load_folder(root: Path, size: int, *, show_progress: bool = False) -> Labell
     """Load every image of a folder that has a folder for each class.
 
     A class is a folder, at any depth below `root`, that directly holds images. Hidden files and
-    folders, other files, and images in `root` itself are passed over. Links are followed.
+    folders, other files, and images in `root` itself are passed over; a folder that holds neither
+    images nor folders is an error. Links are followed.
 
     Images are turned upright as their EXIF data says, put on white where they are transparent, and
     squeezed into a square, antialiased. They have one channel if every file is grey or
@@ -121,8 +122,8 @@ def find_classes(root: Path) -> dict[str, list[Path]]:
     """Return the image files of each class, classes and files in natural order.
 
     Raises:
-        ImageError: there is no such folder, it can't be listed, a folder in it is met twice, it
-            holds no two classes, or a class has a single image.
+        ImageError: there is no such folder, it can't be listed, a folder in it is met twice or has
+            no images, it holds no two classes, or a class has a single image.
     """
     if not root.exists():
         raise ImageError(f"{root}: no such folder")
@@ -136,6 +137,11 @@ def find_classes(root: Path) -> dict[str, list[Path]]:
             raise ImageError(f"{folder} and {first} are the same folder; remove the link")
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         images = [name for name in names if is_image(name)]
+        if not images and not subfolders and os.path.realpath(folder) != os.path.realpath(root):
+            raise ImageError(
+                f"{folder}: no {', '.join(SUFFIXES)} files; convert what is there to one of these, "
+                "or remove the folder"
+            )
         if images:
             name = Path(folder).relative_to(root).as_posix()
             found[name] = [Path(folder, image) for image in sorted(images, key=natural_key)]

@@ -18,11 +18,22 @@ FEWEST_ERRORS = 10  # a rate measured by fewer than ten false accepts is not quo
 CURVE_POINTS = 100
 
 
+class DivergedError(RuntimeError):
+    """Losses or embeddings are no longer finite."""
+
+
 @torch.no_grad()
 def embed(network: nn.Module, images: Tensor) -> Tensor:
-    """Embed images in evaluation mode: (count, channels, height, width) -> (count, D), fp32."""
+    """Embed images in evaluation mode: (count, channels, height, width) -> (count, D), fp32.
+
+    Raises:
+        DivergedError: embeddings are not finite.
+    """
     network.eval()
-    return torch.cat([network(batch) for batch in images.split(EMBEDDED_AT_ONCE)]).float()
+    embeddings = torch.cat([network(batch) for batch in images.split(EMBEDDED_AT_ONCE)]).float()
+    if not embeddings.isfinite().all():
+        raise DivergedError("embeddings are not finite; lower the learning rate")
+    return embeddings
 
 
 def percent(correct: Tensor) -> float:
@@ -97,8 +108,8 @@ def verification(cosines: np.ndarray, genuine: np.ndarray) -> dict[str, Any]:
         `genuine_pairs`, `impostor_pairs`; `auc`, area under the ROC curve; `eer`, the equal error
         rate in %, interpolated linearly; `tar`, the true accept rate in % by false accept rate, for
         powers of ten down to 10 / impostor pairs, below which too few false accepts are behind it;
-        `roc`, the curve from that rate on, at most 100 points (false accept rate, true accept rate)
-        as fractions.
+        `roc`, the curve from that rate on: 100 points (false accept rate, true accept rate) as
+        fractions.
 
     Raises:
         ValueError: there are no genuine or no impostor pairs.

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .command import default_device, learning_rate, usable_device, whole_number, writable_file
+from .measure import DivergedError
 from .store import Runs, StoreError
-from .training import DivergedError, Progress, Recipe, fit
+from .training import Progress, Recipe, fit
 
 INTERRUPTED, FAILED = 130, 1  # exit codes
 
@@ -60,52 +61,63 @@ def run_jobs(runs: Runs, jobs: Sequence[Job], epochs: int, *, quiet: bool) -> in
     Every run is saved when it is finished and can be gone on with from its last epoch.
     """
     left = [job for job in jobs if runs.find(job.key) is None]
-    finished = len(jobs) - len(left)
-    total, done = epochs * len(jobs), epochs * finished
+    total, done = epochs * len(jobs), epochs * (len(jobs) - len(left))
+    code = 0
     with tqdm(total=total, initial=done, unit="epoch", disable=quiet, smoothing=0.05) as bar:
-        job = None
         try:
             for job in left:
                 bar.set_description_str(job.title)
-                training = job.prepare()
-                saved = runs.load_checkpoint(job.key)
-                progress = Progress(**saved["progress"]) if saved is not None else Progress()
-                bar.update(len(progress.losses))
-                for progress in fit(
-                    training.network,
-                    training.criterion,
-                    training.regularizer,
-                    training.images,
-                    training.labels,
-                    training.recipe,
-                    training.seed,
-                    resume_from=saved,
-                    checkpoint=lambda state, key=job.key: runs.save_checkpoint(key, state),
-                ):
-                    bar.set_postfix_str(f"loss {progress.losses[-1]:.4f}", refresh=False)
-                    bar.update()
-                runs.add(job.key, job.measure(training, progress))
+                try:
+                    run_job(runs, job, bar)
+                except DivergedError as error:  # the other losses are still worth having
+                    print(f"\nerror: {job.title}, {error}: it has no result", file=sys.stderr)
+                    code = FAILED
         except KeyboardInterrupt:
-            hint = (
-                ""
-                if runs.path is None
-                else f"; --resume goes on from the last epoch in {runs.path}"
-            )
-            kept = len([job for job in jobs if runs.find(job.key) is not None])
+            kept = sum(runs.find(job.key) is not None for job in jobs)
+            is_there = any(file and file.exists() for file in (runs.path, runs.checkpoint_path))
+            hint = "; --resume goes on from the last epoch" if is_there else ""
             print(f"\ninterrupted with {kept} of {len(jobs)} runs finished{hint}", file=sys.stderr)
             return INTERRUPTED
-        except DivergedError as error:
-            assert job is not None
-            print(f"\nerror: {job.title}, {error}", file=sys.stderr)
-            return FAILED
         except StoreError as error:
             print(f"\nerror: {error}", file=sys.stderr)
             return FAILED
-    return 0
+    return code
+
+
+def run_job(runs: Runs, job: Job, bar: tqdm[Any]) -> None:
+    """Train, from the checkpoint if it is this job's; measure; save.
+
+    Raises:
+        DivergedError: a loss or an embedding is not finite.
+        StoreError: a checkpoint or the result can't be read or written.
+    """
+    training = job.prepare()
+    saved = runs.load_checkpoint(job.key)
+    progress = Progress(**saved["progress"]) if saved is not None else Progress()
+    bar.update(len(progress.losses))
+    for progress in fit(
+        training.network,
+        training.criterion,
+        training.regularizer,
+        training.images,
+        training.labels,
+        training.recipe,
+        training.seed,
+        resume_from=saved,
+        checkpoint=lambda state: runs.save_checkpoint(job.key, state),
+    ):
+        bar.set_postfix_str(f"loss {progress.losses[-1]:.4f}", refresh=False)
+        bar.update()
+    runs.add(job.key, job.measure(training, progress))
 
 
 def add_run_arguments(
-    parser: argparse.ArgumentParser, *, seeds: Sequence[int], batch_size: int, embedding_size: int
+    parser: argparse.ArgumentParser,
+    *,
+    seeds: Sequence[int],
+    batch_size: int,
+    embedding_size: int,
+    learning_rates: str = "0.001",
 ) -> None:
     """Add the options every study has; `parse_run_arguments` checks them."""
     count, seed = whole_number(1), whole_number(0)
@@ -117,11 +129,11 @@ def add_run_arguments(
         "--embedding-size", type=size, metavar="D", default=embedding_size,
         help="default: %(default)s",
     )  # fmt: skip
-    add("--lr", type=learning_rate, metavar="LR", help="of Adam; default: 0.001")
+    add("--lr", type=learning_rate, metavar="LR", help=f"of Adam; default: {learning_rates}")
     seed_list = " ".join(map(str, seeds))
     add(
         "--seeds", type=seed, nargs="+", metavar="S", default=list(seeds),
-        help=f"a run of each loss for each; default: {seed_list}",
+        help=f"everything runs once with each; default: {seed_list}",
     )  # fmt: skip
     add(
         "--precision", choices=("fp32", "bf16"), default="fp32",
@@ -137,7 +149,7 @@ def add_run_arguments(
 
 def check_run_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Refuse what doesn't go together, and fill in what depends on the machine."""
-    for option in ("losses", "seeds"):
+    for option in ("losses", "seeds", "scales", "margins"):
         values = getattr(arguments, option, [])
         if len(set(values)) < len(values):
             parser.error(f"--{option}: each only once, got {' '.join(map(str, values))}")

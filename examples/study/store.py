@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .command import versions
+
+DECISIVE = ("fused_margin", "torch")  # versions that all runs of a file must have been made with
 
 
 class StoreError(ValueError):
@@ -28,23 +33,29 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-DECISIVE = ("fused_margin", "torch")  # versions that all runs of a file must have been made with
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 of the values, to tell one set of data from another."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().numpy(force=True).reshape(-1).view("uint8").data)
+    return found.hexdigest()
 
 
 class Runs:
     """Finished runs, each under a key such as loss, seed and fold; saved after every run.
 
     All runs of a file share its settings and versions: what they are compared by. The key says in
-    what they differ, so that seeds or losses can be added later. One process writes a file at a
-    time.
+    what they differ, so that seeds or losses can be added later. The state of the run under way is
+    in a checkpoint beside the file. One process writes a file at a time.
 
     Args:
         path: JSON file, or None to keep the runs in memory only.
         settings: JSON types, the same for all runs.
-        resume: go on with the runs in `path`, if it exists; without it the file must not exist.
+        resume: go on with the runs in `path` and its checkpoint; without it neither may exist.
 
     Raises:
-        StoreError: `path` exists and `resume` is False, or it doesn't hold runs of these settings.
+        StoreError: a file is there and `resume` is False, none is there and it is True, or what is
+            there isn't of these settings.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any], *, resume: bool) -> None:
@@ -52,24 +63,37 @@ class Runs:
         self.settings = dict(settings)
         self.versions = versions()
         self.runs: list[dict[str, Any]] = []
-        if path is not None and path.exists():
-            if not resume:
-                raise StoreError(f"{path} exists; add --resume to go on with it, or remove it")
-            self.runs = self._read(path)
-        elif self.checkpoint_path is not None and not resume:
-            self.checkpoint_path.unlink(missing_ok=True)  # of a study that was begun anew
+        self._text: str | None = None  # of the file, as last read or written
+        if path is None:
+            return
+        there = [
+            file for file in (path, self.checkpoint_path) if file is not None and file.exists()
+        ]
+        if there and not resume:
+            raise StoreError(f"{there[0]} exists; add --resume to go on with it, or remove it")
+        if resume and not there:
+            raise StoreError(
+                f"--resume: there is neither {path} nor {self.checkpoint_path}; leave out --resume "
+                "to begin"
+            )
+        if path.exists():
+            self._text = _read_text(path)
+            content = read_study(path)
+            self._compare(path, content)
+            self.versions, self.runs = content["versions"], content["runs"]
 
-    def _read(self, path: Path) -> list[dict[str, Any]]:
-        content = read_study(path)
+    @property
+    def checkpoint_path(self) -> Path | None:
+        return self.path and self.path.with_name(f"{self.path.name}.checkpoint")
+
+    def _compare(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Refuse settings or decisive versions that are not this study's."""
         for part, mine in (("settings", self.settings), ("versions", self.versions)):
             theirs = content[part]
-            if part == "versions":  # of Python, NumPy and the system the first run's are kept
-                theirs, mine = (
-                    {name: found[name] for name in DECISIVE} for found in (theirs, mine)
-                )
+            names = DECISIVE if part == "versions" else sorted({*theirs, *mine})
             different = [
                 f"{name} {_brief(theirs.get(name))}, now {_brief(mine.get(name))}"
-                for name in sorted({*theirs, *mine})
+                for name in names
                 if theirs.get(name) != mine.get(name)
             ]
             if different:
@@ -77,64 +101,94 @@ class Runs:
                     f"{path} was begun with other {part} ({'; '.join(different)}): "
                     "use the same, or name another file"
                 )
-        self.versions = content["versions"]
-        return content["runs"]
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the run with this key, or None if it isn't finished."""
-        matches = (run for run in self.runs if all(run[name] == key[name] for name in key))
+        matches = (run for run in self.runs if all(run.get(name) == key[name] for name in key))
         return next(matches, None)
 
     def add(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-        """Save a finished run; its checkpoint is no longer needed."""
+        """Save a finished run; its checkpoint is no longer needed.
+
+        Raises:
+            StoreError: the file can't be written, or another process has written it.
+        """
         run = {**key, **result}
         self.runs.append(run)
-        self.save()
+        self._save()
         if self.checkpoint_path is not None:
             self.checkpoint_path.unlink(missing_ok=True)
         return run
 
-    def save(self) -> None:
-        if self.path is not None:
-            content = {"settings": self.settings, "versions": self.versions}
-            head = json.dumps(content, indent=2, allow_nan=False).removesuffix("\n}")
-            lines = ",\n".join("    " + json.dumps(run, allow_nan=False) for run in self.runs)
-            write_text(self.path, f'{head},\n  "runs": [\n{lines}\n  ]\n}}\n')  # a line for each
-
-    @property
-    def checkpoint_path(self) -> Path | None:
-        return self.path and self.path.with_name(f"{self.path.name}.checkpoint")
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        if (_read_text(self.path) if self.path.exists() else None) != self._text:
+            raise StoreError(
+                f"{self.path} was changed by another process, whose runs would be lost: this one "
+                "is not saved; let one process at a time write a file"
+            )
+        content = {"settings": self.settings, "versions": self.versions}
+        head = json.dumps(content, indent=2, allow_nan=False).removesuffix("\n}")
+        lines = ",\n".join("    " + json.dumps(run, allow_nan=False) for run in self.runs)
+        text = f'{head},\n  "runs": [\n{lines}\n  ]\n}}\n'  # a line for each run
+        try:
+            write_text(self.path, text)
+        except OSError as error:
+            raise StoreError(f"{self.path}: can't be written ({error})") from error
+        self._text = text
 
     def save_checkpoint(self, key: Mapping[str, Any], state: Any) -> None:
-        """Keep the state of the run that is under way."""
-        if self.checkpoint_path is not None:
-            temporary = self.checkpoint_path.with_name(f".{self.checkpoint_path.name}.tmp")
-            try:
-                torch.save({"key": dict(key), "settings": self.settings, "state": state}, temporary)
-                temporary.replace(self.checkpoint_path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        """Keep the state of the run that is under way.
+
+        Raises:
+            StoreError: it can't be written.
+        """
+        path = self.checkpoint_path
+        if path is None:
+            return
+        saved = {
+            "key": dict(key), "settings": self.settings, "versions": versions(), "state": state,
+        }  # fmt: skip
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            torch.save(saved, temporary)
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:  # torch's own for a disk that is full
+            raise StoreError(f"{path}: can't be written ({error})") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, key: Mapping[str, Any]) -> Any | None:
         """Return the state the run with this key was interrupted in, or None.
 
         Raises:
-            StoreError: the file of the checkpoint is damaged.
+            StoreError: the checkpoint is damaged, or of other settings.
         """
         path = self.checkpoint_path
         if path is None or not path.exists():
             return None
         try:
             saved = torch.load(path, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise StoreError(f"{path}: can't be read ({error}); remove it") from error
-        same = saved["key"] == dict(key) and saved["settings"] == self.settings
-        return saved["state"] if same else None
+        except (OSError, RuntimeError, EOFError, struct.error, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            raise StoreError(f"{path}: can't be read ({reason}); remove it") from error
+        if not isinstance(saved, dict) or not {"key", "settings", "versions"} <= saved.keys():
+            raise StoreError(f"{path}: not a checkpoint of a study; remove it")
+        self._compare(path, saved)
+        return saved["state"] if saved["key"] == dict(key) else None
 
 
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"  # such as the names of all classes
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: can't be read ({error})") from error
 
 
 def read_study(path: Path) -> dict[str, Any]:
@@ -143,10 +197,14 @@ def read_study(path: Path) -> dict[str, Any]:
     Raises:
         StoreError: the file can't be read or is not a study's.
     """
+    text = _read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(text)
+    except ValueError as error:
         raise StoreError(f"{path}: can't be read ({error})") from error
-    if not isinstance(content, dict) or not {"settings", "versions", "runs"} <= content.keys():
+    kinds = {"settings": dict, "versions": dict, "runs": list}
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(name), kind) for name, kind in kinds.items()
+    ):
         raise StoreError(f"{path}: not the results of a study; name another file")
     return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .measure import mean_and_interval
 
@@ -15,6 +16,17 @@ def spread(values: Sequence[float], decimals: int = 2) -> str:
     """Mean ± sample standard deviation, or the value if it is the only one."""
     mean, deviation, _ = mean_and_interval(values)
     return f"{mean:.{decimals}f}" + ("" if deviation is None else f" ± {deviation:.{decimals}f}")
+
+
+def missing_runs(runs: Sequence[dict[str, Any]], name: str) -> list[str]:
+    """A line that says so, if not every line of a table, by `name`, is over the same seeds."""
+    seeds: dict[Any, set[int]] = {}
+    for run in runs:
+        seeds.setdefault(run[name], set()).add(run["seed"])
+    every = set().union(*seeds.values())
+    if all(found == every for found in seeds.values()):
+        return []
+    return ["some runs are missing: the lines are not of the same seeds"]
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

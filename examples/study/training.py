@@ -7,20 +7,17 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .measure import embed
+from .measure import DivergedError, embed
 
 PROBE_IMAGES = 2000
 HISTOGRAM_BINS = 40  # of cosines, from -1 to 1
-
-
-class DivergedError(RuntimeError):
-    """A training loss is no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Recipe:
         train_class_weights: False leaves the class weights at their random start.
         flip: mirror each training image with probability 1/2.
         precision: "bf16" trains the network under autocast; loss and measuring are fp32 either way.
-        record_cosines: keep histograms of the cosines after every epoch.
+        record_cosines: keep histograms of the cosines before training and after every epoch.
     """
 
     epochs: int
@@ -100,10 +97,9 @@ def fit(
     Raises:
         DivergedError: the loss of an epoch is not finite.
     """
-    parameters = [*network.parameters()]
-    if recipe.train_class_weights:
-        # The class weights of a margin loss are in the criterion, not in the network.
-        parameters += criterion.parameters()
+    # The class weights of a margin loss are in the criterion, not in the network.
+    criterion.requires_grad_(recipe.train_class_weights)
+    parameters = [p for p in chain(network.parameters(), criterion.parameters()) if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=recipe.lr)
     order = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
