@@ -118,6 +118,7 @@ def cosines(
                 axes.set_yticks([])
                 axes.spines["left"].set_visible(False)
                 axes.set_xlim(-1, 1)
+                axes.set_xticks([-0.5, 0, 0.5])
             line[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
         for axes, epoch in zip(grid[0], epochs, strict=True):
             when = "before training" if epoch == 0 else f"after {epoch} epoch{'s' * (epoch > 1)}"

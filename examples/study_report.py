@@ -1,0 +1,427 @@
+"""Write the tables of docs/study.md and README.ja.md, and the study's pictures, from its results.
+
+    python examples/study_report.py
+
+Reads examples/results, where the runs of the study are kept, and replaces what stands between
+`<!-- table NAME -->` and `<!-- end -->` in the documents. The same results give the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import article_faces
+import article_mnist
+from study import figures, published
+from study.measure import mean_and_interval
+from study.store import StoreError, read_study
+from study.tables import markdown_table, number, spread
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+DOCUMENTS = ("docs/study.md", "README.ja.md")
+BLOCK = re.compile(r"(<!-- table (?P<name>[a-z_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SWEEPS = (10, 40, 242, 1000, 10_000)
+
+
+class ReportError(RuntimeError):
+    """A document or a result isn't what the report needs."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """The results of one file."""
+
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    runs: list[dict[str, Any]]
+
+    def of(self, loss: str, metric: str) -> list[float]:
+        """The metric of this loss, by seed."""
+        return [run[metric] for run in self.runs if run["loss"] == loss]
+
+    @property
+    def losses(self) -> list[str]:
+        return list(dict.fromkeys(run["loss"] for run in self.runs))
+
+    @property
+    def seeds(self) -> int:
+        return len({run["seed"] for run in self.runs})
+
+
+def load(name: str) -> Study:
+    """Read a study; of its runs, those of the seeds that are complete: they are compared."""
+    content = read_study(RESULTS / f"{name}.json")
+    names = (
+        ("scale", "margin") if content["settings"]["experiment"] == "sweep" else ("loss", "fold")
+    )
+    done: dict[int, set[tuple[Any, ...]]] = {}
+    for run in content["runs"]:
+        done.setdefault(run["seed"], set()).add(tuple(run.get(name) for name in names))
+    every = set().union(*done.values())
+    runs = [run for run in content["runs"] if done[run["seed"]] == every]
+    if not runs:
+        raise ReportError(f"{name}: no seed is complete; resume its script")
+    return Study(content["settings"], content["versions"], runs)
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> str:
+    """Mean of the paired differences, with its 95 % confidence interval."""
+    mean, _, half = mean_and_interval([a - b for a, b in zip(first, second, strict=True)])
+    return f"{mean:+.2f}" + ("" if half is None else f" [{mean - half:+.2f}, {mean + half:+.2f}]")
+
+
+def mnist_published() -> str:
+    """Published accuracies of the first experiment beside ours with the published settings."""
+    study = load("mnist-published")
+    titles = article_mnist.variants(True)
+    lines = []
+    for name in study.losses:
+        train, test = published.MNIST[name.split("+")[0]]
+        by_arg_max = name == "cross_entropy"
+        train_metric, test_metric = (
+            ("train_arg_max", "test_arg_max")
+            if by_arg_max
+            else ("train_nearest_itself", "test_nearest_euclidean")
+        )
+        lines.append(
+            [
+                titles[name].title,
+                number(train),
+                spread(study.of(name, train_metric)),
+                number(test),
+                spread(study.of(name, test_metric)),
+                spread(study.of(name, "test_nearest")),
+            ]
+        )
+    header = ("loss", "train, published", "train, here", "test, published", "test, here",
+              "test, cosine 1-NN")  # fmt: skip
+    return markdown_table(header, lines)
+
+
+def mnist() -> str:
+    """The first experiment mended: every loss with and without CenterInvariant."""
+    study = load("mnist")
+    titles = article_mnist.variants(False)
+    baseline = study.of("arcface", "test_nearest")
+    lines = []
+    for name in study.losses:
+        seconds = [second for run in study.runs if run["loss"] == name for second in run["seconds"]]
+        lines.append(
+            [
+                titles[name].title,
+                number(study.runs[study.losses.index(name)]["scale"]),
+                spread(study.of(name, "test_nearest")),
+                "" if name == "arcface" else difference(study.of(name, "test_nearest"), baseline),
+                spread(study.of(name, "test_arg_max")),
+                spread(study.of(name, "train_nearest")),
+                number(median(seconds), 1),
+            ]
+        )
+    header = ("loss", "s", "test 1-NN", "minus ArcFace", "test arg max", "train 1-NN", "s/epoch")
+    return markdown_table(header, lines)
+
+
+def faces_study(name: str) -> tuple[Study, list[dict[str, Any]], dict[str, Any]]:
+    """A study of article_faces: its runs, and their summary by loss."""
+    study = load(name)
+    rows = article_faces.summarise(study.runs)
+    return study, rows, article_faces.variants(study.settings["as_published"])
+
+
+def describe(metric: dict[str, float | None], decimals: int = 2) -> str:
+    deviation = metric["std"]
+    text = number(metric["mean"], decimals)
+    return text if deviation is None else f"{text} ± {number(deviation, decimals)}"
+
+
+def faces() -> str:
+    """The second experiment: published accuracies beside those on other people."""
+    _, published_rows, titles = faces_study("faces-published")
+    _, mended_rows, _ = faces_study("faces")
+    mended = {row["loss"]: row for row in mended_rows}
+    lines = []
+    for row in published_rows:
+        plain = row["loss"].split("+")[0]
+        metric = "test_arg_max" if plain == "cross_entropy" else "test_nearest_euclidean"
+        lines.append(
+            [
+                titles[row["loss"]].title,
+                number(published.FACES[plain][1]),
+                describe(row[metric]),
+                describe(mended[row["loss"]]["test_nearest"]),
+            ]
+        )
+    header = ("loss", "published", "as published, here", "mended, here: 1-NN")
+    return markdown_table(header, lines)
+
+
+def by_seed(study: Study, loss: str, value: Callable[[dict[str, Any]], float]) -> list[float]:
+    """The value of a loss for each seed, averaged over the folds."""
+    mine = [run for run in study.runs if run["loss"] == loss]
+    seeds = dict.fromkeys(run["seed"] for run in mine)
+    return [fmean(value(run) for run in mine if run["seed"] == seed) for seed in seeds]
+
+
+def open_set(name: str) -> str:
+    """Closed-set accuracy and open-set verification of one set of images."""
+    study, rows, titles = faces_study(name)
+    rates = [  # 1 %, and the lowest that there are pairs for
+        rate
+        for rate in article_faces.quoted_rates(study.runs)
+        if rate in ("0.01", article_faces.quoted_rates(study.runs)[-1])
+    ]
+    baseline = by_seed(study, "arcface", article_faces.METRICS["eer"])
+    lines = []
+    for row in rows:
+        eer = by_seed(study, row["loss"], article_faces.METRICS["eer"])
+        lines.append(
+            [
+                titles[row["loss"]].title,
+                describe(row["test_nearest"]),
+                describe(row["eer"]),
+                "" if row["loss"] == "arcface" else difference(eer, baseline),
+                describe(row["auc"], 4),
+                *(describe(row["tar"][rate]) for rate in rates),
+            ]
+        )
+    header = ("loss", "test 1-NN", "EER", "EER minus ArcFace's", "AUC",
+              *(f"TAR at FAR {100 * float(rate):g} %" for rate in rates))  # fmt: skip
+    return markdown_table(header, lines)
+
+
+def sweep_points(study: Study, metric: str) -> dict[tuple[float, float], list[float]]:
+    points: dict[tuple[float, float], list[float]] = {}
+    for run in study.runs:
+        points.setdefault((run["scale"], run["margin"]), []).append(run[metric])
+    return points
+
+
+def best_elsewhere(
+    points: dict[tuple[float, float], list[float]], allowed: Sequence[tuple[float, float]]
+) -> list[float]:
+    """What the best point gives that is chosen, for each seed, by the other seeds.
+
+    Chosen by the seed it is reported for, the best of many points would profit from its luck.
+    """
+    seeds = range(min(map(len, points.values())))
+    if len(seeds) < 2:
+        raise ReportError(
+            "a sweep needs two seeds or more, to choose by one and measure by another"
+        )
+
+    def mean_of_others(point: tuple[float, float], seed: int) -> float:
+        return fmean(value for index, value in enumerate(points[point]) if index != seed)
+
+    return [
+        points[max(allowed, key=lambda point: mean_of_others(point, seed))][seed] for seed in seeds
+    ]
+
+
+def sweep() -> str:
+    """Fixed AdaCos's scale beside the best of the grid, for every number of classes."""
+    lines = []
+    for classes in SWEEPS:
+        study = load(f"sweep-{classes}")
+        points = sweep_points(study, "nearest")
+        plain = [point for point in points if point[1] == 0]
+        fixed = (study.settings["fixed_adacos_scale"], 0.0)
+        best = max(points, key=lambda point: fmean(points[point]))
+        best_plain = max(plain, key=lambda point: fmean(points[point]))
+        tuned = best_elsewhere(points, [*points])
+        lines.append(
+            [
+                f"{classes:,}",
+                f"{fixed[0]:.3g}",
+                spread(points[fixed]),
+                f"{best_plain[0]:.3g}",
+                spread(best_elsewhere(points, plain)),
+                f"{best[0]:.3g}, {best[1]:g}",
+                spread(tuned),
+                difference(points[fixed], tuned),
+                spread(points[64.0, 0.5]),
+                difference(points[fixed], points[64.0, 0.5]),
+            ]
+        )
+    header = ("C", "√2·ln(C−1)", "1-NN there", "best s at m = 0", "1-NN, tuned", "best s, m",
+              "1-NN, tuned", "fixed minus tuned", "1-NN at s = 64, m = 0.5",
+              "fixed minus that")  # fmt: skip
+    return markdown_table(header, lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "mnist_published": mnist_published,
+    "mnist": mnist,
+    "faces": faces,
+    "open_faces": lambda: open_set("faces"),
+    "open_characters": lambda: open_set("characters"),
+    "sweep": sweep,
+}
+
+
+def draw_accuracy(path: Path) -> None:
+    study = load("mnist-published")
+    titles = article_mnist.variants(True)
+    bars = []
+    for name in study.losses:
+        plain = name.split("+")[0]
+        _, test = published.MNIST[plain]
+        metric = "test_arg_max" if plain == "cross_entropy" else "test_nearest_euclidean"
+        mean, _, half = mean_and_interval(study.of(name, metric))
+        bars.append((titles[name].title, mean, half or 0.0, test, figures.LOSS_COLORS[plain]))
+    mended, titles = load("mnist"), article_mnist.variants(False)
+    for name in mended.losses:
+        mean, _, half = mean_and_interval(mended.of(name, "test_nearest"))
+        color = figures.LOSS_COLORS[name.split("+")[0]]
+        bars.append((f"{titles[name].title}, mended", mean, half or 0.0, None, color))
+    figures.accuracy_bars(
+        path,
+        "MNIST: test accuracy as published, and mended",
+        f"mean and 95 % confidence interval of {study.seeds} (as published) and {mended.seeds} "
+        f"(mended) seeds, {mended.settings['epochs']} epochs",
+        bars,
+        "test accuracy, %",
+    )
+
+
+def draw_cosines(path: Path) -> None:
+    study, titles = load("mnist"), article_mnist.variants(False)
+    seed = study.runs[0]["seed"]
+    rows = [
+        (titles[run["loss"]].title, run["cosines"])
+        for run in study.runs
+        if run["seed"] == seed and "+" not in run["loss"]
+    ]
+    figures.cosines(
+        path,
+        f"MNIST, embedding of {study.settings['embedding_size']}, the first "
+        f"{sum(rows[0][1][0]['target']):,} training images, seed {seed}; the height of each panel "
+        "is its own",
+        rows,
+    )
+
+
+def draw_spheres(path: Path) -> None:
+    study, titles = load("mnist-3d"), article_mnist.variants(False)
+    figures.spheres(
+        path,
+        f"MNIST, {study.settings['epochs']} epochs; the same network, start and order of images",
+        [
+            (f"{titles[run['loss']].title}: {run['test_nearest']:.1f} % by 1-NN", run["sphere"])
+            for run in study.runs
+        ],
+    )
+
+
+def draw_roc(path: Path) -> None:
+    panels = []
+    for name, title in (("faces", "AT&T faces"), ("characters", "Omniglot characters")):
+        study, rows, titles = faces_study(name)
+        curves = []
+        for row in rows:
+            if "+" in row["loss"]:
+                continue  # lies on the curve of the loss without the regulariser
+            curves.append(
+                (
+                    titles[row["loss"]].title,
+                    mean_curve([run for run in study.runs if run["loss"] == row["loss"]]),
+                    figures.LOSS_COLORS[row["loss"]],
+                )
+            )
+        folds = study.settings["folds"]
+        panels.append((f"{title}: {len(folds)} folds, {sum(map(len, folds))} classes", curves))
+    figures.roc_curves(path, "mean of the curves of all folds and seeds", panels)
+
+
+def mean_curve(runs: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Average true accept rates at the false accept rates that every run has the pairs for."""
+    lowest = max(run["verification"]["roc"][0][0] for run in runs)
+    axis = [rate for rate, _ in runs[0]["verification"]["roc"] if rate >= lowest]
+
+    def at(run: dict[str, Any], rate: float) -> float:
+        return max(tar for far, tar in run["verification"]["roc"] if far <= rate * (1 + 1e-9))
+
+    return [(rate, fmean(at(run, rate) for run in runs)) for rate in axis]
+
+
+def draw_sweeps(path: Path) -> None:
+    names = {10: "MNIST", 40: "AT&T faces", 242: "Omniglot"}
+    panels = []
+    for classes in SWEEPS:
+        study = load(f"sweep-{classes}")
+        by_margin: dict[float, dict[float, tuple[float, float]]] = {}
+        for (scale, margin), values in sweep_points(study, "nearest").items():
+            mean, _, half = mean_and_interval(values)
+            by_margin.setdefault(margin, {})[scale] = (mean, half or 0.0)
+        title = f"C = {classes:,}, {names.get(classes, 'synthetic')}"
+        panels.append((title, study.settings["fixed_adacos_scale"], by_margin))
+    figures.sweeps(
+        path,
+        "Accuracy against scale and margin, and where the fixed scale lies",
+        "1-NN accuracy on held-out images, %; mean and 95 % confidence interval over seeds",
+        panels,
+        "1-NN, %",
+    )
+
+
+PICTURES: dict[str, Callable[[Path], None]] = {
+    "study-mnist-accuracy.png": draw_accuracy,
+    "study-mnist-cosines.png": draw_cosines,
+    "study-mnist-sphere.png": draw_spheres,
+    "study-roc.png": draw_roc,
+    "study-sweep.png": draw_sweeps,
+}
+
+
+def fill(text: str) -> str:
+    """Replace what stands between the marks of each table.
+
+    Raises:
+        ReportError: a mark names no table.
+        StoreError: the results of a table can't be read.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ReportError(f"no table {name!r}; there are {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[name]()}\n{match[3]}"
+
+    return BLOCK.sub(replace, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the tables and pictures that the documents have; return the exit code."""
+    parser = argparse.ArgumentParser(description="Write the study's tables and pictures.")
+    parser.add_argument("--check", action="store_true", help="only see whether tables are right")
+    arguments = parser.parse_args(argv)
+    stale, pictures = [], set()
+    try:
+        for name in DOCUMENTS:
+            path = ROOT / name
+            before = path.read_text(encoding="utf-8")
+            after = fill(before)
+            pictures |= {picture for picture in PICTURES if picture in after}
+            if after != before:
+                stale.append(name)
+                if not arguments.check:
+                    path.write_text(after, encoding="utf-8")
+        if not arguments.check:
+            for picture in sorted(pictures):
+                PICTURES[picture](ROOT / "docs" / "images" / picture)
+    except (ReportError, StoreError) as error:
+        parser.error(str(error))
+    if arguments.check and stale:
+        print(f"not what the results give: {', '.join(stale)}", file=sys.stderr)
+    return int(arguments.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""The study's tables are what its results give, and its pictures are drawn from them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mnist_files import write_mnist
+from PIL import Image
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+article_faces: Any = importlib.import_module("article_faces")
+article_mnist: Any = importlib.import_module("article_mnist")
+scale_sweep: Any = importlib.import_module("scale_sweep")
+study_report: Any = importlib.import_module("study_report")
+
+MARK = re.compile(r"<!-- table (\w+) -->")
+
+
+def write_people(root: Path) -> None:
+    """Twelve people, four images each: bright rows for each person, and noise."""
+    generator = np.random.default_rng(0)
+    for person in range(12):
+        folder = root / f"group{person % 2}" / f"person{person}"
+        folder.mkdir(parents=True)
+        for index in range(4):
+            pixels = generator.integers(0, 120, (32, 32), dtype=np.uint8)
+            pixels[2 * person + 2 : 2 * person + 5] = 255
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study in miniature, by the scripts themselves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("study")
+    write_mnist(root / "mnist")
+    write_people(root / "people")
+    folder = root / "results"
+    folder.mkdir()
+    common = ["--device", "cpu", "--epochs", "1", "--embedding-size", "12", "--quiet"]
+
+    def keep(script: Any, name: str, *arguments: str) -> None:
+        code = script.main([*common, "--json", str(folder / f"{name}.json"), *arguments])
+        assert code == 0
+
+    mnist = ["--root", str(root / "mnist")]
+    losses = ["--losses", "arcface", "fixed_adacos", "fixed_adacos+center_invariant"]
+    keep(article_mnist, "mnist", *mnist, *losses, "--seeds", "0", "1")
+    keep(article_mnist, "mnist-published", *mnist, "--as-published", "--seeds", "0", "1")
+    keep(article_mnist, "mnist-3d", *mnist, *losses[:3], "--seeds", "0", "--embedding-size", "3")
+    people = ["--images", str(root / "people"), "--image-size", "32", "--folds", "2"]
+    keep(article_faces, "faces", *people, "--seeds", "0", "1")
+    keep(article_faces, "faces-published", *people, "--as-published", "--seeds", "0")
+    keep(article_faces, "characters", *people, "--hold-out", "groups", "--seeds", "0")
+    grid = ["--scales", "8", "64", "--margins", "0", "0.5", "--seeds", "0", "1"]
+    keep(scale_sweep, "sweep-10", "--data", "synthetic", "--classes", "10", *grid)
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture
+def miniature(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Documents with every table and picture, for the study in miniature."""
+    monkeypatch.setattr(study_report, "RESULTS", results)
+    monkeypatch.setattr(study_report, "SWEEPS", (10,))
+    monkeypatch.setattr(study_report, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    tables = "".join(f"<!-- table {name} -->\nold\n<!-- end -->\n" for name in study_report.TABLES)
+    pictures = "".join(f"![](images/{name})\n" for name in study_report.PICTURES)
+    (tmp_path / "docs" / "study.md").write_text(f"Before.\n{tables}{pictures}After.\n")
+    (tmp_path / "README.ja.md").write_text("<!-- table mnist -->\n<!-- end -->\n")
+    return tmp_path
+
+
+def runs_of(results: Path, name: str, loss: str) -> list[dict[str, Any]]:
+    content = json.loads((results / f"{name}.json").read_text())
+    return [run for run in content["runs"] if run["loss"] == loss]
+
+
+def cells(text: str, name: str) -> dict[str, list[str]]:
+    """The rows of a table by their first cell."""
+    block = text.split(f"<!-- table {name} -->\n")[1].split("\n<!-- end -->")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.split("\n")]
+    assert len({len(line) for line in lines}) == 1
+    return {line[0]: line[1:] for line in lines[2:]}
+
+
+def test_every_table_and_picture(miniature: Path, results: Path) -> None:
+    assert study_report.main(["--check"]) == 1
+    assert "old" in (miniature / "docs" / "study.md").read_text()  # it only looked
+    assert study_report.main([]) == 0
+    assert study_report.main(["--check"]) == 0
+    text = (miniature / "docs" / "study.md").read_text()
+    assert text.startswith("Before.\n")
+    assert text.endswith("After.\n")
+    assert "old" not in text
+    for name in study_report.PICTURES:
+        with Image.open(miniature / "docs" / "images" / name) as picture:
+            assert min(picture.size) > 300
+            assert len(set(picture.convert("L").get_flattened_data())) > 20  # not blank
+
+    adacos = runs_of(results, "mnist", "fixed_adacos")
+    arcface = runs_of(results, "mnist", "arcface")
+    row = cells(text, "mnist")["Fixed AdaCos"]
+    assert row[1].startswith(f"{fmean(run['test_nearest'] for run in adacos):.2f} ± ")
+    pairs = zip(adacos, arcface, strict=True)
+    mean = fmean(ours["test_nearest"] - theirs["test_nearest"] for ours, theirs in pairs)
+    assert row[2].startswith(f"{mean:+.2f} [")
+    assert cells((miniature / "README.ja.md").read_text(), "mnist") == cells(text, "mnist")
+
+    row = cells(text, "mnist_published")["Fixed AdaCos"]
+    mine = runs_of(results, "mnist-published", "fixed_adacos")
+    assert row[2] == "98.09"  # as published
+    assert row[3].startswith(f"{fmean(run['test_nearest_euclidean'] for run in mine):.2f} ± ")
+
+    row = cells(text, "open_faces")["Fixed AdaCos"]
+    eer = fmean(run["verification"]["eer"] for run in runs_of(results, "faces", "fixed_adacos"))
+    assert row[1].startswith(f"{eer:.2f} ± ")
+    assert cells(text, "faces")["Fixed AdaCos"][0] == "90.02"
+    assert set(cells(text, "open_characters")) == set(cells(text, "open_faces"))
+
+    (row,) = cells(text, "sweep").values()
+    content = json.loads((results / "sweep-10.json").read_text())
+    points = {(run["scale"], run["margin"]) for run in content["runs"]}
+    assert points == {(s, m) for s in (3.1073, 8.0, 64.0) for m in (0.0, 0.5)}
+    fixed = [run for run in content["runs"] if (run["scale"], run["margin"]) == (3.1073, 0.0)]
+    assert row[0] == "3.11"
+    assert row[1].startswith(f"{fmean(run['nearest'] for run in fixed):.2f} ± ")
+
+
+def test_an_incomplete_seed_is_left_out(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_report, "RESULTS", tmp_path)
+    for name in ("mnist", "faces", "sweep-10"):
+        content = json.loads((results / f"{name}.json").read_text())
+        assert {run["seed"] for run in content["runs"]} == {0, 1}
+        whole = [run for run in content["runs"] if run["seed"] == 0]
+        content["runs"].pop()
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        assert study_report.load(name).runs == whole
+    content["runs"] = [content["runs"][0], {**content["runs"][1], "seed": 1}]
+    (tmp_path / "sweep-10.json").write_text(json.dumps(content))
+    with pytest.raises(study_report.ReportError, match="no seed is complete"):
+        study_report.load("sweep-10")
+
+
+def test_the_same_results_give_the_same_pictures(miniature: Path) -> None:
+    contents = []
+    for _ in range(2):
+        assert study_report.main([]) == 0
+        images = miniature / "docs" / "images"
+        contents.append({path.name: path.read_bytes() for path in images.iterdir()})
+    assert contents[0] == contents[1]
+
+
+def test_an_unknown_table_and_missing_results_are_errors(
+    miniature: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(study_report, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit):
+        study_report.main([])
+    assert "mnist-published.json: can't be read" in capsys.readouterr().err
+    (miniature / "docs" / "study.md").write_text("<!-- table nothing -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit):
+        study_report.main([])
+    assert "no table 'nothing'" in capsys.readouterr().err
+
+
+def test_tables_of_the_documents_are_what_the_committed_results_give() -> None:
+    for name in study_report.DOCUMENTS:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        used = MARK.findall(text)
+        assert used  # a document without marks would always be right
+        assert text.count("<!-- end -->") == len(used)
+    assert study_report.main(["--check"]) == 0
+
+
+def test_pictures_of_the_study_are_there_and_small() -> None:
+    text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    used = re.findall(r"images/(study-[\w-]+\.png)", text)
+    assert used
+    for name in used:
+        assert name in study_report.PICTURES
+        assert (ROOT / "docs" / "images" / name).stat().st_size < 400_000
