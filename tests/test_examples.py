@@ -305,45 +305,6 @@ def test_json_is_replaced_whole_or_not_at_all(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def brute_force_accuracy(
-    queries: np.ndarray,
-    query_labels: np.ndarray,
-    gallery: np.ndarray,
-    gallery_labels: np.ndarray,
-    leave_one_out: bool,
-) -> float:
-    correct = 0
-    for i, query in enumerate(queries):
-        best, best_label = -math.inf, -1
-        for j, entry in enumerate(gallery):
-            cosine = query @ entry / (np.linalg.norm(query) * np.linalg.norm(entry))
-            if cosine > best and not (leave_one_out and i == j):
-                best, best_label = cosine, gallery_labels[j]
-        correct += int(best_label == query_labels[i])
-    return 100 * correct / len(queries)
-
-
-@pytest.mark.parametrize("block", [1, 7, 60, 512])
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_nearest_neighbour_against_brute_force(
-    monkeypatch: pytest.MonkeyPatch, block: int, leave_one_out: bool
-) -> None:
-    monkeypatch.setattr(measure, "COMPARED_AT_ONCE", block)
-    generator = np.random.default_rng(0)
-    labels = generator.integers(0, 3, 60)
-    # Lengths that differ by 100 make the dot product and the cosine disagree on who is nearest.
-    lengths = 10 ** generator.uniform(-1, 1, (60, 1))
-    points = lengths * (generator.normal(size=(60, 5)) + 1.5 * np.eye(5)[labels])
-    if leave_one_out:
-        arrays = (points, labels, points, labels)
-    else:
-        arrays = (points[:20], labels[:20], points[20:], labels[20:])
-    tensors = [torch.from_numpy(array) for array in arrays]
-    accuracy = measure.nearest_neighbour_accuracy(*tensors, leave_one_out=leave_one_out)
-    assert accuracy == brute_force_accuracy(*arrays, leave_one_out)
-    assert 40 < accuracy < 95  # so that an accident doesn't agree
-
-
 def test_a_point_is_not_its_own_neighbour() -> None:
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(2000, 8, generator=generator)
