@@ -46,14 +46,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from article_mnist import arg_max_accuracy
 from study.command import real_number, whole_number
 from study.criteria import Variant, as_published, losses, regularized
 from study.images import ImageError, LabelledImages, load_folder, split_images
 from study.measure import (
+    closed_set,
     embed,
     mean_and_interval,
-    nearest_neighbour_accuracy,
     pair_scores,
     verification,
 )
@@ -64,17 +63,17 @@ from study.runner import (
     Training,
     add_run_arguments,
     check_run_arguments,
+    choose_published,
     open_runs,
     run_jobs,
 )
 from study.store import digest
-from study.tables import number, text_table
+from study.tables import number, plus_minus, text_table
 from study.training import Network, Progress, Recipe
 from torch import Tensor, nn
 
 import fused_margin as fm
 
-PUBLISHED_LR, MENDED_LR = 0.01, 0.001
 DEFAULT_LOSSES = ["arcface", "arcface+regular_face", "cosface", "fixed_adacos", "cross_entropy"]
 MARGIN_UNITS = {"arcface": "rad", "cosface": "cos"}  # an angle, an offset of the cosine
 FOLD_SEED = 0  # all runs of a study, whatever their seed, hold out the same classes
@@ -318,13 +317,10 @@ def measure(training: Training, progress: Progress, images: Tensor, split: Split
     """
     network, criterion = training.network, training.criterion
     device = images.device
-    embedded = [
+    train, test, held_out = (
         embed(network, images[rows.to(device)])
         for rows in (split.train, split.test, split.held_out)
-    ]
-    train, test, held_out = embedded
-    gallery = (train, split.train_labels.to(device))
-    queries = (test, split.test_labels.to(device))
+    )
     return {
         "classes": split.num_classes,
         "train_images": len(split.train),
@@ -333,14 +329,9 @@ def measure(training: Training, progress: Progress, images: Tensor, split: Split
         "held_out_images": len(split.held_out),
         "scale": getattr(criterion, "scale", None),
         "margin": getattr(criterion, "margin", None),
-        "test_nearest": nearest_neighbour_accuracy(*queries, *gallery),
-        "test_nearest_euclidean": nearest_neighbour_accuracy(
-            *queries, *gallery, metric="euclidean"
+        **closed_set(
+            criterion, train, split.train_labels.to(device), test, split.test_labels.to(device)
         ),
-        "test_arg_max": arg_max_accuracy(criterion, *queries),
-        "train_nearest": nearest_neighbour_accuracy(*gallery, *gallery, leave_one_out=True),
-        "train_nearest_itself": nearest_neighbour_accuracy(*gallery, *gallery, metric="euclidean"),
-        "train_arg_max": arg_max_accuracy(criterion, *gallery),
         "verification": verification(*pair_scores(held_out, split.held_out_labels.to(device))),
         "losses": progress.losses,
         "seconds": progress.seconds,
@@ -392,25 +383,30 @@ def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def by_seed(
+    runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]
+) -> list[float]:
+    """The value for each seed, averaged over its folds."""
+    values: dict[int, list[float]] = {}
+    for run in runs:
+        values.setdefault(run["seed"], []).append(value(run))
+    return [statistics.fmean(found) for found in values.values()]
+
+
 def over_seeds(
     runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]
 ) -> dict[str, float | None]:
     """Average over the folds of each seed, then describe the seeds."""
-    by_seed: dict[int, list[float]] = {}
-    for run in runs:
-        by_seed.setdefault(run["seed"], []).append(value(run))
-    mean, deviation, half = mean_and_interval([statistics.fmean(v) for v in by_seed.values()])
+    mean, deviation, half = mean_and_interval(by_seed(runs, value))
     return {"mean": mean, "std": deviation, "half_interval": half}
+
+
+def metric_text(metric: dict[str, float | None], decimals: int = 2) -> str:
+    return plus_minus(metric["mean"], metric["std"], decimals)
 
 
 def format_table(runs: Sequence[dict[str, Any]]) -> str:
     """Lay the results out as text, one line for each loss, and say below what they are."""
-
-    def spread(metric: dict[str, float | None], decimals: int = 2) -> str:
-        deviation = metric["std"]
-        return number(metric["mean"], decimals) + (
-            "" if deviation is None else f" ± {number(deviation, decimals)}"
-        )
 
     def scale(bounds: tuple[float, float] | None) -> str:
         low, high = map(number, bounds or (None, None))
@@ -427,11 +423,11 @@ def format_table(runs: Sequence[dict[str, Any]]) -> str:
             row["loss"],
             scale(row["scale"]),
             f"{number(row['margin'])} {MARGIN_UNITS.get(row['loss'].split('+')[0], '')}".rstrip(),
-            spread(row["test_nearest"]),
-            spread(row["test_arg_max"]),
-            spread(row["eer"]),
-            spread(row["auc"], 4),
-            "–" if rate is None else spread(row["tar"][rate]),
+            metric_text(row["test_nearest"]),
+            metric_text(row["test_arg_max"]),
+            metric_text(row["eer"]),
+            metric_text(row["auc"], 4),
+            "–" if rate is None else metric_text(row["tar"][rate]),
             number(row["seconds"], 3),
             str(row["runs"]),
         ]
@@ -517,16 +513,11 @@ def parse_arguments(
     """Parse and check the command line; fill in what depends on other options."""
     arguments = parser.parse_args(argv)
     known = variants(arguments.as_published)
-    if arguments.losses is None:
-        arguments.losses = list(known) if arguments.as_published else DEFAULT_LOSSES
-    unknown = [name for name in arguments.losses if name not in known]
-    if unknown:
-        how = "--as-published" if arguments.as_published else "without --as-published"
-        parser.error(f"--losses {' '.join(unknown)}: {how} there are {', '.join(known)}")
+    choose_published(
+        parser, arguments, known, [*known] if arguments.as_published else DEFAULT_LOSSES
+    )
     if arguments.pretrained and arguments.model is None:
         parser.error("--pretrained is for --model NAME; the built-in network has no such weights")
-    if arguments.lr is None:
-        arguments.lr = PUBLISHED_LR if arguments.as_published else MENDED_LR
     check_run_arguments(parser, arguments)
     return arguments
 

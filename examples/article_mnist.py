@@ -35,13 +35,14 @@ import torch.nn.functional as F
 from digits_data import NUM_CLASSES, DataError, Digits, load_mnist
 from study.command import whole_number
 from study.criteria import Variant, as_published, losses, regularized
-from study.measure import embed, nearest_neighbour_accuracy, percent
+from study.measure import closed_set, embed
 from study.networks import ArticleCNN
 from study.runner import (
     Job,
     Training,
     add_run_arguments,
     check_run_arguments,
+    choose_published,
     open_runs,
     run_jobs,
 )
@@ -52,7 +53,6 @@ from torch import Tensor
 
 import fused_margin as fm
 
-PUBLISHED_LR, MENDED_LR = 0.01, 0.001
 SCATTERED_IMAGES = 1000  # test images whose embeddings are kept if they are in three dimensions
 
 
@@ -92,19 +92,10 @@ def measure(training: Training, progress: Progress, data: Digits) -> dict[str, A
     """Measure what was trained, on the test images and on the training images."""
     network, criterion = training.network, training.criterion
     train, test = embed(network, data.train_images), embed(network, data.test_images)
-    gallery = (train, data.train_labels)
-    queries = (test, data.test_labels)
     result: dict[str, Any] = {
         "scale": getattr(criterion, "scale", None),
         "margin": getattr(criterion, "margin", None),
-        "test_nearest": nearest_neighbour_accuracy(*queries, *gallery),
-        "test_nearest_euclidean": nearest_neighbour_accuracy(
-            *queries, *gallery, metric="euclidean"
-        ),
-        "test_arg_max": arg_max_accuracy(criterion, *queries),
-        "train_nearest": nearest_neighbour_accuracy(*gallery, *gallery, leave_one_out=True),
-        "train_nearest_itself": nearest_neighbour_accuracy(*gallery, *gallery, metric="euclidean"),
-        "train_arg_max": arg_max_accuracy(criterion, *gallery),
+        **closed_set(criterion, train, data.train_labels, test, data.test_labels),
         "losses": progress.losses,
         "seconds": progress.seconds,
     }
@@ -113,11 +104,6 @@ def measure(training: Training, progress: Progress, data: Digits) -> dict[str, A
     if test.shape[1] == 3:
         result["sphere"] = sphere(test, data.test_labels, getattr(criterion, "weight", None))
     return result
-
-
-@torch.no_grad()
-def arg_max_accuracy(criterion: Any, embeddings: Tensor, labels: Tensor) -> float:
-    return percent(criterion.logits(embeddings).argmax(dim=1) == labels)
 
 
 def sphere(embeddings: Tensor, labels: Tensor, weight: Tensor | None) -> dict[str, Any]:
@@ -187,19 +173,12 @@ def parse_arguments(
     """Parse and check the command line; fill in what depends on other options."""
     arguments = parser.parse_args(argv)
     known = variants(arguments.as_published)
-    if arguments.losses is None:
-        arguments.losses = list(known)
-    unknown = [name for name in arguments.losses if name not in known]
-    if unknown:
-        how = "--as-published" if arguments.as_published else "without --as-published"
-        parser.error(f"--losses {' '.join(unknown)}: {how} there are {', '.join(known)}")
+    choose_published(parser, arguments, known, [*known])
     if arguments.as_published and arguments.embedding_size < NUM_CLASSES:
         parser.error(
             f"--embedding-size {arguments.embedding_size}: --as-published takes the embedding "
             f"for the logits of cross-entropy and needs at least {NUM_CLASSES}"
         )
-    if arguments.lr is None:
-        arguments.lr = PUBLISHED_LR if arguments.as_published else MENDED_LR
     check_run_arguments(parser, arguments)
     return arguments
 

@@ -52,7 +52,7 @@ from study.command import (
 from study.identities import NOISE, Identities
 from study.measure import DivergedError, embed, percent
 from study.memory import PeakMemory, available_bytes, eager_bytes
-from study.runner import FAILED, INTERRUPTED
+from study.runner import FAILED, INTERRUPTED, open_runs
 from study.store import Runs, StoreError
 from study.synthetic import HIDDEN_SIZE, OBSERVED_SIZE, Perceptron
 from study.tables import number, text_table
@@ -569,8 +569,10 @@ def check_disk(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
             )
 
 
-def open_runs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Runs:
-    """Open the file of results, or end with an error that says why not."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, compare if asked, print the report; return the exit code."""
+    parser = make_parser()
+    arguments = parse_arguments(parser, argv)
     names = ("classes", "embedding", "batch", "steps", "identities_seen", "lr", "weight_lr")
     settings = {
         "experiment": "million_classes",
@@ -578,17 +580,7 @@ def open_runs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
         "noise": NOISE,
         "device": str(arguments.device),
     }
-    try:
-        return Runs(arguments.json, settings, resume=arguments.resume)
-    except StoreError as error:
-        parser.error(str(error))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train, compare if asked, print the report; return the exit code."""
-    parser = make_parser()
-    arguments = parse_arguments(parser, argv)
-    runs = open_runs(parser, arguments)
+    runs = open_runs(parser, arguments.json, settings, resume=arguments.resume)
     key, comparison_key = (
         {"what": what, "loss": arguments.loss, "seed": arguments.seed}
         for what in ("training", "comparison")

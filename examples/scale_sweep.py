@@ -26,11 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from article_mnist import arg_max_accuracy, load_data
+from article_mnist import load_data
 from digits_data import DataError
 from study.command import real_number, whole_number
 from study.images import ImageError, load_folder, split_images
-from study.measure import embed, nearest_neighbour_accuracy, pair_scores, verification
+from study.measure import (
+    arg_max_accuracy,
+    embed,
+    nearest_neighbour_accuracy,
+    pair_scores,
+    verification,
+)
 from study.networks import ArticleCNN, SmallResidualNetwork
 from study.runner import (
     INTERRUPTED,

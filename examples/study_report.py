@@ -40,7 +40,6 @@ class Study:
     """The results of one file."""
 
     settings: dict[str, Any]
-    versions: dict[str, str]
     runs: list[dict[str, Any]]
 
     def of(self, loss: str, metric: str) -> list[float]:
@@ -69,7 +68,7 @@ def load(name: str) -> Study:
     runs = [run for run in content["runs"] if done[run["seed"]] == every]
     if not runs:
         raise ReportError(f"{name}: no seed is complete; resume its script")
-    return Study(content["settings"], content["versions"], runs)
+    return Study(content["settings"], runs)
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> str:
@@ -136,12 +135,6 @@ def faces_study(name: str) -> tuple[Study, list[dict[str, Any]], dict[str, Any]]
     return study, rows, article_faces.variants(study.settings["as_published"])
 
 
-def describe(metric: dict[str, float | None], decimals: int = 2) -> str:
-    deviation = metric["std"]
-    text = number(metric["mean"], decimals)
-    return text if deviation is None else f"{text} ± {number(deviation, decimals)}"
-
-
 def faces() -> str:
     """The second experiment: published accuracies beside those on other people."""
     _, published_rows, titles = faces_study("faces-published")
@@ -155,41 +148,36 @@ def faces() -> str:
             [
                 titles[row["loss"]].title,
                 number(published.FACES[plain][1]),
-                describe(row[metric]),
-                describe(mended[row["loss"]]["test_nearest"]),
+                article_faces.metric_text(row[metric]),
+                article_faces.metric_text(mended[row["loss"]]["test_nearest"]),
             ]
         )
     header = ("loss", "published", "as published, here", "mended, here: 1-NN")
     return markdown_table(header, lines)
 
 
-def by_seed(study: Study, loss: str, value: Callable[[dict[str, Any]], float]) -> list[float]:
-    """The value of a loss for each seed, averaged over the folds."""
-    mine = [run for run in study.runs if run["loss"] == loss]
-    seeds = dict.fromkeys(run["seed"] for run in mine)
-    return [fmean(value(run) for run in mine if run["seed"] == seed) for seed in seeds]
-
-
 def open_set(name: str) -> str:
     """Closed-set accuracy and open-set verification of one set of images."""
     study, rows, titles = faces_study(name)
-    rates = [  # 1 %, and the lowest that there are pairs for
-        rate
-        for rate in article_faces.quoted_rates(study.runs)
-        if rate in ("0.01", article_faces.quoted_rates(study.runs)[-1])
-    ]
-    baseline = by_seed(study, "arcface", article_faces.METRICS["eer"])
+    quoted = article_faces.quoted_rates(study.runs)
+    rates = [rate for rate in quoted if rate in ("0.01", quoted[-1])]  # 1 %, and the lowest
+
+    def errors(loss: str) -> list[float]:
+        mine = [run for run in study.runs if run["loss"] == loss]
+        return article_faces.by_seed(mine, article_faces.METRICS["eer"])
+
+    baseline = errors("arcface")
     lines = []
     for row in rows:
-        eer = by_seed(study, row["loss"], article_faces.METRICS["eer"])
+        eer = errors(row["loss"])
         lines.append(
             [
                 titles[row["loss"]].title,
-                describe(row["test_nearest"]),
-                describe(row["eer"]),
+                article_faces.metric_text(row["test_nearest"]),
+                article_faces.metric_text(row["eer"]),
                 "" if row["loss"] == "arcface" else difference(eer, baseline),
-                describe(row["auc"], 4),
-                *(describe(row["tar"][rate]) for rate in rates),
+                article_faces.metric_text(row["auc"], 4),
+                *(article_faces.metric_text(row["tar"][rate]) for rate in rates),
             ]
         )
     header = ("loss", "test 1-NN", "EER", "EER minus ArcFace's", "AUC",

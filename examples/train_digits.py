@@ -33,7 +33,7 @@ import torch
 from digits_data import NUM_CLASSES, DataError, Digits, load_mnist, load_scikit_learn_digits
 from study.command import default_device, learning_rate, usable_device, versions, whole_number
 from study.criteria import LinearCrossEntropy
-from study.measure import DivergedError, embed, nearest_neighbour_accuracy, percent
+from study.measure import DivergedError, arg_max_accuracy, embed, nearest_neighbour_accuracy
 from study.store import write_text
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -157,12 +157,6 @@ def evaluate(model: nn.Module, criterion: nn.Module, data: Digits) -> tuple[floa
         nearest_neighbour_accuracy(*gallery, *gallery, leave_one_out=True),
         nearest_neighbour_accuracy(test, data.test_labels, *gallery),
     )
-
-
-@torch.no_grad()
-def arg_max_accuracy(criterion: LinearCrossEntropy, embeddings: Tensor, labels: Tensor) -> float:
-    """Return the share of largest logits that are the label's, in %."""
-    return percent(criterion.logits(embeddings).argmax(dim=1) == labels)
 
 
 def summarise(results: Sequence[Result]) -> list[dict[str, Any]]:

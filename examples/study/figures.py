@@ -64,7 +64,7 @@ def spheres(path: Path, subtitle: str, panels: Sequence[tuple[str, Mapping[str, 
         subtitle: what was trained.
         panels: title and `sphere` of a result ("points", "labels", "weights") for each loss.
     """
-    colors = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    colors = [matplotlib.colormaps["tab10"](label) for label in range(10)]
     title = "Test digits in a three-dimensional embedding; a line points to the weight of a class"
     with picture(path, 7.6, 7.9, title, subtitle) as figure:
         for index, (name, sphere) in enumerate(panels):

@@ -7,10 +7,9 @@ from enum import IntEnum
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .synthetic import LATENT_SIZE, OBSERVED_SIZE
+from .synthetic import LATENT_SIZE, OBSERVED_SIZE, observe_through
 
 NOISE = 0.5  # expected length of what a sample adds to its identity's direction, of length 1
 FRESH_SAMPLES = 512  # that loss and accuracy are measured on
@@ -75,10 +74,9 @@ class Identities:
         """Draw observations (count, OBSERVED_SIZE) and their classes (count,)."""
         classes = generator.choice(among, count)
         noise = generator.standard_normal((count, LATENT_SIZE)) * NOISE / math.sqrt(LATENT_SIZE)
-        samples = F.normalize(self._on_device(self.directions(classes) + noise))
-        hidden = torch.tanh(3 * samples @ self.first)
+        samples = self._on_device(self.directions(classes) + noise)
         labels = torch.from_numpy(classes).to(self.device)
-        return torch.tanh(hidden @ self.second), labels
+        return observe_through(self.first, self.second, samples), labels
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
         """What this step is trained on: observations and labels."""

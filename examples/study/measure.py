@@ -81,6 +81,35 @@ def nearest_neighbour_accuracy(
     return percent(gallery_labels[torch.cat(nearest)] == query_labels)
 
 
+@torch.no_grad()
+def arg_max_accuracy(criterion: Any, embeddings: Tensor, labels: Tensor) -> float:
+    """Return the share of largest logits that are the label's, in %."""
+    return percent(criterion.logits(embeddings).argmax(dim=1) == labels)
+
+
+def closed_set(
+    criterion: Any, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor
+) -> dict[str, float]:
+    """Measure the accuracies, in %, on the classes trained on: by nearest neighbour and by arg max.
+
+    Args:
+        criterion: has `logits`.
+        train: (G, D) embeddings of the training images, the gallery; train_labels: (G,).
+        test: (Q, D) embeddings of other images of the same classes; test_labels: (Q,).
+    """
+    gallery, queries = (train, train_labels), (test, test_labels)
+    return {
+        "test_nearest": nearest_neighbour_accuracy(*queries, *gallery),
+        "test_nearest_euclidean": nearest_neighbour_accuracy(
+            *queries, *gallery, metric="euclidean"
+        ),
+        "test_arg_max": arg_max_accuracy(criterion, *queries),
+        "train_nearest": nearest_neighbour_accuracy(*gallery, *gallery, leave_one_out=True),
+        "train_nearest_itself": nearest_neighbour_accuracy(*gallery, *gallery, metric="euclidean"),
+        "train_arg_max": arg_max_accuracy(criterion, *gallery),
+    }
+
+
 def pair_scores(embeddings: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return the cosine of every pair of images, and whether both show the same class.
 

@@ -5,7 +5,6 @@ September 2023, https://zenn.dev/ykesamaru/articles/c2fdaf08fdee9c; code and com
 https://github.com/yKesamaru/adacos (revision 2b3a242).
 """
 
-ARTICLE = "https://zenn.dev/ykesamaru/articles/c2fdaf08fdee9c"
 # Accuracy in %, (training, test), by loss. Margin losses by 1-NN, cross-entropy by arg max.
 MNIST = {
     "arcface": (99.90, 97.36),

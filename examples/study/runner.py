@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .store import Runs, StoreError
 from .training import Progress, Recipe, fit
 
 INTERRUPTED, FAILED = 130, 1  # exit codes
+PUBLISHED_LR, MENDED_LR = 0.01, 0.001
 
 
 @dataclass
@@ -145,6 +146,23 @@ def add_run_arguments(
     add("--json", type=writable_file, metavar="FILE", help="keep every finished run here")
     add("--resume", action="store_true", help="go on with the runs in the --json FILE")
     add("--quiet", action="store_true", help="only the table: no progress bar")
+
+
+def choose_published(
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    known: Collection[str],
+    default: Sequence[str],
+) -> None:
+    """Settle losses and learning rate, which depend on --as-published; refuse unknown losses."""
+    if arguments.losses is None:
+        arguments.losses = list(default)
+    unknown = [name for name in arguments.losses if name not in known]
+    if unknown:
+        how = "--as-published" if arguments.as_published else "without --as-published"
+        parser.error(f"--losses {' '.join(unknown)}: {how} there are {', '.join(known)}")
+    if arguments.lr is None:
+        arguments.lr = PUBLISHED_LR if arguments.as_published else MENDED_LR
 
 
 def check_run_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

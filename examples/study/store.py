@@ -78,7 +78,7 @@ class Runs:
             )
         if path.exists():
             self._text = _read_text(path)
-            content = read_study(path)
+            content = _parse(path, self._text)
             self._compare(path, content)
             self.versions, self.runs = content["versions"], content["runs"]
 
@@ -197,7 +197,10 @@ def read_study(path: Path) -> dict[str, Any]:
     Raises:
         StoreError: the file can't be read or is not a study's.
     """
-    text = _read_text(path)
+    return _parse(path, _read_text(path))
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except ValueError as error:

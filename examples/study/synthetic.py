@@ -14,7 +14,7 @@ HIDDEN_SIZE = 256
 
 
 @dataclass(frozen=True)
-class Identities:
+class SyntheticData:
     """Observations (count, 64) fp32 and labels (count,) of training and test, the same classes."""
 
     train: Tensor
@@ -23,9 +23,14 @@ class Identities:
     test_labels: Tensor
 
 
+def observe_through(first: Tensor, second: Tensor, samples: Tensor) -> Tensor:
+    """Observations (count, 64) of samples (count, 32), which go on the unit sphere first."""
+    return torch.tanh(torch.tanh(3 * F.normalize(samples) @ first) @ second)
+
+
 def synthetic_identities(
     num_classes: int, *, per_class: int, test_per_class: int, noise: float, seed: int
-) -> Identities:
+) -> SyntheticData:
     """Draw identities on a sphere, samples about them, and observe both through a fixed map.
 
     A class is a direction in 32 dimensions, a sample that direction plus normal noise of the given
@@ -51,12 +56,11 @@ def synthetic_identities(
     def observe(count: int) -> tuple[Tensor, Tensor]:
         labels = torch.arange(num_classes).repeat_interleave(count)
         samples = centers[labels] + noise / LATENT_SIZE**0.5 * normal(len(labels), LATENT_SIZE)
-        hidden = torch.tanh(3 * F.normalize(samples) @ first)
-        return torch.tanh(hidden @ second), labels
+        return observe_through(first, second, samples), labels
 
     train, train_labels = observe(per_class)
     test, test_labels = observe(test_per_class)
-    return Identities(train, train_labels, test, test_labels)
+    return SyntheticData(train, train_labels, test, test_labels)
 
 
 class Perceptron(nn.Module):

@@ -15,7 +15,12 @@ def number(value: float | None, decimals: int = 2) -> str:
 def spread(values: Sequence[float], decimals: int = 2) -> str:
     """Mean ± sample standard deviation, or the value if it is the only one."""
     mean, deviation, _ = mean_and_interval(values)
-    return f"{mean:.{decimals}f}" + ("" if deviation is None else f" ± {deviation:.{decimals}f}")
+    return plus_minus(mean, deviation, decimals)
+
+
+def plus_minus(mean: float | None, deviation: float | None, decimals: int = 2) -> str:
+    text = number(mean, decimals)
+    return text if deviation is None else f"{text} ± {number(deviation, decimals)}"
 
 
 def missing_runs(runs: Sequence[dict[str, Any]], name: str) -> list[str]:

@@ -51,6 +51,7 @@ class Network(nn.Module):
 
     def __init__(self, body: nn.Module, precision: str) -> None:
         super().__init__()
+        # torch's stubs lack this overload
         self.body = body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.precision = precision
 
