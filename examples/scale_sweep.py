@@ -3,6 +3,7 @@
     python examples/scale_sweep.py --data mnist --root DIR --limit 6000 --json sweep-10.json
     python examples/scale_sweep.py --data folder --root att_faces --json sweep-40.json
     python examples/scale_sweep.py --data synthetic --classes 1000 --json sweep-1000.json
+    python examples/scale_sweep.py ... --json sweep-40.json --resume --confirm-seeds 100 101 102
 
 Trains with ArcFace at every margin above 0 and the normalised softmax at margin 0, at every scale
 of the grid and at Fixed AdaCos's, for every seed, all else equal. Some images (or samples) of every
@@ -10,6 +11,10 @@ class are held out, drawn by the seed: 1-NN is the nearest neighbour of a held-o
 training images by cosine, arg max the class of the largest logit, EER the equal error rate over the
 pairs of held-out images (at most 2,000 of them, of 1,000 classes). `--resume` goes on after an
 interruption.
+
+The best of many points owes some of its lead to luck. `--confirm-seeds` trains Fixed AdaCos, the
+best scale without a margin, the best point of the grid (both by 1-NN, over all seeds of the grid)
+and ArcFace's usual s = 64, m = 0.5 again, with seeds that had no part in the choice.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -59,6 +65,8 @@ SCALES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
 MARGINS = [0.0, 0.25, 0.5]  # radians
 PAIRED_CLASSES, PAIRED_IMAGES = 1000, 2000  # so that pairs stay below two million
 SYNTHETIC_NOISE = 0.7
+Point = tuple[float, float]  # scale and margin
+USUAL: Point = (64.0, 0.5)  # of the ArcFace paper
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,8 @@ def make_job(
     seed: int,
     task_of: Callable[[int], Task],
     arguments: argparse.Namespace,
+    *,
+    confirms: bool = False,
 ) -> Job:
     recipe = Recipe(
         epochs=arguments.epochs,
@@ -166,7 +176,8 @@ def make_job(
             "losses": [round(loss, 6) for loss in progress.losses],
         }
 
-    return Job({"scale": scale, "margin": margin, "seed": seed}, prepare, measure)
+    key = {"scale": scale, "margin": margin, "seed": seed}
+    return Job({**key, "confirms": True} if confirms else key, prepare, measure)
 
 
 def paired_images(labels: Tensor) -> Tensor:
@@ -183,6 +194,51 @@ def paired_images(labels: Tensor) -> Tensor:
     within = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[ordered]
     classes = min(len(counts), PAIRED_CLASSES)
     return order[(within < max(2, PAIRED_IMAGES // classes)) & (ordered < classes)]
+
+
+def of_grid(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs that points are chosen by."""
+    return [run for run in runs if not run.get("confirms")]
+
+
+def confirming(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs with seeds that had no part in the choice."""
+    return [run for run in runs if run.get("confirms")]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The points that are compared by seeds of their own, two of them the best of a grid."""
+
+    fixed: Point
+    best_scale: Point
+    best: Point
+    usual: Point = USUAL
+
+    @classmethod
+    def by(cls, runs: Sequence[dict[str, Any]], fixed_scale: float) -> Chosen:
+        """Choose by the mean 1-NN accuracy over the seeds of the grid.
+
+        Raises:
+            ValueError: no point without a margin was trained with every seed of the grid.
+        """
+        values: dict[Point, list[float]] = {}
+        for run in of_grid(runs):
+            values.setdefault((run["scale"], run["margin"]), []).append(run["nearest"])
+        every = max(map(len, values.values()), default=0)
+        means = {point: fmean(mine) for point, mine in values.items() if len(mine) == every}
+        plain = [point for point in means if point[1] == 0]
+        if not plain:
+            raise ValueError("no point without a margin was trained with every seed of the grid")
+        return cls(
+            fixed=(fixed_scale, 0.0),
+            best_scale=max(plain, key=means.__getitem__),
+            best=max(means, key=means.__getitem__),
+        )
+
+    @property
+    def points(self) -> list[Point]:
+        return list(dict.fromkeys([self.fixed, self.best_scale, self.best, self.usual]))
 
 
 def rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -239,6 +295,10 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"radians; default: {margins}",
     )  # fmt: skip
     add_run_arguments(parser, seeds=(0, 1, 2), batch_size=64, embedding_size=128)
+    add(
+        "--confirm-seeds", type=whole_number(0), nargs="+", metavar="S", default=[],
+        help="train the best points, Fixed AdaCos and ArcFace's usual point again with each",
+    )  # fmt: skip
     return parser
 
 
@@ -264,7 +324,25 @@ def parse_arguments(
     if arguments.lr is None:
         arguments.lr = 0.001
     check_run_arguments(parser, arguments)
+    if arguments.confirm_seeds and 0 not in arguments.margins:
+        parser.error("--confirm-seeds compares with the best scale without a margin: add 0 to "
+                     "--margins")  # fmt: skip
     return arguments
+
+
+def check_seeds(
+    parser: argparse.ArgumentParser,
+    runs: Sequence[dict[str, Any]],
+    arguments: argparse.Namespace,
+) -> None:
+    """Refuse seeds that would both choose and confirm, in this call or with runs of the file."""
+    choosing = {*arguments.seeds, *(run["seed"] for run in of_grid(runs))}
+    confirm = {*arguments.confirm_seeds, *(run["seed"] for run in confirming(runs))}
+    if both := sorted(choosing & confirm):
+        parser.error(
+            f"--confirm-seeds: {' '.join(map(str, both))} can't both choose points (--seeds) and "
+            "confirm them"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -305,14 +383,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         "images_sha256": digest(tasks(0).train, tasks(0).test),
     }
     runs = open_runs(parser, arguments.json, settings, resume=arguments.resume)
+    check_seeds(parser, runs.runs, arguments)
     grid = product(arguments.seeds, sorted({*arguments.scales, fixed}), arguments.margins)
     jobs = [make_job(scale, margin, seed, task_of, arguments) for seed, scale, margin in grid]
     code = run_jobs(runs, jobs, arguments.epochs, quiet=arguments.quiet)
-    print(text_table(HEADER, rows(runs.runs)))
-    by_point = [{**run, "point": (run["scale"], run["margin"])} for run in runs.runs]
-    for line in missing_runs(by_point, "point"):
-        print(line)
+    report(of_grid(runs.runs))
+    if code == 0 and arguments.confirm_seeds:
+        points = Chosen.by(runs.runs, fixed).points
+        jobs = [
+            make_job(scale, margin, seed, task_of, arguments, confirms=True)
+            for seed, (scale, margin) in product(arguments.confirm_seeds, points)
+        ]
+        code = run_jobs(runs, jobs, arguments.epochs, quiet=arguments.quiet)
+        print("\nwith seeds that had no part in choosing the points:")
+        report(confirming(runs.runs))
     return code
+
+
+def report(runs: Sequence[dict[str, Any]]) -> None:
+    """Print the table of these runs, and whether some are missing."""
+    print(text_table(HEADER, rows(runs)))
+    for line in missing_runs(
+        [{**run, "point": (run["scale"], run["margin"])} for run in runs], "point"
+    ):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import article_faces
 import article_mnist
+import scale_sweep
 from study import figures, published
 from study.measure import mean_and_interval
 from study.store import StoreError, read_study
@@ -28,7 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 DOCUMENTS = ("docs/study.md", "README.ja.md")
 BLOCK = re.compile(r"(<!-- table (?P<name>[a-z_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SWEEPS = (10, 40, 242, 1000, 10_000)
+SWEEPS = {
+    10: "MNIST",
+    40: "AT&T faces",
+    242: "Omniglot",
+    1000: "synthetic",
+    10_000: "synthetic",
+}
 
 
 class ReportError(RuntimeError):
@@ -37,10 +44,11 @@ class ReportError(RuntimeError):
 
 @dataclass(frozen=True)
 class Study:
-    """The results of one file."""
+    """The results of one file; of a sweep, also the runs that confirm its best points."""
 
     settings: dict[str, Any]
     runs: list[dict[str, Any]]
+    confirming: Sequence[dict[str, Any]] = ()
 
     def of(self, loss: str, metric: str) -> list[float]:
         """The metric of this loss, by seed."""
@@ -62,13 +70,14 @@ def load(name: str) -> Study:
         ("scale", "margin") if content["settings"]["experiment"] == "sweep" else ("loss", "fold")
     )
     done: dict[int, set[tuple[Any, ...]]] = {}
-    for run in content["runs"]:
+    candidates = scale_sweep.of_grid(content["runs"])  # all of them, if it isn't a sweep
+    for run in candidates:
         done.setdefault(run["seed"], set()).add(tuple(run.get(name) for name in names))
     every = set().union(*done.values())
-    runs = [run for run in content["runs"] if done[run["seed"]] == every]
+    runs = [run for run in candidates if done[run["seed"]] == every]
     if not runs:
         raise ReportError(f"{name}: no seed is complete; resume its script")
-    return Study(content["settings"], runs)
+    return Study(content["settings"], runs, scale_sweep.confirming(content["runs"]))
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> str:
@@ -185,63 +194,47 @@ def open_set(name: str) -> str:
     return markdown_table(header, lines)
 
 
-def sweep_points(study: Study, metric: str) -> dict[tuple[float, float], list[float]]:
-    points: dict[tuple[float, float], list[float]] = {}
-    for run in study.runs:
-        points.setdefault((run["scale"], run["margin"]), []).append(run[metric])
+def sweep_values(runs: Sequence[dict[str, Any]]) -> dict[scale_sweep.Point, list[float]]:
+    """1-NN accuracies by scale and margin, in the order of the seeds."""
+    points: dict[scale_sweep.Point, list[float]] = {}
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        points.setdefault((run["scale"], run["margin"]), []).append(run["nearest"])
     return points
 
 
-def best_elsewhere(
-    points: dict[tuple[float, float], list[float]], allowed: Sequence[tuple[float, float]]
-) -> list[float]:
-    """What the best point gives that is chosen, for each seed, by the other seeds.
-
-    Chosen by the seed it is reported for, the best of many points would profit from its luck.
-    """
-    seeds = range(min(map(len, points.values())))
-    if len(seeds) < 2:
+def sweep_row(classes: int, data: str) -> list[str]:
+    name = f"sweep-{classes}"
+    study = load(name)
+    chosen = scale_sweep.Chosen.by(study.runs, study.settings["fixed_adacos_scale"])
+    values = sweep_values(study.confirming)
+    counts = {len(values.get(point, [])) for point in chosen.points}
+    if len(counts) > 1 or counts == {0}:
         raise ReportError(
-            "a sweep needs two seeds or more, to choose by one and measure by another"
+            f"{name}: the best points aren't confirmed by the same seeds; resume its script with "
+            "--confirm-seeds"
         )
 
-    def mean_of_others(point: tuple[float, float], seed: int) -> float:
-        return fmean(value for index, value in enumerate(points[point]) if index != seed)
+    def cells(point: scale_sweep.Point, title: str) -> list[str]:
+        """What the point gives, and how far Fixed AdaCos is ahead of it."""
+        lead = "" if point == chosen.fixed else difference(values[chosen.fixed], values[point])
+        return [title + spread(values[point]), lead]
 
     return [
-        points[max(allowed, key=lambda point: mean_of_others(point, seed))][seed] for seed in seeds
+        f"{classes:,}",
+        data,
+        cells(chosen.fixed, f"{chosen.fixed[0]:.3g}: ")[0],
+        *cells(chosen.best_scale, f"{chosen.best_scale[0]:.3g}: "),
+        *cells(chosen.best, "{:.3g}, {:g}: ".format(*chosen.best)),
+        *cells(chosen.usual, ""),
     ]
 
 
 def sweep() -> str:
-    """Fixed AdaCos's scale beside the best of the grid, for every number of classes."""
-    lines = []
-    for classes in SWEEPS:
-        study = load(f"sweep-{classes}")
-        points = sweep_points(study, "nearest")
-        plain = [point for point in points if point[1] == 0]
-        fixed = (study.settings["fixed_adacos_scale"], 0.0)
-        best = max(points, key=lambda point: fmean(points[point]))
-        best_plain = max(plain, key=lambda point: fmean(points[point]))
-        tuned = best_elsewhere(points, [*points])
-        lines.append(
-            [
-                f"{classes:,}",
-                f"{fixed[0]:.3g}",
-                spread(points[fixed]),
-                f"{best_plain[0]:.3g}",
-                spread(best_elsewhere(points, plain)),
-                f"{best[0]:.3g}, {best[1]:g}",
-                spread(tuned),
-                difference(points[fixed], tuned),
-                spread(points[64.0, 0.5]),
-                difference(points[fixed], points[64.0, 0.5]),
-            ]
-        )
-    header = ("C", "√2·ln(C−1)", "1-NN there", "best s at m = 0", "1-NN, tuned", "best s, m",
-              "1-NN, tuned", "fixed minus tuned", "1-NN at s = 64, m = 0.5",
-              "fixed minus that")  # fmt: skip
-    return markdown_table(header, lines)
+    """Fixed AdaCos beside the best of the grid, and ArcFace's usual point, for every C."""
+    header = ("C", "data", "√2·ln(C−1): 1-NN", "best s, m = 0: 1-NN", "fixed minus it",
+              "best s, m: 1-NN", "fixed minus it", "s = 64, m = 0.5: 1-NN",
+              "fixed minus it")  # fmt: skip
+    return markdown_table(header, [sweep_row(*item) for item in SWEEPS.items()])
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -340,20 +333,18 @@ def mean_curve(runs: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
 
 
 def draw_sweeps(path: Path) -> None:
-    names = {10: "MNIST", 40: "AT&T faces", 242: "Omniglot"}
     panels = []
-    for classes in SWEEPS:
+    for classes, data in SWEEPS.items():
         study = load(f"sweep-{classes}")
-        by_margin: dict[float, dict[float, tuple[float, float]]] = {}
-        for (scale, margin), values in sweep_points(study, "nearest").items():
-            mean, _, half = mean_and_interval(values)
-            by_margin.setdefault(margin, {})[scale] = (mean, half or 0.0)
-        title = f"C = {classes:,}, {names.get(classes, 'synthetic')}"
+        by_margin: dict[float, dict[float, list[float]]] = {}
+        for (scale, margin), values in sweep_values(study.runs).items():
+            by_margin.setdefault(margin, {})[scale] = values
+        title = f"C = {classes:,}, {data}; seeds: {study.seeds}"
         panels.append((title, study.settings["fixed_adacos_scale"], by_margin))
     figures.sweeps(
         path,
         "Accuracy against scale and margin, and where the fixed scale lies",
-        "1-NN accuracy on held-out images, %; mean and 95 % confidence interval over seeds",
+        "1-NN accuracy on held-out images, %; mean over seeds, bars from the lowest to the highest",
         panels,
         "1-NN, %",
     )

@@ -90,6 +90,59 @@ def test_one_held_out_image_of_each_class_is_refused(
     assert "--test-share 0.2 holds out one image of each class" in capsys.readouterr().err
 
 
+def test_the_best_points_are_trained_again_with_other_seeds(tmp_path: Path) -> None:
+    options = ["--data", "synthetic", "--classes", "20"]
+    path = tmp_path / "sweep.json"
+    grid = run_main(path, *options)["runs"]
+    confirm = [*options, "--resume", "--confirm-seeds", "7", "8"]
+    runs = run_main(path, *confirm)["runs"]
+    assert runs[: len(grid)] == grid
+
+    def best(candidates: list[dict[str, Any]]) -> tuple[float, float]:
+        run = max(candidates, key=lambda run: run["nearest"])
+        return run["scale"], run["margin"]
+
+    fixed = (round(math.sqrt(2) * math.log(19), 4), 0.0)
+    points = {fixed, best(grid), best([run for run in grid if run["margin"] == 0]), (64.0, 0.5)}
+    found = [(run["scale"], run["margin"], run["seed"]) for run in runs[len(grid) :]]
+    assert sorted(found) == sorted((*point, seed) for point in points for seed in (7, 8))
+    assert all(run["confirms"] for run in runs[len(grid) :])
+    # More seeds for the grid are none of these runs: they chose nothing.
+    more = run_main(path, *options, "--resume", "--seeds", "0", "1")["runs"][len(runs) :]
+    assert {run["seed"] for run in more} == {1}
+    assert len(more) == len(grid)
+
+
+def test_points_are_chosen_by_the_seeds_of_the_grid_only() -> None:
+    def run(scale: float, margin: float, seed: int, nearest: float, **more: bool) -> dict[str, Any]:
+        return {"scale": scale, "margin": margin, "seed": seed, "nearest": nearest, **more}
+
+    runs = [
+        run(2.0, 0.0, 0, 50.0), run(2.0, 0.0, 1, 60.0),
+        run(4.0, 0.0, 0, 58.0), run(4.0, 0.0, 1, 50.0),
+        run(4.0, 0.5, 0, 70.0), run(4.0, 0.5, 1, 70.0),
+        run(8.0, 0.5, 0, 99.0),  # seed 1 has diverged
+        run(4.0, 0.0, 2, 99.0, confirms=True),
+    ]  # fmt: skip
+    chosen = scale_sweep.Chosen.by(runs, 3.1)
+    assert chosen.points == [(3.1, 0.0), (2.0, 0.0), (4.0, 0.5), (64.0, 0.5)]
+    with pytest.raises(ValueError, match="no point without a margin"):
+        scale_sweep.Chosen.by(runs[4:], 3.1)
+
+
+@pytest.mark.parametrize("seed", ["0", "4"])
+def test_a_seed_that_chooses_does_not_confirm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: str
+) -> None:
+    options = ["--data", "synthetic", "--classes", "20"]
+    path = tmp_path / "sweep.json"
+    content = run_main(path, *options, "--seeds", "4")
+    with pytest.raises(SystemExit):
+        run_main(path, *options, "--resume", "--confirm-seeds", seed)
+    assert f"--confirm-seeds: {seed} can't both choose points" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == content
+
+
 def test_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--data", "synthetic", "--classes", "20"]
     whole = run_main(tmp_path / "whole.json", *options)
@@ -140,6 +193,11 @@ def test_synthetic_identities() -> None:
         (["--data", "synthetic", "--classes", "3"], "of at least 4"),
         (["--data", "synthetic", "--scales", "0"], "above 0"),
         (["--data", "synthetic", "--margins", "4"], "expected radians from 0 to pi"),
+        (
+            ["--data", "synthetic", "--margins", "0.5", "--confirm-seeds", "9"],
+            "--confirm-seeds compares with the best scale without a margin",
+        ),
+        (["--data", "synthetic", "--confirm-seeds", "9", "9"], "--confirm-seeds: each only once"),
     ],
 )
 def test_bad_arguments_end_before_training(

@@ -65,6 +65,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     keep(article_faces, "faces-published", *people, "--as-published", "--seeds", "0")
     keep(article_faces, "characters", *people, "--hold-out", "groups", "--seeds", "0")
     grid = ["--scales", "8", "64", "--margins", "0", "0.5", "--seeds", "0", "1"]
+    grid += ["--confirm-seeds", "5", "6"]
     keep(scale_sweep, "sweep-10", "--data", "synthetic", "--classes", "10", *grid)
     torch.set_num_threads(threads)
     return folder
@@ -74,7 +75,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def miniature(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Documents with every table and picture, for the study in miniature."""
     monkeypatch.setattr(study_report, "RESULTS", results)
-    monkeypatch.setattr(study_report, "SWEEPS", (10,))
+    monkeypatch.setattr(study_report, "SWEEPS", {10: "synthetic"})
     monkeypatch.setattr(study_report, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
     tables = "".join(f"<!-- table {name} -->\nold\n<!-- end -->\n" for name in study_report.TABLES)
@@ -133,11 +134,28 @@ def test_every_table_and_picture(miniature: Path, results: Path) -> None:
 
     (row,) = cells(text, "sweep").values()
     content = json.loads((results / "sweep-10.json").read_text())
-    points = {(run["scale"], run["margin"]) for run in content["runs"]}
-    assert points == {(s, m) for s in (3.1073, 8.0, 64.0) for m in (0.0, 0.5)}
-    fixed = [run for run in content["runs"] if (run["scale"], run["margin"]) == (3.1073, 0.0)]
-    assert row[0] == "3.11"
-    assert row[1].startswith(f"{fmean(run['nearest'] for run in fixed):.2f} ± ")
+    confirming = [run for run in content["runs"] if run["seed"] in (5, 6)]
+    fixed, usual = (
+        [run["nearest"] for run in confirming if (run["scale"], run["margin"]) == point]
+        for point in ((3.1073, 0.0), (64.0, 0.5))
+    )
+    assert len(fixed) == len(usual) == 2
+    assert row[:2] == ["synthetic", f"3.11: {study_report.spread(fixed)}"]
+    assert row[-2:] == [study_report.spread(usual), study_report.difference(fixed, usual)]
+
+
+def test_best_points_need_seeds_of_their_own(
+    miniature: Path, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.loads((results / "sweep-10.json").read_text())
+    monkeypatch.setattr(study_report, "RESULTS", miniature)
+    path = miniature / "sweep-10.json"
+    confirming = [run for run in content["runs"] if run.get("confirms")]
+    for left in (confirming[:-1], []):
+        content["runs"] = [run for run in content["runs"] if not run.get("confirms")] + left
+        path.write_text(json.dumps(content))
+        with pytest.raises(study_report.ReportError, match=r"sweep-10: .*--confirm-seeds"):
+            study_report.sweep()
 
 
 def test_an_incomplete_seed_is_left_out(
@@ -146,6 +164,7 @@ def test_an_incomplete_seed_is_left_out(
     monkeypatch.setattr(study_report, "RESULTS", tmp_path)
     for name in ("mnist", "faces", "sweep-10"):
         content = json.loads((results / f"{name}.json").read_text())
+        content["runs"] = [run for run in content["runs"] if not run.get("confirms")]
         assert {run["seed"] for run in content["runs"]} == {0, 1}
         whole = [run for run in content["runs"] if run["seed"] == 0]
         content["runs"].pop()

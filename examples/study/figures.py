@@ -219,7 +219,7 @@ def sweeps(
     path: Path,
     title: str,
     subtitle: str,
-    panels: Sequence[tuple[str, float, Mapping[float, Mapping[float, tuple[float, float]]]]],
+    panels: Sequence[tuple[str, float, Mapping[float, Mapping[float, Sequence[float]]]]],
     y_label: str,
 ) -> None:
     """Draw a metric against the scale, a line for each margin, and Fixed AdaCos's scale.
@@ -228,7 +228,7 @@ def sweeps(
         path: the PNG file.
         title: what is shown.
         subtitle: the settings, and what the error bars are.
-        panels: title, Fixed AdaCos's scale, and mean and half width by margin and scale.
+        panels: title, Fixed AdaCos's scale, and the values of all seeds by margin and scale.
         y_label: the metric.
     """
     colors = (BLUE, ORANGE, VERMILION, PURPLE, GREEN, SKY)
@@ -245,10 +245,11 @@ def sweeps(
         for axes, (name, fixed, by_margin) in zip(every, panels, strict=False):
             for color, (margin, by_scale) in zip(colors, sorted(by_margin.items()), strict=False):
                 scales = sorted(by_scale)
-                means, halves = np.array([by_scale[scale] for scale in scales]).T
+                values = np.array([by_scale[scale] for scale in scales])
+                means, low, high = values.mean(axis=1), values.min(axis=1), values.max(axis=1)
                 axes.errorbar(
-                    scales, means, yerr=halves, color=color, lw=1.5, marker="o", ms=3.5,
-                    capsize=2, label=f"m = {margin:g}",
+                    scales, means, yerr=(means - low, high - means), color=color, lw=1.5,
+                    marker="o", ms=3.5, capsize=2, label=f"m = {margin:g}",
                 )  # fmt: skip
             _mark_scale(axes, fixed)
             axes.set_xscale("log", base=2)

@@ -167,10 +167,11 @@ def choose_published(
 
 def check_run_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Refuse what doesn't go together, and fill in what depends on the machine."""
-    for option in ("losses", "seeds", "scales", "margins"):
-        values = getattr(arguments, option, [])
+    for name in ("losses", "seeds", "confirm_seeds", "scales", "margins"):
+        values = getattr(arguments, name, [])
         if len(set(values)) < len(values):
-            parser.error(f"--{option}: each only once, got {' '.join(map(str, values))}")
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option}: each only once, got {' '.join(map(str, values))}")
     if arguments.resume and arguments.json is None:
         parser.error("--resume needs --json FILE, the file to go on with")
     if arguments.device is None:
