@@ -258,7 +258,7 @@ def sweeps(
             axes.grid(True, which="major", color=PALE, lw=0.7)
             axes.set_xlabel("scale s")
             axes.set_ylabel(y_label)
-        every[0].legend(frameon=False, fontsize=8.5, loc="lower center")
+        every[0].legend(frameon=False, fontsize=8.5, loc="best")
         figure.subplots_adjust(
             left=0.085, right=0.985, top=1 - 0.85 / height, bottom=0.5 / height, hspace=0.42,
             wspace=0.22,
@@ -268,6 +268,7 @@ def sweeps(
 def _mark_scale(axes: Axes, fixed: float) -> None:
     axes.axvline(fixed, color=INK, lw=1, ls=":")
     axes.annotate(
-        f"√2·ln(C−1) = {fixed:.3g}", (fixed, 1), xycoords=("data", "axes fraction"),
-        xytext=(3, 3), textcoords="offset points", fontsize=8, ha="left", va="bottom",
+        f"√2·ln(C−1) = {fixed:.3g}", (fixed, 0), xycoords=("data", "axes fraction"),
+        xytext=(-2, 4), textcoords="offset points", fontsize=8, ha="right", va="bottom",
+        rotation=90,
     )  # fmt: skip
