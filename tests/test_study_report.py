@@ -161,6 +161,9 @@ def test_every_table_and_picture(miniature: Path, results: Path) -> None:
     assert len(fixed) == len(usual) == 2
     assert row[:2] == ["synthetic", f"3.11: {study_report.spread(fixed)}"]
     assert row[-2:] == [study_report.spread(usual), study_report.difference(fixed, usual)]
+    (row,) = cells(text, "sweep_eer").values()
+    eer = [run["eer"] for run in confirming if (run["scale"], run["margin"]) == (64.0, 0.5)]
+    assert row[-2] == study_report.spread(eer)
 
 
 def test_best_points_need_seeds_of_their_own(
@@ -174,7 +177,7 @@ def test_best_points_need_seeds_of_their_own(
         content["runs"] = [run for run in content["runs"] if not run.get("confirms")] + left
         path.write_text(json.dumps(content))
         with pytest.raises(study_report.ReportError, match=r"sweep-10: .*--confirm-seeds"):
-            study_report.sweep()
+            study_report.sweep("nearest")
 
 
 def test_an_incomplete_seed_is_left_out(

@@ -51,9 +51,12 @@ class Job:
 
     @property
     def title(self) -> str:
-        return " ".join(
-            str(value) if name == "loss" else f"{name} {value}" for name, value in self.key.items()
-        )
+        def part(name: str, value: Any) -> str:
+            if value is True:
+                return name
+            return str(value) if name == "loss" else f"{name} {value}"
+
+        return " ".join(part(*item) for item in self.key.items())
 
 
 def run_jobs(runs: Runs, jobs: Sequence[Job], epochs: int, *, quiet: bool) -> int:
