@@ -36,6 +36,7 @@ SWEEPS = {
     1000: "synthetic",
     10_000: "synthetic",
 }
+LONGER = 242  # the sweep some of whose points were trained for longer too
 
 
 class ReportError(RuntimeError):
@@ -264,6 +265,7 @@ def sweep_row(classes: int, data: str, metric: str) -> list[str]:
     return [
         f"{classes:,}",
         data,
+        f"{counts.pop()}",
         cells(chosen.fixed, f"{chosen.fixed[0]:.3g}: ")[0],
         *cells(chosen.best_scale, f"{chosen.best_scale[0]:.3g}: "),
         *cells(chosen.best, "{:.3g}, {:g}: ".format(*chosen.best)),
@@ -273,9 +275,26 @@ def sweep_row(classes: int, data: str, metric: str) -> list[str]:
 
 def sweep(metric: str) -> str:
     """Fixed AdaCos beside the best of the grid, and ArcFace's usual point, for every C."""
-    header = ("C", "data", "√2·ln(C−1)", "best s, m = 0", "fixed minus it", "best s, m",
+    header = ("C", "data", "seeds", "√2·ln(C−1)", "best s, m = 0", "fixed minus it", "best s, m",
               "fixed minus it", "s = 64, m = 0.5", "fixed minus it")  # fmt: skip
     return markdown_table(header, [sweep_row(*item, metric) for item in SWEEPS.items()])
+
+
+def sweep_longer() -> str:
+    """What more epochs give at some points of a sweep, with the same seeds."""
+    name = f"sweep-{LONGER}"
+    short, long = load(name), load(f"{name}-longer")
+    seeds = [{run["seed"] for run in study.runs} for study in (short, long)]
+    if seeds[0] != seeds[1]:
+        raise ReportError(f"{name} and {name}-longer have different seeds: {seeds[0]}, {seeds[1]}")
+    before, after = (sweep_values(study.runs, "nearest") for study in (short, long))
+    lines = [
+        [f"{point[0]:.3g}, {point[1]:g}", spread(before[point]), spread(values),
+         difference(values, before[point])]
+        for point, values in after.items()
+    ]  # fmt: skip
+    header = ("s, m", *(f"{study.settings['epochs']} epochs" for study in (short, long)), "gain")
+    return markdown_table(header, lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -287,6 +306,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "open_characters": lambda: open_set("characters"),
     "sweep": lambda: sweep("nearest"),
     "sweep_eer": lambda: sweep("eer"),
+    "sweep_longer": sweep_longer,
 }
 
 

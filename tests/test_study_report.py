@@ -69,6 +69,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     grid = ["--scales", "8", "64", "--margins", "0", "0.5", "--seeds", "0", "1"]
     grid += ["--confirm-seeds", "5", "6"]
     keep(scale_sweep, "sweep-10", "--data", "synthetic", "--classes", "10", *grid)
+    some = ["--scales", "8", "--margins", "0", "--seeds", "0", "1", "--epochs", "2"]
+    keep(scale_sweep, "sweep-10-longer", "--data", "synthetic", "--classes", "10", *some)
     torch.set_num_threads(threads)
     return folder
 
@@ -78,6 +80,7 @@ def miniature(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Documents with every table and picture, for the study in miniature."""
     monkeypatch.setattr(study_report, "RESULTS", results)
     monkeypatch.setattr(study_report, "SWEEPS", {10: "synthetic"})
+    monkeypatch.setattr(study_report, "LONGER", 10)
     monkeypatch.setattr(study_report, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
     tables = "".join(f"<!-- table {name} -->\nold\n<!-- end -->\n" for name in study_report.TABLES)
@@ -159,11 +162,19 @@ def test_every_table_and_picture(miniature: Path, results: Path) -> None:
         for point in ((3.1073, 0.0), (64.0, 0.5))
     )
     assert len(fixed) == len(usual) == 2
-    assert row[:2] == ["synthetic", f"3.11: {study_report.spread(fixed)}"]
+    assert row[:3] == ["synthetic", "2", f"3.11: {study_report.spread(fixed)}"]
     assert row[-2:] == [study_report.spread(usual), study_report.difference(fixed, usual)]
     (row,) = cells(text, "sweep_eer").values()
     eer = [run["eer"] for run in confirming if (run["scale"], run["margin"]) == (64.0, 0.5)]
     assert row[-2] == study_report.spread(eer)
+    row = cells(text, "sweep_longer")["8, 0"]
+    long = json.loads((results / "sweep-10-longer.json").read_text())["runs"]
+    assert {len(run["losses"]) for run in long} == {2}
+    gains = [
+        [run["nearest"] for run in runs if run["scale"] == 8 and run["margin"] == 0]
+        for runs in (long, [run for run in content["runs"] if run not in confirming])
+    ]
+    assert row == [*map(study_report.spread, reversed(gains)), study_report.difference(*gains)]
 
 
 def test_best_points_need_seeds_of_their_own(
