@@ -72,7 +72,7 @@ def spheres(path: Path, subtitle: str, panels: Sequence[tuple[str, Mapping[str, 
             points, labels = np.array(sphere["points"]), np.array(sphere["labels"])
             _wireframe(axes)
             axes.scatter(
-                *points.T, c=[colors[label] for label in labels], s=5, depthshade=True, lw=0
+                *points.T, c=[colors[label] for label in labels], s=9, depthshade=True, lw=0
             )
             if sphere["weights"] is not None:
                 for label, weight in enumerate(np.array(sphere["weights"])):
@@ -80,11 +80,11 @@ def spheres(path: Path, subtitle: str, panels: Sequence[tuple[str, Mapping[str, 
                     axes.text(
                         *(1.38 * weight), str(label), c=colors[label], ha="center", va="center"
                     )
-            axes.set_title(name, fontsize=10, y=0.97)
-            axes.set_box_aspect((1, 1, 1), zoom=1.35)
+            axes.set_title(name, fontsize=10, loc="left", y=1.03)
+            axes.set_box_aspect((1, 1, 1), zoom=1.25)
             axes.set_axis_off()
             axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
-        figure.subplots_adjust(left=0.0, right=1.0, bottom=0.0, top=0.9, wspace=0.0, hspace=0.06)
+        figure.subplots_adjust(left=0.0, right=1.0, bottom=0.0, top=0.89, wspace=0.0, hspace=0.12)
 
 
 def _wireframe(axes: Any) -> None:
@@ -157,7 +157,7 @@ def accuracy_bars(
         known = [published for *_, published, _ in bars if published is not None]
         reach = [value - half for _, value, half, *_ in bars]
         low = min([*reach, *known])
-        low -= 0.12 * (max([*values, *known]) - low)
+        low -= 0.2 * (max([*values, *known]) - low)
         for position, (_, value, half, published, color) in enumerate(bars):
             axes.barh(position, value - low, left=low, height=0.62, color=color, alpha=0.85)
             axes.errorbar(value, position, xerr=half, color=INK, capsize=3, lw=1.2)
