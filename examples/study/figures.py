@@ -231,9 +231,11 @@ def sweeps(
         panels: title, Fixed AdaCos's scale, and the values of all seeds by margin and scale.
         y_label: the metric.
     """
-    colors = (BLUE, ORANGE, VERMILION, PURPLE, GREEN, SKY)
-    if any(len(by_margin) > len(colors) for *_, by_margin in panels):
-        raise ValueError(f"a picture has colours for {len(colors)} margins only")
+    palette = (BLUE, ORANGE, VERMILION, PURPLE, GREEN, SKY)
+    margins = sorted({margin for *_, by_margin in panels for margin in by_margin})
+    if len(margins) > len(palette):
+        raise ValueError(f"a picture has colours for {len(palette)} margins only")
+    colors = dict(zip(margins, palette, strict=False))
     columns = 2 if len(panels) > 1 else 1
     lines = -(-len(panels) // columns)
     height = 0.75 + 2.65 * lines
@@ -243,12 +245,12 @@ def sweeps(
         for axes in every[len(panels) :]:
             axes.set_visible(False)
         for axes, (name, fixed, by_margin) in zip(every, panels, strict=False):
-            for color, (margin, by_scale) in zip(colors, sorted(by_margin.items()), strict=False):
+            for margin, by_scale in sorted(by_margin.items()):
                 scales = sorted(by_scale)
                 values = np.array([by_scale[scale] for scale in scales])
                 means, low, high = values.mean(axis=1), values.min(axis=1), values.max(axis=1)
                 axes.errorbar(
-                    scales, means, yerr=(means - low, high - means), color=color, lw=1.5,
+                    scales, means, yerr=(means - low, high - means), color=colors[margin], lw=1.5,
                     marker="o", ms=3.5, capsize=2, label=f"m = {margin:g}",
                 )  # fmt: skip
             _mark_scale(axes, fixed)
