@@ -85,15 +85,29 @@ def _spread(positions: Sequence[float], gap: float) -> list[float]:
 
 
 def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """Write each name to the right of its line's end, moved where two would overlap."""
+    """Write each name to the right of its line's end, moved where two would overlap.
+
+    A line that ends before the others has its name above its end.
+    """
     to_axes = axes.transAxes.inverted()
-    ends = [axes.transData.transform((line.sizes[-1], line.values[-1])) for line in lines]
-    heights = _spread([float(to_axes.transform(end)[1]) for end in ends], gap=0.068)
-    for line, end, height in zip(lines, ends, heights, strict=True):
-        x = float(to_axes.transform(end)[0]) + 0.02
+    last = max(line.sizes[-1] for line in lines)
+    to_the_right = []
+    for line in lines:
+        weight = "bold" if line.color == BLUE else "normal"
+        end = (line.sizes[-1], line.values[-1])
+        if line.sizes[-1] < last:
+            axes.annotate(
+                line.name, end, xytext=(0, 6), textcoords="offset points", color=line.color,
+                ha="center", va="bottom", fontweight=weight,
+            )  # fmt: skip
+        else:
+            x, y = map(float, to_axes.transform(axes.transData.transform(end)))
+            to_the_right.append((line, weight, x, y))
+    heights = _spread([y for *_, y in to_the_right], gap=0.068)
+    for (line, weight, x, _), height in zip(to_the_right, heights, strict=True):
         axes.text(
-            x, height, line.name, color=line.color, transform=axes.transAxes, va="center",
-            fontweight="bold" if line.color == BLUE else "normal",
+            x + 0.02, height, line.name, color=line.color, transform=axes.transAxes, va="center",
+            fontweight=weight,
         )  # fmt: skip
 
 

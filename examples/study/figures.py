@@ -81,7 +81,7 @@ def spheres(path: Path, subtitle: str, panels: Sequence[tuple[str, Mapping[str, 
                         *(1.38 * weight), str(label), c=colors[label], ha="center", va="center"
                     )
             axes.set_title(name, fontsize=10, loc="left", y=1.03)
-            axes.set_box_aspect((1, 1, 1), zoom=1.25)
+            axes.set_box_aspect((1, 1, 1), zoom=1.2)
             axes.set_axis_off()
             axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
         figure.subplots_adjust(left=0.0, right=1.0, bottom=0.0, top=0.89, wspace=0.0, hspace=0.12)
