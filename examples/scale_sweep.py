@@ -45,6 +45,7 @@ from study.measure import (
 )
 from study.networks import ArticleCNN, SmallResidualNetwork
 from study.runner import (
+    FAILED,
     INTERRUPTED,
     Job,
     Training,
@@ -389,7 +390,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = run_jobs(runs, jobs, arguments.epochs, quiet=arguments.quiet)
     report(of_grid(runs.runs))
     if code == 0 and arguments.confirm_seeds:
-        points = Chosen.by(runs.runs, fixed).points
+        try:
+            points = Chosen.by(runs.runs, fixed).points
+        except ValueError as error:
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            return FAILED
         jobs = [
             make_job(scale, margin, seed, task_of, arguments, confirms=True)
             for seed, (scale, margin) in product(arguments.confirm_seeds, points)

@@ -246,9 +246,9 @@ def sweep_row(classes: int, data: str, metric: str) -> list[str]:
     name = f"sweep-{classes}"
     study = load(name)
     chosen = scale_sweep.Chosen.by(study.runs, study.settings["fixed_adacos_scale"])
-    values = sweep_values(study.confirming, metric)
-    counts = {len(values.get(point, [])) for point in chosen.points}
-    if len(counts) > 1 or counts == {0}:
+    values, seeds = (sweep_values(study.confirming, what) for what in (metric, "seed"))
+    used = seeds.get(chosen.fixed, [])
+    if not used or any(seeds.get(point) != used for point in chosen.points):
         raise ReportError(
             f"{name}: the best points aren't confirmed by the same seeds; resume its script with "
             "--confirm-seeds"
@@ -262,7 +262,7 @@ def sweep_row(classes: int, data: str, metric: str) -> list[str]:
     return [
         f"{classes:,}",
         data,
-        f"{counts.pop()}",
+        f"{len(used)}",
         cells(chosen.fixed, f"{chosen.fixed[0]:.3g}: ")[0],
         *cells(chosen.best_scale, f"{chosen.best_scale[0]:.3g}: "),
         *cells(chosen.best, "{:.3g}, {:g}: ".format(*chosen.best)),

@@ -130,6 +130,19 @@ def test_points_are_chosen_by_the_seeds_of_the_grid_only() -> None:
         scale_sweep.Chosen.by(runs[4:], 3.1)
 
 
+def test_nothing_is_confirmed_if_no_scale_without_a_margin_has_every_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, options = tmp_path / "sweep.json", ["--data", "synthetic", "--classes", "20"]
+    grid = run_main(path, *options, "--margins", "0.5", "--seeds", "0", "1")["runs"]
+    more = [*SMALL, "--json", str(path), *options, "--margins", "0", "--resume"]
+    assert scale_sweep.main([*more, "--confirm-seeds", "9"]) == 1
+    assert "no point without a margin was trained with every seed" in capsys.readouterr().err
+    runs = json.loads(path.read_text())["runs"]
+    assert runs[: len(grid)] == grid
+    assert not any(run.get("confirms") for run in runs)
+
+
 @pytest.mark.parametrize("seed", ["0", "4"])
 def test_a_seed_that_chooses_does_not_confirm(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: str

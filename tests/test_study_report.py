@@ -186,7 +186,8 @@ def test_best_points_need_seeds_of_their_own(
     monkeypatch.setattr(study_report, "RESULTS", miniature)
     path = miniature / "sweep-10.json"
     confirming = [run for run in content["runs"] if run.get("confirms")]
-    for left in (confirming[:-1], []):
+    others = [*confirming[:-1], {**confirming[-1], "seed": 9}]
+    for left in (confirming[:-1], others, []):
         content["runs"] = [run for run in content["runs"] if not run.get("confirms")] + left
         path.write_text(json.dumps(content))
         with pytest.raises(study_report.ReportError, match=r"sweep-10: .*--confirm-seeds"):
