@@ -70,22 +70,27 @@ def load(name: str) -> Study:
     names = (
         ("scale", "margin") if content["settings"]["experiment"] == "sweep" else ("loss", "fold")
     )
+    all_runs = sorted(content["runs"], key=lambda run: run["seed"])  # differences are within a seed
     done: dict[int, set[tuple[Any, ...]]] = {}
-    candidates = scale_sweep.of_grid(content["runs"])  # all of them, if it isn't a sweep
+    candidates = scale_sweep.of_grid(all_runs)  # all of them, if it isn't a sweep
     for run in candidates:
         done.setdefault(run["seed"], set()).add(tuple(run.get(name) for name in names))
     every = set().union(*done.values())
     runs = [run for run in candidates if done[run["seed"]] == every]
-    runs.sort(key=lambda run: run["seed"])  # differences are taken within a seed
     if not runs:
         raise ReportError(f"{name}: no seed is complete; resume its script")
-    return Study(content["settings"], runs, scale_sweep.confirming(content["runs"]))
+    return Study(content["settings"], runs, scale_sweep.confirming(all_runs))
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> str:
     """Mean of the paired differences, with its 95 % confidence interval."""
     mean, _, half = mean_and_interval([a - b for a, b in zip(first, second, strict=True)])
     return f"{mean:+.2f}" + ("" if half is None else f" [{mean - half:+.2f}, {mean + half:+.2f}]")
+
+
+def published_metric(loss: str) -> str:
+    """What the article judges the loss by: cross-entropy by arg max, the others by 1-NN."""
+    return "test_arg_max" if loss == "cross_entropy" else "test_nearest_euclidean"
 
 
 def mnist_published() -> str:
@@ -95,13 +100,8 @@ def mnist_published() -> str:
     lines, baseline = [], study.of("arcface+center_invariant", "test_nearest_euclidean")
     for name in study.losses:
         train, test = published.MNIST[name.split("+")[0]]
-        by_arg_max = name == "cross_entropy"
-        train_metric, test_metric = (
-            ("train_arg_max", "test_arg_max")
-            if by_arg_max
-            else ("train_nearest_itself", "test_nearest_euclidean")
-        )
-        accuracies = study.of(name, test_metric)
+        train_metric = "train_arg_max" if name == "cross_entropy" else "train_nearest_itself"
+        accuracies = study.of(name, published_metric(name))
         lines.append(
             [
                 titles[name].title,
@@ -168,36 +168,32 @@ def faces_study(name: str) -> tuple[Study, list[dict[str, Any]], dict[str, Any]]
     return study, rows, article_faces.variants(study.settings["as_published"])
 
 
+def over_folds(study: Study, loss: str, metric: str) -> list[float]:
+    """The metric of this loss by seed, averaged over the folds."""
+    mine = [run for run in study.runs if run["loss"] == loss]
+    return article_faces.by_seed(mine, article_faces.METRICS[metric])
+
+
 def faces() -> str:
     """The second experiment: published accuracies beside those on other people."""
-    as_published, _, titles = faces_study("faces-published")
-    mended = load("faces")
+    as_published, mended = load("faces-published"), load("faces")
+    titles = article_faces.variants(True)
+    first = "arcface+regular_face"
 
-    def column(study: Study, loss: str, metric: str, baseline: str) -> list[str]:
-        """The accuracy, and how far it is ahead of that of ArcFace + RegularFace."""
+    def cells(study: Study, loss: str, metric_of: Callable[[str], str]) -> list[str]:
+        """The accuracy, and how far it is ahead of the first line's."""
+        ours, theirs = (over_folds(study, name, metric_of(name)) for name in (loss, first))
+        return [spread(ours), "" if loss == first else difference(ours, theirs)]
 
-        def values(loss: str, metric: str) -> list[float]:
-            mine = [run for run in study.runs if run["loss"] == loss]
-            return article_faces.by_seed(mine, article_faces.METRICS[metric])
-
-        ours = values(loss, metric)
-        if loss.startswith("arcface"):
-            return [spread(ours), ""]
-        return [spread(ours), difference(ours, values("arcface+regular_face", baseline))]
-
-    lines = []
-    for name in as_published.losses:
-        plain = name.split("+")[0]
-        euclidean = "test_nearest_euclidean"
-        metric = "test_arg_max" if plain == "cross_entropy" else euclidean
-        lines.append(
-            [
-                titles[name].title,
-                number(published.FACES[plain][1]),
-                *column(as_published, name, metric, euclidean),
-                *column(mended, name, "test_nearest", "test_nearest"),
-            ]
-        )
+    lines = [
+        [
+            titles[name].title,
+            number(published.FACES[name.split("+")[0]][1]),
+            *cells(as_published, name, published_metric),
+            *cells(mended, name, lambda _: "test_nearest"),
+        ]
+        for name in as_published.losses
+    ]
     header = ("loss", "published", "as published, here", "minus line 1", "mended, here: 1-NN",
               "minus line 1")  # fmt: skip
     return markdown_table(header, lines)
@@ -208,15 +204,10 @@ def open_set(name: str) -> str:
     study, rows, titles = faces_study(name)
     quoted = article_faces.quoted_rates(study.runs)
     rates = [rate for rate in quoted if rate in ("0.01", quoted[-1])]  # 1 %, and the lowest
-
-    def errors(loss: str) -> list[float]:
-        mine = [run for run in study.runs if run["loss"] == loss]
-        return article_faces.by_seed(mine, article_faces.METRICS["eer"])
-
-    baseline = errors("arcface")
+    baseline = over_folds(study, "arcface", "eer")
     lines = []
     for row in rows:
-        eer = errors(row["loss"])
+        eer = over_folds(study, row["loss"], "eer")
         lines.append(
             [
                 titles[row["loss"]].title,
@@ -235,9 +226,9 @@ def open_set(name: str) -> str:
 def sweep_values(
     runs: Sequence[dict[str, Any]], metric: str
 ) -> dict[scale_sweep.Point, list[float]]:
-    """The metric by scale and margin, in the order of the seeds."""
+    """The metric by scale and margin, in the order of the runs."""
     points: dict[scale_sweep.Point, list[float]] = {}
-    for run in sorted(runs, key=lambda run: run["seed"]):
+    for run in runs:
         points.setdefault((run["scale"], run["margin"]), []).append(run[metric])
     return points
 
@@ -320,8 +311,7 @@ def draw_accuracy(path: Path) -> None:
     for name in study.losses:
         plain = name.split("+")[0]
         _, test = published.MNIST[plain]
-        metric = "test_arg_max" if plain == "cross_entropy" else "test_nearest_euclidean"
-        mean, _, half = mean_and_interval(study.of(name, metric))
+        mean, _, half = mean_and_interval(study.of(name, published_metric(name)))
         bars.append(
             (
                 f"{titles[name].title}, as published",
