@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 # x_hat = x / max(||x||, NORM_EPS), the convention of torch.nn.functional.normalize
@@ -15,6 +17,27 @@ CLAMPED_INVERSE_NORM = 0.999 / NORM_EPS
 def accumulation_dtype(x: torch.Tensor, w: torch.Tensor) -> torch.dtype:
     """fp64 if either input is fp64, else fp32: the dtype of sums, norms, loss, lse and u."""
     return torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
+
+
+def sum_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """fp64 where the device is known to have it, for sums whose rounding something magnifies.
+
+    Subtracting a mean does so, and a margin near theta = 0.
+    """
+    if tensors[0].device.type in ("cpu", "cuda"):
+        return torch.float64
+    return accumulation_dtype(tensors[0], tensors[-1])
+
+
+def shrinkage(x: torch.Tensor) -> torch.Tensor:
+    """What to multiply rows (..., D) by so that no square overflows: 1 or a power of 2, (..., 1).
+
+    Cosines don't depend on it, and nothing is rounded. The norm stays above NORM_EPS.
+    """
+    half = math.frexp(torch.finfo(x.dtype).max)[1] // 2  # 64 in fp32, 512 in fp64
+    largest = torch.linalg.vector_norm(x.detach(), math.inf, dim=-1, keepdim=True)
+    is_huge = largest > 2.0 ** (half - 27)
+    return torch.ones_like(largest).masked_fill(is_huge, 2.0 ** -(half + 12))
 
 
 def compute_dtype(x: torch.Tensor, w: torch.Tensor) -> torch.dtype:

@@ -1,21 +1,29 @@
-"""Dense oracle in plain eager PyTorch: N x C tensors, any device, twice differentiable.
+"""Dense oracle in plain eager PyTorch: N x C tensors, any device, every derivative.
 
 Everything is computed in fp32 (fp64 if an input is fp64), whatever the embeddings' dtype, with
-autocast off. No optimised backend imports this module.
+autocast off; the target cosine in fp64 where the device has it. No optimised backend imports this
+module.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from fused_margin import _validate
-from fused_margin._numerics import NORM_EPS, accumulation_dtype
+from fused_margin import _transforms, _validate
+from fused_margin._numerics import NORM_EPS, accumulation_dtype, shrinkage, sum_dtype
+from fused_margin.margins import clamp_cosine
 
 
 def normalize(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x / max(||x||, 1e-12) along the last dimension, in ``dtype``."""
-    return F.normalize(x.to(dtype), dim=-1, eps=NORM_EPS)
+    x = x.to(dtype)
+    shrink = shrinkage(x)
+    small = x * shrink
+    is_clamped = torch.linalg.vector_norm(small.detach(), dim=-1, keepdim=True) <= NORM_EPS
+    # the second derivative of a norm is NaN at 0, so such rows are filled before, not after it
+    norm = torch.linalg.vector_norm(small.masked_fill(is_clamped, 1.0), dim=-1, keepdim=True)
+    # of x itself, so that autograd notices a change of it in place
+    return x / norm.masked_fill(is_clamped, NORM_EPS) * shrink
 
 
 def cosine_lse(
@@ -28,23 +36,22 @@ def cosine_lse(
         scale: s, float or 0-d tensor.
 
     Returns:
-        lse (N,), u (N,), differentiable twice.
+        lse (N,) in the accumulation dtype, and u (N,) within [-1, 1] in `sum_dtype`; differentiable
+        any number of times.
     """
     dtype = accumulation_dtype(x, w)
-    if (
-        isinstance(scale, torch.Tensor)
-        and scale.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-    ):
+    if isinstance(scale, torch.Tensor) and _transforms.is_readable(scale):
         _validate.positive_scale(scale.detach().item())
     with torch.autocast(x.device.type, enabled=False):
-        x, w = normalize(x, dtype), normalize(w, dtype)
+        x, w = x.to(dtype), w.to(dtype)
         num_classes = w.shape[0]
         labels = labels.long()
         has_target = (labels >= 0) & (labels < num_classes)  # (N,)
-        target = labels.where(has_target, torch.zeros_like(labels))
-        u = (x * w[target]).sum(dim=1).where(has_target, torch.zeros_like(x[:, 0]))
+        target = labels.where(has_target, 0)
+        wide = sum_dtype(x, w)
+        u = (normalize(x, wide) * normalize(w[target], wide)).sum(dim=1)
+        u = clamp_cosine(u).where(has_target, 0.0)
         classes = torch.arange(num_classes, device=x.device)
         is_target = classes[None, :] == labels[:, None]  # (N, C)
-        logits = (scale * (x @ w.t())).masked_fill(is_target, -float("inf"))
-        return logits.logsumexp(dim=1), u
+        logits = scale * (normalize(x, dtype) @ normalize(w, dtype).t())
+        return logits.masked_fill(is_target, -float("inf")).logsumexp(dim=1), u

@@ -4,8 +4,9 @@ The search for nearest classes compares two blocks of classes at a time; all els
 blocks of W, so that d_w is the only (C, D) made. Each differentiable operator has two gradients:
 blocked code, and, while autograd records the backward (``create_graph=True``), plain PyTorch that
 can be differentiated again. That one keeps several (C, D) tensors, and on several CPU threads its
-scattered sums come in no fixed order, so it is not the only one. Loops stay inside operators, where
-`torch.compile` does not unroll them. Equations refer to ``docs/math.md``.
+scattered sums come in no fixed order, so it is not the only one. Forward mode and `torch.func` get
+plain PyTorch for the operator itself too. Loops stay inside operators, where `torch.compile` does
+not unroll them. Equations refer to ``docs/math.md``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from typing import Any
 
 import torch
 
-from fused_margin._numerics import CLAMPED_INVERSE_NORM, NORM_EPS, accumulation_dtype
+from fused_margin import _transforms
+from fused_margin._numerics import (
+    CLAMPED_INVERSE_NORM,
+    NORM_EPS,
+    accumulation_dtype,
+    shrinkage,
+    sum_dtype,
+)
 
 Tensor = torch.Tensor
 
@@ -38,7 +46,7 @@ _ops = torch.ops.fused_margin
 
 
 def nearest_cosines(w: Tensor) -> Tensor:
-    """Largest cosine of each class to another (eq. 13), (C,), fp32 or fp64; twice differentiable.
+    """Largest cosine of each class to another (eq. 13), (C,), fp32 or fp64; differentiable.
 
     Args:
         w: (C, D), any floating dtype and strides, C >= 2.
@@ -47,13 +55,8 @@ def nearest_cosines(w: Tensor) -> Tensor:
 
 
 def squared_norms(w: Tensor) -> Tensor:
-    """||w_k||^2, (C,), in `sum_dtype`; twice differentiable."""
+    """||w_k||^2, (C,), in `sum_dtype`; differentiable."""
     return _ops.squared_norms(w)
-
-
-def sum_dtype(w: Tensor) -> torch.dtype:
-    """fp64 where the device is known to have it, for what is lost when a mean is subtracted."""
-    return torch.float64 if w.device.type in ("cpu", "cuda") else accumulation_dtype(w, w)
 
 
 def _blocks(num_classes: int, size: int) -> Iterator[tuple[int, int]]:
@@ -68,9 +71,11 @@ def _linear_block(w: Tensor) -> int:
 def _normalized(rows: Tensor) -> tuple[Tensor, Tensor]:
     """w_hat (B, D) and the inverse norms (B, 1) of some rows of W, in the accumulation dtype."""
     rows = rows.to(accumulation_dtype(rows, rows))
+    shrink = shrinkage(rows)
+    rows = rows * shrink
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     inverse = norm.clamp_min_(NORM_EPS).reciprocal_()
-    return rows * inverse, inverse
+    return rows.mul_(inverse), inverse.mul_(shrink)
 
 
 # --- nearest_classes ------------------------------------------------------------------------------
@@ -171,6 +176,7 @@ def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
 
 def _plain_class_cosines(w: Tensor, index: Tensor) -> Tensor:
     w = w.to(accumulation_dtype(w, w))
+    w = w * shrinkage(w)
     norm = torch.linalg.vector_norm(w.detach(), dim=1, keepdim=True)
     is_clamped = norm <= NORM_EPS
     # the second derivative of a norm is NaN at 0, so such rows are filled before, not after it
@@ -240,30 +246,50 @@ def _(w: Tensor, factors: Tensor) -> Tensor:
     return w.new_empty(w.shape)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+class _ClassCosines(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(w, index)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.class_cosines(w, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (g,), (w, index) = grad_outputs, ctx.saved_tensors
+        if torch.is_grad_enabled() or _transforms.is_transformed(g):
+            with torch.enable_grad():
+                cosines = _plain_class_cosines(w, index)
+                return torch.autograd.grad(cosines, w, g, create_graph=True)[0], None
+        return _ops.class_cosines_backward(g, w, index), None
 
 
-def _class_cosines_gradient(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-    w, index = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        cosines = _plain_class_cosines(w, index)
-        return torch.autograd.grad(cosines, w, g, create_graph=True)[0], None
-    return _ops.class_cosines_backward(g, w, index), None
+class _SquaredNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        ctx.save_for_backward(w)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.squared_norms(w)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (g,), (w,) = grad_outputs, ctx.saved_tensors
+        if torch.is_grad_enabled() or _transforms.is_transformed(g):
+            dtype = accumulation_dtype(w, w)
+            return ((2.0 * g).to(dtype)[:, None] * w.to(dtype)).to(w.dtype)
+        return _ops.scaled_rows(w, 2.0 * g)
 
 
-def _squared_norms_gradient(ctx: Any, g: Tensor) -> Tensor:
-    (w,) = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        dtype = accumulation_dtype(w, w)
-        return ((2.0 * g).to(dtype)[:, None] * w.to(dtype)).to(w.dtype)
-    return _ops.scaled_rows(w, 2.0 * g)
+def _class_cosines_autograd(w: Tensor, index: Tensor) -> Tensor:
+    if _transforms.is_transformed(w):
+        return _plain_class_cosines(w, index)
+    return _ClassCosines.apply(w, index)
 
 
-for _name, _gradient in (
-    ("class_cosines", _class_cosines_gradient),
-    ("squared_norms", _squared_norms_gradient),
-):
-    torch.library.register_autograd(
-        f"fused_margin::{_name}", _gradient, setup_context=_save_inputs, lib=_lib
-    )
+def _squared_norms_autograd(w: Tensor) -> Tensor:
+    if _transforms.is_transformed(w):
+        return w.to(sum_dtype(w)).square().sum(dim=1)
+    return _SquaredNorms.apply(w)
+
+
+_lib.impl("class_cosines", _class_cosines_autograd, "Autograd")
+_lib.impl("squared_norms", _squared_norms_autograd, "Autograd")

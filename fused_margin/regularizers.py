@@ -30,7 +30,8 @@ def center_invariant(weight: torch.Tensor) -> torch.Tensor:
         weight: class weights (C, D), fp16, bf16, fp32 or fp64, any strides; C >= 2.
 
     Returns:
-        0-d loss, fp64 for an fp64 weight and else fp32. Differentiable twice.
+        0-d loss, fp64 for an fp64 weight and else fp32. Differentiable any number of times, in
+        forward mode and by `torch.func` too.
 
     Raises:
         TypeError: ``weight`` is no dense floating tensor.
@@ -41,7 +42,8 @@ def center_invariant(weight: torch.Tensor) -> torch.Tensor:
         that nearly equal norms lose no digits.
 
     Memory:
-        O(C) and one (C, D), the gradient.
+        O(C) and one (C, D), the gradient; a few (C, D) for second derivatives, in forward mode and
+        under `torch.func`.
 
     References:
         Wu, Liu, Li, Fu, "Deep Face Recognition with Center Invariant Loss", 2017.
@@ -66,8 +68,8 @@ def regular_face(weight: torch.Tensor) -> torch.Tensor:
         weight: class weights (C, D), fp16, bf16, fp32 or fp64, any strides; C >= 2.
 
     Returns:
-        0-d loss, fp64 for an fp64 weight and else fp32. Differentiable twice, where no two classes
-        are equally near.
+        0-d loss, fp64 for an fp64 weight and else fp32. Differentiable any number of times, in
+        forward mode and by `torch.func` too, where no two classes are equally near.
 
     Raises:
         TypeError: ``weight`` is no dense floating tensor.
@@ -80,7 +82,8 @@ def regular_face(weight: torch.Tensor) -> torch.Tensor:
 
     Memory and time:
         O(C), the cosines of two blocks of classes (4 MiB on a CPU, 64 MiB elsewhere) and one
-        (C, D), the gradient. The search takes C²D flops, as much as forward and backward of the
+        (C, D), the gradient; a few (C, D) for second derivatives, in forward mode and under
+        `torch.func`. The search takes C²D flops, as much as forward and backward of the
         loss itself at C = 8N, and more for more classes.
 
     References:
@@ -109,20 +112,23 @@ class RegularFace(nn.Module):
 
 def _check(weight: torch.Tensor) -> None:
     if not isinstance(weight, torch.Tensor):
-        remedy = "pass its weight, criterion.weight" if isinstance(weight, nn.Module) else ""
         raise TypeError(
-            f"weight must be a tensor, got {type(weight).__name__};"
-            f" {remedy or 'torch.as_tensor converts arrays and lists'}"
+            f"weight must be a tensor, got {type(weight).__name__}"
+            + _validate.tensor_remedy("weight", weight)
         )
-    if hasattr(weight, "device_mesh") and hasattr(weight, "placements"):
-        raise TypeError("weight is a DTensor; pass a plain tensor, weight.full_tensor()")
+    if _validate.is_dtensor(weight):
+        raise TypeError(
+            "weight is a DTensor, whose classes are on several ranks; a regulariser compares all of"
+            " them: pass criterion.weight.full_tensor(), through which gradients reach the shards"
+        )
     if weight.layout is not torch.strided:
         raise TypeError(
             f"weight must be a dense (strided) tensor, got layout {weight.layout}; use .to_dense()"
         )
     if weight.dtype not in _validate.FLOATS:
         raise TypeError(
-            f"weight must be fp16, bf16, fp32 or fp64, got {weight.dtype}; cast with .float()"
+            f"weight must be fp16, bf16, fp32 or fp64, got {weight.dtype}"
+            + _validate.dtype_remedy("weight", weight)
         )
     if weight.ndim != 2:
         raise ValueError(
