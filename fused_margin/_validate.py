@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
+import numbers
+import operator
 import os
+import sys
+from collections.abc import Mapping, Sized
+from typing import Any
 
 import torch
+
+from fused_margin import _transforms
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 REDUCTIONS = ("mean", "sum", "none")
@@ -18,8 +26,14 @@ INTEGERS = (
     torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
 
+# A larger scale is infinite in fp32; pi in fp32 lies 9e-8 above pi.
+LARGEST_SCALE = torch.finfo(torch.float32).max
+LARGEST_ANGLE = 3.1415928
+
 # Read once: Triton decides at decoration time whether a kernel is interpreted.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Searched for once: Dynamo of torch 2.11 and 2.12 can't trace the search inside a call.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def checks_labels_on_gpu() -> bool:
@@ -34,36 +48,141 @@ def tunes_on_demand() -> bool:
 
 def has_triton() -> bool:
     """Whether Triton can be imported, without importing it."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
-def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+def get_triton() -> str:
+    """How to get Triton where it is missing."""
+    if torch.version.hip is not None:
+        return "a ROCm build of torch brings its own: install torch again from the same index"
+    if sys.platform != "linux":
+        return "it has wheels for Linux only: use another system"
+    return 'run: pip install "fused-margin[triton]"'
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """Check that ``value`` is one of ``allowed``."""
     if value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
-        raise ValueError(f"{name} must be one of {options}; got {value!r}")
+        remedy = "; pass the string, 'none'" if value is None and "none" in allowed else ""
+        raise ValueError(f"{name} must be one of {options}; got {value!r}{remedy}")
     return value
 
 
-def _is_distributed(tensor: torch.Tensor) -> bool:
+def floating(name: str, value: torch.dtype) -> torch.dtype:
+    """Check a dtype that is asked for."""
+    if value not in FLOATS:
+        options = ", ".join(map(str, FLOATS))
+        raise TypeError(f"{name} must be one of {options}; got {value!r}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """What was given: the type, and the value or the shape."""
+    if value is None:
+        return "None"
+    kind = type(value).__name__
+    if isinstance(value, torch.Tensor):
+        return f"{kind} of shape {tuple(value.shape)} and {value.dtype}"
+    if isinstance(value, str):
+        return f"{kind} {value!r}"
+    return f"{kind} {value}" if isinstance(value, numbers.Number) else kind
+
+
+def _integer(name: str, value: Any, kinds: str = "an int", remedy: str = "") -> int:
+    """``value`` as an int: anything that stands for one, as NumPy's and 0-d tensors, but a bool."""
+    if type(value) is int:  # first, as Dynamo traces it on a symbolic int
+        return value
+    if not _is_bool(value):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+        if not remedy and (isinstance(value, str) or _is_real(value)):
+            remedy = "; convert it with int()"
+    raise TypeError(f"{name} must be {kinds}, got {_shown(value)}{remedy}")
+
+
+def _real(name: str, value: Any, kinds: str, remedy: str = "") -> float:
+    """``value`` as a float: any real number, as NumPy's, but a bool. inf if it is too large."""
+    if type(value) is float:  # first, as Dynamo traces it on a symbolic float
+        return value
+    if type(value) is not int and not _is_real(value):
+        if not (remedy or value is None or _is_bool(value)):
+            remedy = "; convert it with float()"
+        raise TypeError(f"{name} must be {kinds}, got {_shown(value)}{remedy}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _is_bool(value: Any) -> bool:
+    """Whether ``value`` is a truth value: Python's, NumPy's or a tensor's."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is a DTensor, without importing torch.distributed.tensor."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def plain(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a DTensor, whose shards the kernels can't address."""
+    if not is_dtensor(tensor):
+        return
+    remedies = {
+        "weight": (
+            "if fully_shard() made it one, call the module itself, criterion(embeddings, labels),"
+            " which gathers it; its other methods gather it after"
+            ' torch.distributed.fsdp.register_fsdp_forward_method(criterion, "logits"); a function'
+            " takes weight.full_tensor()"
+        ),
+        "scale": "pass scale.full_tensor()",
+    }
+    rows = f"pass this rank's rows, {name}.to_local() if rows are sharded, else .full_tensor()"
+    raise TypeError(
+        f"{name} is a DTensor, and the kernels can't address shards of other ranks;"
+        f" {remedies.get(name, rows)}"
+    )
 
 
 def tensors(embeddings: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> None:
     """Check types, dtypes, shapes and devices of the three tensors of a loss."""
+    if isinstance(labels, torch.Tensor) and labels.dtype in FLOATS and labels.ndim == 2:
+        _order(embeddings, weight, labels)
     matrices(embeddings, weight)
+    num_rows = embeddings.shape[0]
     if not isinstance(labels, torch.Tensor):
-        raise TypeError(f"labels must be a tensor of class indices, got {type(labels).__name__}")
-    if labels.dtype not in INTEGERS:
-        remedy = "turn one-hot targets into indices with .argmax(1)" if labels.ndim == 2 else ""
+        if isinstance(labels, (list, tuple)) and any(isinstance(name, str) for name in labels):
+            remedy = "; number the class names from 0, and pass a tensor of these numbers"
+        else:
+            remedy = tensor_remedy("labels", labels)
         raise TypeError(
-            f"labels must have an integer dtype, got {labels.dtype}; {remedy or 'use .long()'}"
+            f"labels must be a tensor of class indices, got {type(labels).__name__}{remedy}"
         )
-    if labels.ndim != 1 or labels.shape[0] != embeddings.shape[0]:
+    plain("labels", labels)
+    if labels.dtype not in INTEGERS:
+        raise TypeError(
+            f"labels must have an integer dtype, got {labels.dtype} of shape"
+            f" {tuple(labels.shape)}; {_index_remedy(labels)}"
+        )
+    if labels.ndim != 1 or labels.shape[0] != num_rows:
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            remedy = "; use .squeeze(1)"
+        elif labels.numel() == num_rows:
+            remedy = "; use .flatten()"
+        elif labels.ndim == 2 and labels.shape[0] == num_rows:
+            remedy = "; turn one-hot targets into indices with .argmax(1)"
+        elif labels.shape == weight.shape[:1]:
+            remedy = "; there is one per row of weight: embeddings come first, then weight"
+        else:
+            remedy = ""
         raise ValueError(
-            f"labels must have shape ({embeddings.shape[0]},), one class index per row of"
-            f" embeddings, got {tuple(labels.shape)}"
-            + ("; use .squeeze(1), or .argmax(1) for one-hot targets" if labels.ndim == 2 else "")
+            f"labels must have shape ({num_rows},), one class index per row of embeddings, got"
+            f" {tuple(labels.shape)}{remedy}"
         )
     if labels.device != embeddings.device:
         raise ValueError(
@@ -72,51 +191,138 @@ def tensors(embeddings: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
         )
 
 
+def _order(embeddings: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> None:
+    """Find labels in another's place, where those given are a floating matrix."""
+    for name, tensor in (("embeddings", embeddings), ("weight", weight)):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        is_column = tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)
+        is_row_per_label = tensor is embeddings and tensor.shape[:1] == labels.shape[:1]
+        if is_column and (tensor.dtype in INTEGERS or (tensor.ndim == 1 and is_row_per_label)):
+            raise TypeError(
+                f"{name} and labels look swapped: {name} has shape {tuple(tensor.shape)} and"
+                f" {tensor.dtype}, labels {tuple(labels.shape)} and {labels.dtype}; the order is"
+                " criterion(embeddings, labels), and (embeddings, weight, labels) for a function"
+            )
+
+
+def _index_remedy(labels: torch.Tensor) -> str:
+    """How labels of another dtype become class indices."""
+    if labels.ndim != 2:
+        return "use .long()"
+    if labels.shape[1] == 1:
+        return "use .squeeze(1).long()"
+    if labels.dtype == torch.bool:
+        return "turn one-hot targets into indices with .int().argmax(1)"
+    return (
+        "turn one-hot targets into indices with .argmax(1); for mixtures (mixup, cutmix) of labels"
+        " a and b weigh two losses, lam * criterion(x, a) + (1 - lam) * criterion(x, b)"
+    )
+
+
+def tensor_remedy(name: str, value: Any) -> str:
+    """What to pass in place of ``value``, which is no tensor."""
+    if value is None:
+        return ""
+    if isinstance(value, torch.nn.Module):
+        is_weight = name == "weight"
+        return f"; pass {'its weight, criterion.weight' if is_weight else 'what it returns'}"
+    if isinstance(value, Mapping):
+        return f"; pass the tensor in it that holds the {name}"
+    if isinstance(value, (list, tuple)) and any(isinstance(one, torch.Tensor) for one in value):
+        return f"; pass the tensor in it that holds the {name}, or torch.stack them if all do"
+    return "; torch.as_tensor converts arrays and lists"
+
+
+def dtype_remedy(name: str, tensor: torch.Tensor) -> str:
+    """How ``tensor``, whose dtype is refused, becomes floating."""
+    if tensor.is_complex():
+        return "; take .real, .imag or .abs()"
+    is_input = name == "embeddings" and not tensor.is_floating_point()
+    return "; cast with .float()" + (
+        ", or if this is the model's input, pass what the model returns" if is_input else ""
+    )
+
+
+def _embeddings_remedy(shape: torch.Size) -> str:
+    if len(shape) == 1:
+        return "; a single embedding needs .unsqueeze(0)"
+    if len(shape) < 3:
+        return ""
+    if math.prod(shape[1:]) == max(shape[1:]):
+        return "; use .flatten(1)"
+    return (
+        "; make one vector of each row, with .flatten(1), or by pooling: .mean(1) of (N, T, D),"
+        " .mean((2, 3)) of (N, D, H, W)"
+    )
+
+
+def _weight_remedy(shape: torch.Size) -> str:
+    if len(shape) == 1:
+        return "; it holds a vector per class, not a factor per class as in F.cross_entropy"
+    if len(shape) >= 3 and math.prod(shape[1:]) == shape[1]:
+        return "; use .flatten(1)"
+    return "; use .squeeze(0)" if len(shape) == 3 and shape[0] == 1 else ""
+
+
 def matrices(embeddings: torch.Tensor, weight: torch.Tensor) -> None:
     """Check types, dtypes, shapes and devices of embeddings (N, D) and weight (C, D)."""
     for name, tensor in (("embeddings", embeddings), ("weight", weight)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(
-                f"{name} must be a tensor, got {type(tensor).__name__}; torch.as_tensor converts"
-                " arrays and lists"
+                f"{name} must be a tensor, got {type(tensor).__name__}"
+                + tensor_remedy(name, tensor)
             )
-        if _is_distributed(tensor):
-            raise TypeError(
-                f"{name} is a DTensor, whose shards the kernels cannot address; pass a plain"
-                " tensor (.full_tensor(), or keep the loss outside of the sharded module)"
-            )
+        plain(name, tensor)
         if tensor.layout is not torch.strided:
-            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
+            raise TypeError(
+                f"{name} must be a dense (strided) tensor, got layout {tensor.layout}; use"
+                " .to_dense()"
+            )
         if tensor.dtype not in FLOATS:
             raise TypeError(
-                f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}; cast with .float()"
+                f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}"
+                + dtype_remedy(name, tensor)
             )
         if tensor.ndim != 2:
-            shape = "(N, D)" if name == "embeddings" else "(C, D)"
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+            is_weight = name == "weight"
+            raise ValueError(
+                f"{name} must have shape {'(C, D)' if is_weight else '(N, D)'}, got"
+                f" {tuple(tensor.shape)}"
+                + (_weight_remedy if is_weight else _embeddings_remedy)(tensor.shape)
+            )
     if weight.shape[0] < 2:
         raise ValueError(f"weight must have C >= 2 rows (classes), got {weight.shape[0]}")
     if weight.shape[1] < 1:
         raise ValueError("embeddings and weight must have D >= 1 columns, got D = 0")
     if embeddings.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"embeddings have D = {embeddings.shape[1]} columns but weight has D ="
-            f" {weight.shape[1]}; "
-            + (
-                "weight is (C, D), so pass its transpose, weight.t()"
-                if weight.shape[0] == embeddings.shape[1]
-                else f"build the loss with embedding_size={embeddings.shape[1]}"
+        num_classes, dim = weight.shape
+        if num_classes == embeddings.shape[1]:
+            remedy = (
+                f"a module takes num_classes first, so swap them: num_classes={dim},"
+                f" embedding_size={num_classes}; a function takes weight as (C, D), so pass"
+                " weight.t(); and if the embeddings are logits, pass what the model's last layer"
+                " is given"
             )
+        else:
+            remedy = f"build the loss with embedding_size={embeddings.shape[1]}"
+        raise ValueError(
+            f"embeddings have D = {embeddings.shape[1]} columns but weight has C, D ="
+            f" {num_classes}, {dim}; {remedy}"
         )
     if weight.dtype not in (torch.float32, torch.float64, embeddings.dtype):
         raise TypeError(
             f"weight is {weight.dtype} but embeddings are {embeddings.dtype}; weight must be fp32,"
-            " fp64 or the embeddings' dtype: keep the loss in fp32 with criterion.float()"
+            " fp64 or the embeddings' dtype: keep the loss in fp32 with criterion.float(), or"
+            " weight.float() for a function"
         )
     if embeddings.device != weight.device:
+        if weight.device.type == "meta":
+            remedy = "criterion.to_empty(device=...) and criterion.reset_parameters() make it real"
+        else:
+            remedy = "move one, criterion.to(embeddings.device) or embeddings.to(weight.device)"
         raise ValueError(
-            f"embeddings are on {embeddings.device}, weight on {weight.device}; move the loss"
-            " with .to(embeddings.device)"
+            f"embeddings are on {embeddings.device}, weight on {weight.device}; {remedy}"
         )
 
 
@@ -143,114 +349,186 @@ def backend(name: str, device: torch.device) -> str:
         )
     resolved = name if name != "auto" else ("triton" if device.type == "cuda" else "cpu")
     if resolved == "triton" and not has_triton():
+        user = "tensors on a GPU need" if device.type == "cuda" else 'backend="triton" needs'
         raise ValueError(
-            'tensors on a GPU need Triton, which is not installed; run "pip install triton", or'
-            ' use backend="reference"'
+            f'{user} Triton, which is not installed; {get_triton()}, or use backend="reference"'
         )
     return resolved
 
 
-def scale(value: float | torch.Tensor, device: torch.device) -> float | torch.Tensor:
+def scale(value: Any, device: torch.device) -> float | torch.Tensor:
     """Check the scale: a number > 0, or a 0-d floating tensor on the embeddings' device."""
     if isinstance(value, torch.Tensor):
-        if value.ndim != 0 or value.dtype not in FLOATS:
+        plain("scale", value)
+        if value.dtype not in FLOATS:
+            raise TypeError(
+                f"a tensor scale must be floating, got {value.dtype}{dtype_remedy('scale', value)}"
+            )
+        if value.ndim != 0:
+            remedy = "use .squeeze()" if value.numel() == 1 else "all rows share one scale"
             raise ValueError(
-                "a tensor scale must be 0-d and floating, got shape"
-                f" {tuple(value.shape)} and {value.dtype}"
+                f"a tensor scale must be 0-d, got shape {tuple(value.shape)}; {remedy}"
             )
         if value.device != device:
             raise ValueError(f"scale is on {value.device}, embeddings on {device}; move the scale")
+        if _transforms.is_readable(value):
+            positive_scale(value.detach().item())
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"scale must be a number or a 0-d tensor, got {type(value).__name__}")
+    if value is None:
+        remedy = "; functional.fixed_adacos_scale(num_classes) is a choice"
+    else:
+        remedy = "; all rows share one scale" if _holds_several(value) else ""
+    number = _real("scale", value, "a number or a 0-d tensor", remedy)
     # plain comparisons: Dynamo can trace them on a symbolic float, and not math.isfinite
-    if not 0 < value < math.inf:
-        raise ValueError(f"scale must be finite and > 0, got {value}")
-    return float(value)
+    if not 0 < number <= LARGEST_SCALE:
+        raise ValueError(f"scale must be finite in fp32 and > 0, got {number}")
+    return number
 
 
 def positive_scale(value: float) -> float:
     """Check the value of a tensor scale, where reading it costs no synchronisation."""
-    if not value > 0.0:
-        raise ValueError(f"scale must be > 0, got {value}; keep a learnable scale positive")
+    if not 0.0 < value <= LARGEST_SCALE:
+        raise ValueError(
+            f"scale must be finite in fp32 and > 0, got {value}; keep a learnable scale positive,"
+            " as log_scale.exp() is"
+        )
     return value
 
 
 def _margin(
-    value: float | torch.Tensor, embeddings: torch.Tensor | None, unit: str
+    value: Any, labels: torch.Tensor | None, ignore_index: int, unit: str
 ) -> float | torch.Tensor:
-    if isinstance(value, torch.Tensor) and embeddings is not None:
+    """A finite number, or an (N,) tensor that is 0 where a row is ignored."""
+    if isinstance(value, torch.Tensor) and labels is not None:
+        plain("margin", value)
         if value.dtype not in FLOATS:
-            raise TypeError(f"a tensor margin must be floating, got {value.dtype}")
-        if value.shape != embeddings.shape[:1]:
-            raise ValueError(
-                f"a tensor margin must have shape ({embeddings.shape[0]},), one {unit} per row,"
-                f" got {tuple(value.shape)}; pass a single margin as a float"
+            raise TypeError(
+                f"a tensor margin must be floating, got {value.dtype}"
+                + dtype_remedy("margin", value)
             )
-        if value.device != embeddings.device:
+        if value.shape != labels.shape:
+            num_rows = labels.shape[0]
+            if value.numel() == 1 and value.ndim < 2:
+                remedy = (
+                    "; pass a single margin as a float, margin.item(), or if it is learnt,"
+                    f" margin.expand({num_rows})"
+                )
+            elif value.numel() == num_rows:
+                remedy = "; use .flatten()"
+            elif value.ndim == 1:
+                remedy = "; pass margins per class as margin[labels]"
+            else:
+                remedy = ""
             raise ValueError(
-                f"margin is on {value.device}, embeddings on {embeddings.device}; move the margin"
+                f"a tensor margin must have shape ({num_rows},), one {unit} per row, got"
+                f" {tuple(value.shape)}{remedy}"
             )
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        kinds = "a number" if embeddings is None else "a number or an (N,) tensor"
-        raise TypeError(f"margin must be {kinds}, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"margin must be finite, got {value}")
-    return float(value)
+        if value.device != labels.device:
+            raise ValueError(
+                f"margin is on {value.device}, embeddings on {labels.device}; move the margin"
+            )
+        return value.masked_fill(labels.long() == ignore_index, 0.0)
+    if value is None:
+        remedy = "; 0.0 is no margin"
+    elif not _holds_several(value):
+        remedy = ""
+    elif labels is None:
+        remedy = "; a module takes float(margin), and margins per row go to the functional form"
+    else:
+        remedy = "; torch.as_tensor converts arrays and lists"
+    kinds = "a number" if labels is None else "a number or an (N,) tensor"
+    return _real("margin", value, kinds, remedy)
 
 
-def _largest(margin: float | torch.Tensor) -> float:
-    """The margin largest in magnitude; 0 where reading a tensor would cost a synchronisation."""
+def _holds_several(value: Any) -> bool:
+    return isinstance(value, Sized) and not isinstance(value, str)
+
+
+def _beyond(margin: float | torch.Tensor, limit: float) -> tuple[float, str] | None:
+    """A margin above ``limit`` or NaN, and its place; None too where it can't be read."""
     if not isinstance(margin, torch.Tensor):
-        return margin
-    is_readable = margin.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not is_readable or margin.numel() == 0:
-        return 0.0
-    margin = margin.detach()
-    return round(margin[margin.abs().argmax()].item(), 6)
+        return None if abs(margin) <= limit else (margin, "")
+    if not _transforms.is_readable(margin):
+        return None
+    beyond = ~(margin.detach().abs() <= limit)
+    if not bool(beyond.any()):
+        return None
+    row = int(beyond.nonzero()[0])
+    return round(margin[row].item(), 6), f" in row {row}"
 
 
 def angular_margin(
-    value: float | torch.Tensor, embeddings: torch.Tensor | None = None
+    value: float | torch.Tensor, labels: torch.Tensor | None = None, ignore_index: int = -100
 ) -> float | torch.Tensor:
-    """Check ArcFace's margin, in radians; only a functional call may pass an (N,) tensor."""
-    value = _margin(value, embeddings, "angle in radians")
-    largest = _largest(value)
-    if abs(largest) > math.pi:
+    """Check ArcFace's margin, in radians, and return what to use.
+
+    Only a functional call, which has ``labels``, may pass an (N,) tensor. Rows that are ignored may
+    hold anything there; their margin is returned as 0.
+    """
+    value = _margin(value, labels, ignore_index, "angle in radians")
+    beyond = _beyond(value, LARGEST_ANGLE)
+    if beyond is not None:
+        given, where = beyond
+        _finite(given, where)
+        if isinstance(value, torch.Tensor):
+            remedy = "torch.deg2rad(margin)"
+        else:
+            remedy = f"math.radians({given:g}) = {math.radians(given):.4g}"
         raise ValueError(
-            f"margin is an angle in radians, at most pi; got {largest}. If that is in degrees,"
-            f" pass math.radians({largest:g}) = {math.radians(largest):.4g}"
+            f"margin is an angle in radians, at most pi; got {given}{where}. If that is in degrees,"
+            f" pass {remedy}; the scale comes after the margin"
         )
     return value
 
 
 def cosine_margin(
-    value: float | torch.Tensor, embeddings: torch.Tensor | None = None
+    value: float | torch.Tensor, labels: torch.Tensor | None = None, ignore_index: int = -100
 ) -> float | torch.Tensor:
-    """Check CosFace's margin, a cosine offset; only a functional call may pass an (N,) tensor."""
-    value = _margin(value, embeddings, "cosine offset")
-    largest = _largest(value)
-    if abs(largest) > 2.0:
+    """Check CosFace's margin, a cosine offset, as `angular_margin` does."""
+    value = _margin(value, labels, ignore_index, "cosine offset")
+    beyond = _beyond(value, 2.0)
+    if beyond is not None:
+        given, where = beyond
+        _finite(given, where)
         raise ValueError(
-            f"CosFace's margin is an offset of the cosine, at most 2; got {largest} (0.35 is usual)"
+            f"CosFace's margin is an offset of the cosine, at most 2; got {given}{where} (0.35 is"
+            " usual; the scale comes after the margin)"
         )
     return value
 
 
+def _finite(margin: float, where: str) -> None:
+    if not -math.inf < margin < math.inf:
+        raise ValueError(f"margin must be finite, got {margin}{where}")
+
+
 def size(name: str, value: int, minimum: int) -> int:
-    """Check a module's dimension."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    """Check a dimension."""
+    remedy = ""
+    if isinstance(value, torch.Tensor):
+        remedy = "; convert it with int()"
+        if value.ndim > 0:
+            remedy = (
+                "; a loss is built first, criterion = ArcFaceLoss(num_classes, embedding_size), and"
+                " then called, criterion(embeddings, labels)"
+            )
+    elif _holds_several(value):
+        remedy = f"; pass how many there are, len({name})"
+    elif _is_real(value):
+        remedy = "; convert it with int(), or divide by //"
+    value = _integer(name, value, remedy=remedy)
     if value < minimum:
         raise ValueError(f"{name} must be >= {minimum}, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must fit in int64, got {value}")
     return value
 
 
 def ignore_index(value: int) -> int:
-    """Check that ignore_index is an int."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
+    """Check that ignore_index is an int of 64 bits, as labels are."""
+    value = _integer("ignore_index", value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index must fit in int64, as labels do, got {value}")
     return value
 
 
@@ -258,10 +536,8 @@ def memory_budget(value: int | None) -> int | None:
     """Bytes, or None for the default."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"memory_budget must be a whole number of bytes or None, got {type(value).__name__}"
-        )
+    remedy = "; 1 GiB is 1 << 30" if isinstance(value, str) else ""
+    value = _integer("memory_budget", value, "a whole number of bytes or None", remedy)
     if value < 0:
         raise ValueError(
             f"memory_budget must be >= 0 bytes, got {value}; None stands for the default"
@@ -271,6 +547,7 @@ def memory_budget(value: int | None) -> int | None:
 
 def fixed_adacos_classes(num_classes: int) -> int:
     """Check that sqrt(2) ln(C - 1) is positive."""
+    num_classes = _integer("num_classes", num_classes)
     if num_classes < 3:
         raise ValueError(
             f"Fixed AdaCos needs C >= 3 classes, got {num_classes}: its scale sqrt(2) * ln(C - 1)"

@@ -181,11 +181,20 @@ def tune(
         The tiles and every candidate's time.
 
     Raises:
-        ValueError: the device can't run the Triton kernels; the cache file can't be used.
+        TypeError: a size is no integer, or a dtype no floating one.
+        ValueError: a size is too small; the device can't run the Triton kernels; the cache file
+            can't be used.
         OSError: the cache file can't be written.
     """
+    num_rows = _validate.size("num_rows", num_rows, 1)
+    num_classes = _validate.size("num_classes", num_classes, 2)
+    embedding_size = _validate.size("embedding_size", embedding_size, 1)
+    for name, asked in (("dtype", dtype), ("weight_dtype", weight_dtype)):
+        _validate.floating(name, asked)
     device = torch.device(device)
     _validate.backend("triton", device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r} but torch.cuda.is_available() is false")
     from fused_margin._triton import planning, tuned
     from fused_margin._triton.launch import guard
 
@@ -314,23 +323,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="time limit (%(default)s)")
     parser.add_argument("--no-save", action="store_true", help="only print")
     settings = parser.parse_args(arguments)
-    if min(settings.n, settings.c, settings.d) < 1:
-        parser.error(f"sizes must be at least 1, got {settings.n}, {settings.c}, {settings.d}")
-    kind = torch.device(settings.device).type
-    if kind == "cuda" and not torch.cuda.is_available():
+    for name, least in (("n", 1), ("c", 2), ("d", 1)):
+        if getattr(settings, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(settings, name)}")
+    if not settings.seconds >= 0.0:
+        parser.error(f"--seconds must be a number from 0 up, got {settings.seconds}")
+    try:
+        device = torch.device(settings.device)
+    except RuntimeError:
+        parser.error(f"--device must be cuda, cuda:INDEX or cpu, got {settings.device!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU: torch.cuda.is_available() is false")
-    if kind == "cpu" and not _validate.INTERPRETED:
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        parser.error(f"--device {settings.device}: there are {torch.cuda.device_count()} GPUs")
+    if device.type == "cpu" and not _validate.INTERPRETED:
         parser.error("a CPU runs the kernels only in Triton's interpreter: TRITON_INTERPRET=1")
-    result = tune(
-        settings.n,
-        settings.c,
-        settings.d,
-        dtype=dtypes[settings.dtype],
-        autocast=dtypes.get(settings.autocast),
-        device=settings.device,
-        seconds=settings.seconds,
-        save=not settings.no_save,
-    )
+    try:
+        result = tune(
+            settings.n,
+            settings.c,
+            settings.d,
+            dtype=dtypes[settings.dtype],
+            autocast=dtypes.get(settings.autocast),
+            device=device,
+            seconds=settings.seconds,
+            save=not settings.no_save,
+        )
+    except (OSError, ValueError) as error:  # no Triton, another device, the file of the tiles
+        parser.error(str(error))
     for row in sorted(result.rows, key=lambda r: (r["kernel"], r.get("milliseconds", 1e9))):
         outcome = f"{row['milliseconds']:9.3f} ms" if "milliseconds" in row else row["error"]
         print(f"{row['kernel']:17} {tuple(row['tile'].values())!s:26} {outcome}")

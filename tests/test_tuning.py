@@ -15,7 +15,7 @@ import torch
 import fused_margin.functional as fmf
 from fused_margin import _validate, tuning
 
-pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+pytest.importorskip("triton", reason="Triton is not installed")
 from fused_margin._triton import configs, launch, planning, tuned  # after the check for Triton
 
 pytestmark = pytest.mark.skipif(
@@ -302,7 +302,14 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "cpu", "--n", "0"], "sizes must be at least 1, got 0, 100000, 512"),
+        (["--device", "cpu", "--n", "0"], "--n must be at least 1, got 0"),
+        (["--device", "cpu", "--c", "1"], "--c must be at least 2, got 1"),
+        (["--device", "cpu", "--d", "-1"], "--d must be at least 1, got -1"),
+        (["--device", "cpu", "--n", "x"], "argument --n: invalid int value: 'x'"),
+        (["--device", "cpu", "--seconds", "nan"], "--seconds must be a number from 0 up, got nan"),
+        (["--device", "cpu", "--seconds", "-1"], "--seconds must be a number from 0 up, got -1.0"),
+        (["--device", "tpu"], "--device must be cuda, cuda:INDEX or cpu, got 'tpu'"),
+        (["--device", "meta"], "no kernels for device meta"),
         (["--device", "cuda"], "no GPU: torch.cuda.is_available() is false"),
     ],
 )
@@ -314,3 +321,18 @@ def test_mistakes_on_the_command_line(
     with pytest.raises(SystemExit, match="2"):
         tuning.main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("few")
+def test_a_file_that_cannot_be_used_on_the_command_line(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory.mkdir(exist_ok=True)
+    (directory / "tiles.json").write_text("{")
+    sizes = ["--n", "3", "--c", "7", "--d", "5", "--dtype", "fp32"]
+    with (
+        pytest.warns(UserWarning, match="the default tiles are used"),
+        pytest.raises(SystemExit, match="2"),
+    ):
+        tuning.main(["--device", "cpu", *sizes])
+    assert f"{directory / 'tiles.json'} can't be read" in capsys.readouterr().err

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import BACKENDS, FUSED_BACKENDS, device_of
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_margin as fm
 import fused_margin.functional as fmf
-from fused_margin import _validate
+from fused_margin import _validate, tuning
 
 X, W = torch.randn(4, 6), torch.randn(5, 6)
 LABELS = torch.tensor([0, 4, 2, 2])
+SIX_CLASSES = torch.randn(6, 5)  # weight for embeddings of 6 columns, transposed
+CRITERION = fm.ArcFaceLoss(5, 6)
+IGNORED = torch.tensor([0, 4, -100, 2])
+NAN_IN_ROW_2 = torch.tensor([0.5, 0.1, math.nan, 0.2])
 
 
 def call(
@@ -30,32 +39,128 @@ def call(
     return lambda: function(x, w, labels, *arguments, **options)
 
 
+def fake(device: str, *shape: int) -> torch.Tensor:
+    """A tensor on a device that need not exist."""
+    with FakeTensorMode():
+        return torch.empty(*shape, device=device)
+
+
 ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     # tensors
     "embeddings type": (call(x=[1.0]), TypeError, ("embeddings must be a tensor", "list")),
-    "weight type": (call(w=None), TypeError, ("weight must be a tensor", "NoneType")),
-    "labels type": (call(labels=[0, 1]), TypeError, ("labels must be a tensor", "list")),
+    "embeddings NumPy": (
+        call(x=X.numpy()), TypeError, ("embeddings must be", "ndarray", "torch.as_tensor"),
+    ),
+    "embeddings tuple": (
+        call(x=(X, X)), TypeError, ("got tuple", "tensor in it that holds the embeddings"),
+    ),
+    "embeddings dict": (
+        call(x={"x": X}), TypeError, ("got dict", "tensor in it that holds the embeddings"),
+    ),
+    "embeddings module": (
+        call(x=torch.nn.Linear(3, 6)), TypeError, ("got Linear", "pass what it returns"),
+    ),
+    "weight type": (call(w=None), TypeError, ("weight must be a tensor, got NoneType",)),
+    "weight module": (
+        call(w=CRITERION), TypeError, ("got ArcFaceLoss", "pass its weight, criterion.weight"),
+    ),
+    "labels type": (
+        call(labels=[0, 1]), TypeError, ("labels must be a tensor", "list", "torch.as_tensor"),
+    ),
+    "labels NumPy": (
+        call(labels=LABELS.numpy()), TypeError, ("class indices", "ndarray", "torch.as_tensor"),
+    ),
+    "labels names": (
+        call(labels=("ann", "bob", "eve", "ann")), TypeError,
+        ("class indices, got tuple", "number the class names from 0"),
+    ),
+    "labels list of tensors": (
+        call(labels=list(LABELS)), TypeError, ("got list", "holds the labels", "torch.stack"),
+    ),
+    "labels none": (call(labels=None), TypeError, ("class indices, got NoneType",)),
+    "module swapped": (
+        lambda: CRITERION(LABELS, X), TypeError,
+        ("embeddings and labels look swapped", "torch.int64", "criterion(embeddings, labels)"),
+    ),
+    "module swapped, column": (
+        lambda: CRITERION(LABELS[:, None], X), TypeError, ("look swapped", "(4, 1)", "(4, 6)"),
+    ),
+    "module swapped, float labels": (
+        lambda: CRITERION(LABELS.float(), X), TypeError, ("embeddings and labels look swapped",),
+    ),
+    "function swapped": (
+        call(w=LABELS, labels=W), TypeError,
+        ("weight and labels look swapped", "(embeddings, weight, labels)"),
+    ),
+    "embeddings after weight": (
+        call(x=W, w=X), ValueError, ("shape (5,)", "(4,)", "embeddings come first, then weight"),
+    ),
     "embeddings dtype": (
         call(x=X.long()), TypeError, ("embeddings must be fp16", "torch.int64", ".float()"),
     ),
+    "images": (
+        call(x=torch.zeros(4, 3, 8, 8, dtype=torch.uint8)), TypeError,
+        ("torch.uint8", ".float()", "model's input, pass what the model returns"),
+    ),
     "weight dtype": (
-        call(w=W.to(torch.complex64)), TypeError, ("weight must be", "complex64", ".float()"),
+        call(w=W.long()), TypeError, ("weight must be fp16", "torch.int64; cast with .float()"),
+    ),
+    "weight complex": (
+        call(w=W.to(torch.complex64)), TypeError, ("weight must be", "complex64", ".real"),
     ),
     "weight lower": (
-        call(w=W.half()), TypeError, ("weight is torch.float16", "torch.float32", "fp64 or the"),
+        call(w=W.half()), TypeError,
+        ("weight is torch.float16", "torch.float32", "fp64 or the", "criterion.float()"),
     ),
     "weight other half": (
         call(x=X.half(), w=W.bfloat16()), TypeError, ("torch.bfloat16", "torch.float16"),
     ),
-    "sparse": (call(w=W.to_sparse()), TypeError, ("weight must be a dense", "torch.sparse_coo")),
-    "embeddings shape": (call(x=X[0]), ValueError, ("embeddings", "(N, D)", "(6,)")),
-    "weight shape": (call(w=W[None]), ValueError, ("weight", "(C, D)", "(1, 5, 6)")),
+    "sparse": (
+        call(w=W.to_sparse()), TypeError,
+        ("weight must be a dense", "torch.sparse_coo", ".to_dense()"),
+    ),
+    "embeddings shape": (
+        call(x=X[0]), ValueError, ("embeddings", "(N, D)", "got (6,)", ".unsqueeze(0)"),
+    ),
+    "embeddings 0-d": (call(x=X[0, 0]), ValueError, ("(N, D), got ()",)),
+    "embeddings (N, 1, D)": (
+        call(x=X[:, None]), ValueError, ("(N, D), got (4, 1, 6)", ".flatten(1)"),
+    ),
+    "embeddings (N, D, 1, 1)": (
+        call(x=X[:, :, None, None]), ValueError, ("(N, D), got (4, 6, 1, 1)", ".flatten(1)"),
+    ),
+    "embeddings (N, T, D)": (
+        call(x=torch.zeros(4, 3, 6)), ValueError,
+        ("got (4, 3, 6)", "pooling", ".flatten(1)", ".mean(1) of (N, T, D)"),
+    ),
+    "weight shape": (call(w=W[None]), ValueError, ("weight", "(C, D)", "(1, 5, 6)", ".squeeze(0)")),
+    "weight of a convolution": (
+        call(w=W[:, :, None, None]), ValueError, ("(C, D)", "(5, 6, 1, 1)", ".flatten(1)"),
+    ),
+    "weight of classes": (
+        call(w=torch.ones(5)), ValueError, ("(C, D)", "(5,)", "per class", "F.cross_entropy"),
+    ),
     "one class": (call(w=W[:1]), ValueError, ("C >= 2", "got 1")),
     "no columns": (call(x=X[:, :0], w=W[:, :0]), ValueError, ("D >= 1", "D = 0")),
     "different D": (
-        call(x=X[:, :3]), ValueError, ("D = 3", "D = 6", "embedding_size=3"),
+        call(x=X[:, :3]), ValueError, ("D = 3", "C, D = 5, 6", "embedding_size=3"),
     ),
-    "weight device": (call(w=W.to("meta")), ValueError, ("cpu", "weight on meta", ".to(embed")),
+    "module, sizes swapped": (
+        lambda: fm.ArcFaceLoss(6, 5)(X, LABELS), ValueError,
+        ("D = 6", "C, D = 6, 5", "num_classes=5, embedding_size=6", "weight.t()", "logits"),
+    ),
+    "weight transposed": (
+        call(w=SIX_CLASSES), ValueError,
+        ("D = 6", "C, D = 6, 5", "num_classes=5, embedding_size=6", "weight.t()", "logits"),
+    ),
+    "weight device": (
+        call(w=W.to("meta")), ValueError,
+        ("cpu", "weight on meta", "to_empty", "reset_parameters()"),
+    ),
+    "weight on a GPU": (
+        call(w=fake("cuda", 5, 6)), ValueError,
+        ("cpu", "on cuda:0", "criterion.to(embeddings.device)", "embeddings.to(weight.device)"),
+    ),
     "labels device": (
         call(labels=LABELS.to("meta")), ValueError, ("labels are on meta", "cpu", ".to(embed"),
     ),
@@ -66,19 +171,48 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "labels float": (call(labels=LABELS.float()), TypeError, ("integer", "float32", ".long()")),
     "labels bool": (call(labels=LABELS > 1), TypeError, ("integer", "torch.bool", ".long()")),
     "labels one-hot": (
-        call(labels=torch.eye(5)[LABELS]), TypeError, ("torch.float32", "one-hot", ".argmax(1)"),
+        call(labels=torch.eye(5)[LABELS]), TypeError,
+        ("torch.float32", "(4, 5)", "one-hot", ".argmax(1)", "lam * criterion(x, a) + (1 - lam)"),
     ),
-    "labels shape": (call(labels=LABELS[:, None]), ValueError, ("shape (4,)", "(4, 1)", "squeeze")),
+    "labels one-hot, integer": (
+        call(labels=torch.eye(5).long()[LABELS]), ValueError, ("(4,)", "(4, 5)", ".argmax(1)"),
+    ),
+    "labels one-hot, bool": (
+        call(labels=torch.eye(5).bool()[LABELS]), TypeError, ("torch.bool", ".int().argmax(1)"),
+    ),
+    "labels shape": (
+        call(labels=LABELS[:, None]), ValueError, ("shape (4,)", "(4, 1)", ".squeeze(1)"),
+    ),
+    "labels float, column": (
+        call(labels=LABELS[:, None].float()), TypeError, ("(4, 1)", ".squeeze(1).long()"),
+    ),
+    "labels row": (call(labels=LABELS[None]), ValueError, ("(4,)", "(1, 4)", ".flatten()")),
+    "label 0-d": (call(x=X[:1], labels=LABELS[0]), ValueError, ("(1,)", "got ()", ".flatten()")),
     "labels number": (call(labels=LABELS[:2]), ValueError, ("shape (4,)", "(2,)", "per row")),
     "label too large": (
+        call(labels=LABELS + 2), ValueError,
+        ("[0, 5)", "labels[1] is 6", "(1 such", "ignore_index=-100", "labels); remap"),
+    ),
+    "labels from 1": (
         call(labels=LABELS + 1), ValueError,
-        ("[0, 5)", "labels[1] is 5", "(1 such", "ignore_index=-100", "remap"),
+        ("[0, 5)", "labels[1] is 5", "pass labels - 1 if they start at 1", "remap"),
+    ),
+    "labels from 1, ignored": (
+        call(labels=torch.tensor([-100, 5, 1, 2])), ValueError, ("labels[1] is 5", "labels - 1"),
+    ),
+    "label too large beside 0": (
+        call(labels=torch.tensor([0, 5, 1, 2])), ValueError, ("labels[1] is 5", "labels); remap"),
     ),
     "label negative": (
-        call(labels=LABELS - 1), ValueError, ("[0, 5)", "labels[0] is -1", "remap"),
+        call(labels=LABELS - 1), ValueError,
+        ("[0, 5)", "labels[0] is -1", "pass ignore_index=-1 to leave such rows out", "remap"),
     ),
     "label negative, reference": (
-        call(labels=LABELS - 1, backend="reference"), ValueError, ("labels[0] is -1", "remap"),
+        call(labels=LABELS - 1, backend="reference"), ValueError,
+        ("labels[0] is -1", "pass ignore_index=-1", "remap"),
+    ),
+    "labels of several negative values": (
+        call(labels=LABELS - 3), ValueError, ("labels[0] is -3", "(3 such labels); remap"),
     ),
     "label too large, tensor scale": (
         call(fmf.arcface, X, W, LABELS + 1, 0.5, torch.tensor(8.0)), ValueError,
@@ -88,6 +222,9 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "reduction": (
         call(reduction="avg"), ValueError, ("reduction", "'avg'", "'mean', 'sum', 'none'"),
     ),
+    "reduction None": (
+        call(reduction=None), ValueError, ("reduction", "got None", "pass the string, 'none'"),
+    ),
     "boundary": (call(boundary="easy"), ValueError, ("boundary", "'easy'", "'linear'")),
     "grad": (call(grad="ste"), ValueError, ("grad", "'ste'", "'straight_through'")),
     "backend": (call(backend="cuda"), ValueError, ("backend", "'cuda'", "'reference', 'cpu'")),
@@ -95,21 +232,67 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
         call(fmf.cosine_lse, X, W, LABELS, 9.0, backend="x"), ValueError, ("backend", "'x'"),
     ),
     "ignore_index": (call(ignore_index=1.0), TypeError, ("ignore_index must be an int", "float")),
-    "ignore_index bool": (call(ignore_index=True), TypeError, ("ignore_index", "bool")),
+    "ignore_index bool": (call(ignore_index=True), TypeError, ("ignore_index", "bool True")),
+    "ignore_index NumPy bool": (
+        call(ignore_index=np.bool_(True)), TypeError, ("ignore_index must be an int", "bool"),
+    ),
+    "ignore_index bool tensor": (
+        call(ignore_index=torch.tensor(True)), TypeError, ("ignore_index", "torch.bool"),
+    ),
+    "ignore_index None": (call(ignore_index=None), TypeError, ("ignore_index", "got None")),
+    "ignore_index too large": (
+        call(ignore_index=2**63), ValueError, ("ignore_index", "int64", "9223372036854775808"),
+    ),
+    "ignore_index too small": (
+        call(ignore_index=-(2**63) - 1), ValueError,
+        ("ignore_index", "int64", "got -9223372036854775809"),
+    ),
+    "ignore_index too large, tensor margin": (
+        call(margin=torch.ones(4), ignore_index=2**63), ValueError, ("ignore_index", "int64"),
+    ),
+    "module ignore_index too large": (
+        lambda: fm.CosFaceLoss(5, 6, ignore_index=2**63), ValueError, ("ignore_index", "int64"),
+    ),
+    "memory_budget": (
+        call(memory_budget=1e9), TypeError,
+        ("whole number of bytes or None, got float 1000000000.0", "int()"),
+    ),
+    "memory_budget text": (
+        call(memory_budget="1GB"), TypeError, ("whole number", "str '1GB'", "1 << 30"),
+    ),
+    "memory_budget bool": (call(memory_budget=False), TypeError, ("whole number", "bool False")),
+    "memory_budget negative": (call(memory_budget=-1), ValueError, (">= 0", "got -1", "None")),
     # scale
     "scale zero": (call(scale=0.0), ValueError, ("scale", "> 0", "got 0.0")),
     "scale negative": (call(scale=-2), ValueError, ("> 0", "got -2")),
     "scale nan": (call(scale=math.nan), ValueError, ("finite", "got nan")),
     "scale infinite": (call(scale=math.inf), ValueError, ("finite", "got inf")),
-    "scale type": (call(scale="64"), TypeError, ("scale must be a number or a 0-d", "str")),
-    "scale bool": (call(scale=True), TypeError, ("scale must be a number", "bool")),
-    "scale shape": (call(scale=torch.ones(4)), ValueError, ("0-d", "(4,)")),
-    "scale dtype": (call(scale=torch.tensor(3)), ValueError, ("floating", "torch.int64")),
+    "scale infinite in fp32": (call(scale=1e39), ValueError, ("finite in fp32", "got 1e+39")),
+    "scale too large for a float": (call(scale=10**400), ValueError, ("finite", "got inf")),
+    "scale type": (
+        call(scale="64"), TypeError, ("scale must be a number or a 0-d", "str '64'", "float()"),
+    ),
+    "scale decimal": (call(scale=Decimal(64)), TypeError, ("got Decimal 64", "float()")),
+    "scale bool": (call(scale=True), TypeError, ("scale must be a number", "bool True")),
+    "scale NumPy bool": (call(scale=np.bool_(True)), TypeError, ("scale must be a number", "bool")),
+    "scale None": (call(scale=None), TypeError, ("scale", "got None", "fixed_adacos_scale")),
+    "scale list": (call(scale=[64.0]), TypeError, ("scale", "got list", "all rows share one")),
+    "scale shape": (call(scale=torch.ones(4)), ValueError, ("0-d", "(4,)", "rows share one scale")),
+    "scale (1,)": (call(scale=torch.ones(1)), ValueError, ("0-d", "(1,)", ".squeeze()")),
+    "scale dtype": (
+        call(scale=torch.tensor(3)), TypeError, ("floating", "torch.int64", ".float()"),
+    ),
     "scale device": (
         call(scale=torch.tensor(3.0, device="meta")), ValueError, ("scale is on meta", "move"),
     ),
     "scale tensor not positive": (
         call(scale=torch.tensor(-3.0)), ValueError, ("> 0", "-3.0", "learnable scale positive"),
+    ),
+    "scale tensor infinite": (
+        call(scale=torch.tensor(math.inf)), ValueError, ("finite", "got inf", "positive"),
+    ),
+    "scale tensor infinite in fp32": (
+        call(scale=torch.tensor(1e39, dtype=torch.float64)), ValueError, ("finite", "got 1e+39"),
     ),
     "scale of cosine_lse": (
         call(fmf.cosine_lse, X, W, LABELS, -1.0), ValueError, ("scale", "> 0", "-1.0"),
@@ -120,33 +303,87 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "scale of logits": (
         lambda: fmf.cosine_logits(X, W, 0.0), ValueError, ("scale", "> 0"),
     ),
+    "tensor scale of logits": (
+        lambda: fmf.cosine_logits(X, W, torch.tensor(math.nan)), ValueError, ("finite", "got nan"),
+    ),
     # margin
     "degrees": (
         call(margin=28.6), ValueError, ("radians", "got 28.6", "math.radians(28.6) = 0.4992"),
     ),
+    "scale before margin": (
+        call(fmf.arcface, X, W, LABELS, 64.0, 0.5), ValueError,
+        ("got 64.0", "the scale comes after the margin"),
+    ),
+    "scale before cosine margin": (
+        call(fmf.cosface, X, W, LABELS, 64.0, 0.35), ValueError,
+        ("got 64.0", "the scale comes after the margin"),
+    ),
     "tensor of degrees": (
         call(margin=torch.tensor([0.5, -28.6, 0.1, 0.2])), ValueError,
-        ("radians", "got -28.6", "math.radians(-28.6)"),
+        ("radians", "got -28.6 in row 1", "torch.deg2rad(margin)"),
+    ),
+    "NaN before degrees": (
+        call(margin=torch.tensor([0.5, 0.1, math.nan, 28.6])), ValueError,
+        ("margin must be finite, got nan in row 2",),
+    ),
+    "degrees before NaN": (
+        call(margin=torch.tensor([0.5, 28.6, math.nan, 0.1])), ValueError,
+        ("got 28.6 in row 1", "torch.deg2rad(margin)"),
     ),
     "tensor of cosine margins": (
-        call(fmf.cosface, margin=torch.full((4,), 35.0)), ValueError, ("offset", "35.0"),
+        call(fmf.cosface, margin=torch.full((4,), 35.0)), ValueError, ("offset", "35.0 in row 0"),
+    ),
+    "margin tensor nan": (
+        call(margin=NAN_IN_ROW_2), ValueError, ("margin must be finite, got nan in row 2",),
+    ),
+    "margin tensor infinite": (
+        call(margin=torch.tensor([0.5, -math.inf, 0.1, 0.2])), ValueError,
+        ("margin must be finite, got -inf in row 1",),
+    ),
+    "cosine margin tensor nan": (
+        call(fmf.cosface, margin=NAN_IN_ROW_2), ValueError, ("must be finite, got nan in row 2",),
+    ),
+    "cosine margin tensor infinite": (
+        call(fmf.cosface, margin=torch.full((4,), math.inf)), ValueError, ("finite, got inf",),
+    ),
+    "margin nan beside an ignored row": (
+        call(labels=IGNORED, margin=torch.full((4,), math.nan)), ValueError,
+        ("margin must be finite, got nan in row 0",),
     ),
     "negative degrees": (call(margin=-28.6), ValueError, ("math.radians(-28.6)",)),
     "cosine margin": (
         call(fmf.cosface, margin=28.6), ValueError, ("offset of the cosine", "28.6", "0.35"),
     ),
     "margin nan": (call(margin=math.nan), ValueError, ("margin must be finite", "nan")),
-    "margin type": (call(margin="0.5"), TypeError, ("a number or an (N,) tensor", "str")),
-    "margin bool": (call(margin=True), TypeError, ("a number or an (N,) tensor", "bool")),
-    "margin shape": (
-        call(margin=torch.ones(5)), ValueError, ("shape (4,)", "(5,)", "radians", "as a float"),
+    "margin infinite": (call(margin=-math.inf), ValueError, ("margin must be finite", "-inf")),
+    "margin type": (
+        call(margin="0.5"), TypeError, ("a number or an (N,) tensor", "str '0.5'", "float()"),
     ),
-    "margin 0-d": (call(margin=torch.tensor(0.5)), ValueError, ("(4,)", "()", "as a float")),
+    "margin bool": (call(margin=True), TypeError, ("a number or an (N,) tensor", "bool True")),
+    "margin None": (call(margin=None), TypeError, ("an (N,) tensor, got None", "0.0 is no margin")),
+    "margin NumPy": (
+        call(margin=np.ones(4)), TypeError, ("an (N,) tensor, got ndarray", "torch.as_tensor"),
+    ),
+    "margin shape": (
+        call(margin=torch.ones(5)), ValueError, ("shape (4,)", "(5,)", "radians", "margin[labels]"),
+    ),
+    "margin 0-d": (
+        call(margin=torch.tensor(0.5)), ValueError,
+        ("(4,)", "got ()", "as a float, margin.item()", "margin.expand(4)"),
+    ),
+    "margin (1,)": (
+        call(margin=torch.ones(1)), ValueError,
+        ("(4,)", "got (1,)", "margin.item()", "margin.expand(4)"),
+    ),
+    "margin (N, 1)": (
+        call(margin=torch.ones(4, 1)), ValueError, ("(4,)", "got (4, 1)", ".flatten()"),
+    ),
     "cosine margin shape": (
         call(fmf.cosface, margin=torch.ones(5)), ValueError, ("one cosine offset per row", "(5,)"),
     ),
     "margin dtype": (
-        call(margin=torch.ones(4, dtype=torch.int32)), TypeError, ("floating", "torch.int32"),
+        call(margin=torch.ones(4, dtype=torch.int32)), TypeError,
+        ("floating", "torch.int32", ".float()"),
     ),
     "margin device": (
         call(margin=torch.ones(4, device="meta")), ValueError, ("margin is on meta", "move"),
@@ -161,8 +398,37 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     ),
     # modules
     "num_classes": (lambda: fm.ArcFaceLoss(1, 6), ValueError, ("num_classes", ">= 2", "got 1")),
-    "num_classes type": (lambda: fm.CosFaceLoss(2.0, 6), TypeError, ("num_classes", "float")),  # pyright: ignore[reportArgumentType]
-    "num_classes bool": (lambda: fm.CosFaceLoss(True, 6), TypeError, ("num_classes", "bool")),
+    "fixed_adacos_scale type": (
+        lambda: fmf.fixed_adacos_scale(10.5), TypeError, ("num_classes", "float 10.5", "int()"),  # pyright: ignore[reportArgumentType]
+    ),
+    "num_classes type": (
+        lambda: fm.CosFaceLoss(2.0, 6), TypeError, ("num_classes", "float 2.0", "int()", "//"),  # pyright: ignore[reportArgumentType]
+    ),
+    "num_classes NumPy float": (
+        lambda: fm.CosFaceLoss(np.float64(10.5), 6), TypeError, ("num_classes", "10.5", "int()"),  # pyright: ignore[reportArgumentType]
+    ),
+    "num_classes float tensor": (
+        lambda: fm.CosFaceLoss(LABELS.float().max(), 6),  # pyright: ignore[reportArgumentType]
+        TypeError, ("num_classes", "float32", "int()"),
+    ),
+    "num_classes text": (
+        lambda: fm.CosFaceLoss("10", 6), TypeError, ("num_classes", "str '10'", "int()"),  # pyright: ignore[reportArgumentType]
+    ),
+    "num_classes names": (
+        lambda: fm.CosFaceLoss(["ann", "bob"], 6), TypeError, ("got list", "len(num_classes)"),  # pyright: ignore[reportArgumentType]
+    ),
+    "num_classes bool": (lambda: fm.CosFaceLoss(True, 6), TypeError, ("num_classes", "bool True")),
+    "num_classes NumPy bool": (
+        lambda: fm.CosFaceLoss(np.bool_(True), 6), TypeError, ("num_classes", "bool"),  # pyright: ignore[reportArgumentType]
+    ),
+    "num_classes too large": (
+        lambda: fm.CosFaceLoss(2**63, 6), ValueError,
+        ("num_classes", "int64", "9223372036854775808"),
+    ),
+    "module called as a function": (
+        lambda: fm.CosFaceLoss(X, LABELS), TypeError,  # pyright: ignore[reportArgumentType]
+        ("num_classes", "shape (4, 6)", "built first", "criterion(embeddings, labels)"),
+    ),
     "embedding_size": (
         lambda: fm.ArcFaceLoss(5, 0), ValueError, ("embedding_size", ">= 1", "got 0"),
     ),
@@ -170,12 +436,15 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "module cosine margin": (lambda: fm.CosFaceLoss(5, 6, 35.0), ValueError, ("35.0", "0.35")),
     "module margin tensor": (
         lambda: fm.ArcFaceLoss(5, 6, torch.ones(4)),  # pyright: ignore[reportArgumentType]
-        TypeError, ("margin must be a number, got Tensor",),
+        TypeError, ("margin must be a number, got Tensor", "float(margin)", "functional form"),
+    ),
+    "module margin None": (
+        lambda: fm.CosFaceLoss(5, 6, None), TypeError, ("got None", "0.0 is no margin"),  # pyright: ignore[reportArgumentType]
     ),
     "module scale": (lambda: fm.ArcFaceLoss(5, 6, scale=0), ValueError, ("scale", "> 0")),
     "module scale tensor": (
         lambda: fm.CosFaceLoss(5, 6, scale=torch.tensor(3.0)),  # pyright: ignore[reportArgumentType]
-        TypeError, ("scale as a number", "functional form"),
+        TypeError, ("scale as a number, float(scale)", "functional form"),
     ),
     "module reduction": (
         lambda: fm.CosFaceLoss(5, 6, reduction="x"), ValueError, ("'x'", "'mean'"),
@@ -191,7 +460,33 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
         lambda: fm.CosFaceLoss(5, 6, ignore_index=0.5), TypeError, ("ignore_index", "float"),  # pyright: ignore[reportArgumentType]
     ),
     "module dtype": (
-        lambda: fm.CosFaceLoss(5, 6, dtype=torch.int32), TypeError, ("dtype must", "torch.int32"),
+        lambda: fm.CosFaceLoss(5, 6, dtype=torch.int32), TypeError,
+        ("dtype must", "torch.float16", "torch.int32"),
+    ),
+    "module dtype text": (
+        lambda: fm.CosFaceLoss(5, 6, dtype="half"), TypeError, ("torch.float16", "got 'half'"),  # pyright: ignore[reportArgumentType]
+    ),
+    "module half": (
+        lambda: fm.ArcFaceLoss(5, 6).half()(X, LABELS), TypeError,
+        ("weight is torch.float16", "torch.float32", "criterion.float()"),
+    ),
+    # tuning
+    "tune sizes": (
+        lambda: tuning.tune("512", 100, 8), TypeError, ("num_rows", "str '512'", "int()"),  # pyright: ignore[reportArgumentType]
+    ),
+    "tune one class": (lambda: tuning.tune(512, 1, 8), ValueError, ("num_classes", ">= 2")),
+    "tune no columns": (lambda: tuning.tune(512, 100, 0), ValueError, ("embedding_size", ">= 1")),
+    "tune dtype": (
+        lambda: tuning.tune(512, 100, 8, dtype="bf16"), TypeError,  # pyright: ignore[reportArgumentType]
+        ("dtype must be", "torch.bfloat16", "got 'bf16'"),
+    ),
+    # regularisers
+    "regularizer None": (
+        lambda: fm.regularizers.regular_face(None), TypeError, ("weight must be", "got NoneType"),  # pyright: ignore[reportArgumentType]
+    ),
+    "regularizer dtype": (
+        lambda: fm.regularizers.center_invariant(W.to(torch.complex64)), TypeError,
+        ("complex64", ".real"),
     ),
 }  # fmt: skip
 
@@ -238,9 +533,181 @@ def test_labels_out_of_range_on_every_backend(backend: str) -> None:
 def test_tensor_scale_must_be_positive(backend: str) -> None:
     if device_of(backend).type != "cpu":
         pytest.skip("reading a scale on a GPU would synchronise")
-    for value in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="scale must be > 0"):
+    for value in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="scale must be finite in fp32 and > 0"):
             fmf.cosine_lse(X, W, LABELS, torch.tensor(value), backend=backend)
+
+
+def test_no_remedy_that_fails() -> None:
+    """What the messages tell to call is a call that works."""
+    for message, absent in (
+        ("weight type", "as_tensor"), ("labels none", "as_tensor"), ("regularizer None", "as_t"),
+        ("weight complex", ".float()"), ("labels float, column", ".argmax"),
+        ("weight device", ".to(embeddings"), ("margin NumPy", "float()"), ("scale list", "float()"),
+        ("module swapped", ".float()"), ("tensor of degrees", "math.radians"),
+        ("scale NumPy bool", "float()"), ("memory_budget text", "int()"),
+        ("num_classes float tensor", "built first"),
+    ):  # fmt: skip
+        made, kind, _ = ERRORS[message]
+        with pytest.raises(kind) as caught:
+            made()
+        assert absent not in str(caught.value)
+    assert torch.equal(torch.eye(5).bool()[LABELS].int().argmax(1), LABELS)
+    for margin in (torch.tensor(0.5), torch.tensor([0.5])):
+        torch.testing.assert_close(
+            fmf.arcface(X, W, LABELS, margin.expand(4)), fmf.arcface(X, W, LABELS, margin.item())
+        )
+
+
+# --- numbers of every kind ------------------------------------------------------------------------
+
+INTEGERS: dict[str, Callable[[int], Any]] = {
+    "int": int, "np.int64": np.int64, "np.int32": np.int32, "np.ndarray": np.array,
+    "tensor": torch.tensor, "tensor (1,)": lambda value: torch.tensor([value]),
+}  # fmt: skip
+REALS: dict[str, Callable[[float], Any]] = {
+    "float": float, "int": int, "np.float64": np.float64, "np.float32": np.float32,
+    "np.float16": np.float16, "np.int64": np.int64, "Fraction": Fraction,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_integers(kind: str) -> None:
+    """Whatever stands for an integer is one; what is kept is a plain int."""
+    of = INTEGERS[kind]
+    criterion = fm.FixedAdaCosLoss(
+        of(5), of(6), ignore_index=of(-7), memory_budget=of(1 << 20), backend="cpu"
+    )
+    assert criterion.weight.shape == (5, 6)
+    for value in (
+        criterion.num_classes, criterion.embedding_size, criterion.ignore_index,
+        criterion.memory_budget,
+    ):  # fmt: skip
+        assert type(value) is int
+    labels = torch.tensor([0, 4, -7, 2])
+    expected = fmf.fixed_adacos(X, criterion.weight, labels, ignore_index=-7)
+    assert torch.equal(criterion(X, labels), expected)
+    options = {"ignore_index": of(-7), "memory_budget": of(1 << 20)}
+    assert torch.equal(fmf.fixed_adacos(X, criterion.weight, labels, **options), expected)
+    fmf.cosine_lse(X, W, LABELS, 9.0, memory_budget=of(1 << 20))
+    scale = fmf.fixed_adacos_scale(of(5))
+    assert type(scale) is float
+    assert scale == math.sqrt(2) * math.log(4)
+
+
+@pytest.mark.parametrize("kind", REALS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reals(backend: str, kind: str) -> None:
+    """Whatever stands for a real number is one; what is kept is a plain float."""
+    of, device = REALS[kind], device_of(backend)
+    for make in (fm.ArcFaceLoss, fm.CosFaceLoss):
+        criterion = make(5, 6, of(1.0), of(32.0), backend=backend).to(device)
+        assert type(criterion.margin) is float
+        assert type(criterion.scale) is float
+        x, labels = X.to(device), LABELS.to(device)
+        expected = make(5, 6, 1.0, 32.0, backend=backend).to(device)
+        expected.load_state_dict(criterion.state_dict())
+        assert torch.equal(criterion(x, labels), expected(x, labels))
+    w = W.to(device)
+    assert torch.equal(
+        fmf.arcface(x, w, labels, of(1.0), of(32.0), backend=backend),
+        fmf.arcface(x, w, labels, 1.0, 32.0, backend=backend),
+    )
+    assert torch.equal(fmf.cosine_logits(x, w, of(32.0)), fmf.cosine_logits(x, w, 32.0))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"
+)
+@pytest.mark.parametrize("function", [fmf.arcface, fmf.cosface])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_vary_under_compile(backend: str, function: Callable[..., torch.Tensor]) -> None:
+    """Constants in the first graph, then symbols; checked without a graph break."""
+    torch._dynamo.reset()
+    x, w, labels = (part.to(device_of(backend)) for part in (X, W, LABELS))
+
+    def loss(margin: float, scale: float, ignore_index: int, budget: int) -> torch.Tensor:
+        return function(
+            x, w, labels, margin, scale,
+            ignore_index=ignore_index, memory_budget=budget, backend=backend,
+        )  # fmt: skip
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for numbers in ((0.5, 64.0, -100, 5), (0.4, 32.0, -10, 100), (0.3, 16, -7, 9), (1, 8, -3, 0)):
+        torch.testing.assert_close(compiled(*numbers), loss(*numbers))
+
+
+def test_every_int64_is_an_ignore_index() -> None:
+    for value in (-(2**63), 2**63 - 1):
+        labels = torch.tensor([0, 4, value, 2])
+        options: dict[str, Any]
+        for options in ({}, {"margin": torch.full((4,), 0.5)}, {"backend": "reference"}):
+            loss = fmf.arcface(X, W, labels, ignore_index=value, reduction="none", **options)
+            assert loss[2] == 0
+
+
+# --- values of tensors ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [fmf.arcface, fmf.cosface])
+@pytest.mark.parametrize("labels_dtype", [torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -28.6])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_margins_of_ignored_rows_are_not_looked_at(
+    backend: str, value: float, labels_dtype: torch.dtype, function: Callable[..., torch.Tensor]
+) -> None:
+    device = device_of(backend)
+    labels = torch.tensor([0, 4, 200, 2], dtype=labels_dtype, device=device)
+    parts = []
+    for held in (value, 0.5):
+        margin = torch.tensor([0.5, 0.1, held, 0.2], device=device).requires_grad_()
+        inputs = X.to(device).requires_grad_(), W.to(device).requires_grad_(), margin
+        x, w = (part.detach().requires_grad_() for part in inputs[:2])
+        loss = function(x, w, labels, margin, ignore_index=200, backend=backend)
+        parts.append((loss, *torch.autograd.grad(loss, (x, w, margin))))
+    for got, expected in zip(*parts, strict=True):
+        assert torch.equal(got, expected)
+    assert parts[0][3][2] == 0
+
+
+def test_uint8_labels_do_not_wrap_to_the_ignore_index() -> None:
+    """156 is -100 modulo 256, but no ignored label."""
+    w, labels = torch.randn(200, 6), torch.tensor([0, 4, 156, 2], dtype=torch.uint8)
+    with pytest.raises(ValueError, match="margin must be finite, got nan in row 2"):
+        fmf.arcface(X, w, labels, NAN_IN_ROW_2)
+
+
+@pytest.mark.parametrize("dtype", _validate.FLOATS, ids=str)
+def test_pi_is_a_margin(dtype: torch.dtype) -> None:
+    """In fp32, pi is a little above pi."""
+    margin = torch.full((4,), math.pi, dtype=dtype)
+    fmf.arcface(X, W, LABELS, margin)
+    fmf.arcface(X, W, LABELS, margin[0].item())
+    with pytest.raises(ValueError, match="at most pi"):
+        fmf.arcface(X, W, LABELS, margin + 0.02)
+
+
+def test_values_are_not_read_from_what_has_none() -> None:
+    """vmap, make_fx and fake tensors."""
+    scales = torch.tensor([2.0, 4.0])
+    mapped = torch.vmap(lambda scale: fmf.cosine_logits(X, W, scale))(scales)
+    assert torch.equal(mapped[1], fmf.cosine_logits(X, W, 4.0))
+
+    def loss(scale: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
+        return fmf.arcface(X, W, LABELS, margin, scale, backend="cpu")
+
+    margin = torch.full((4,), 0.5)
+    traced = make_fx(lambda margin: loss(scales[1], margin))(margin)
+    torch.testing.assert_close(traced(margin), loss(scales[1], margin))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert loss(mode.from_tensor(scales[1]), mode.from_tensor(margin)).shape == ()
+
+
+def test_tuning_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_validate, "has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device='cuda:1' but torch\.cuda\.is_available\(\) is f"):
+        tuning.tune(512, 100, 8, device="cuda:1")
 
 
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
@@ -265,12 +732,40 @@ def test_cpu_backend_refuses_gpu_tensors() -> None:
         _validate.backend("cpu", torch.device("cuda:1"))
 
 
-def test_gpu_tensors_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("platform", "hip", "remedy"),
+    [
+        ("linux", None, 'run: pip install "fused-margin[triton]"'),
+        ("linux", "7.1", "a ROCm build of torch brings its own: install torch again"),
+        ("win32", None, "wheels for Linux only"),
+    ],
+)
+def test_without_triton(
+    monkeypatch: pytest.MonkeyPatch, platform: str, hip: str | None, remedy: str
+) -> None:
+    """A second Triton must not be laid over ROCm's, and elsewhere the extra has the version."""
     monkeypatch.setattr(_validate, "has_triton", lambda: False)
+    monkeypatch.setattr(_validate.sys, "platform", platform)
+    monkeypatch.setattr(torch.version, "hip", hip)
     for name in ("auto", "triton"):
-        with pytest.raises(ValueError, match=r'"pip install triton".*backend="reference"'):
+        with pytest.raises(ValueError, match=r'^tensors on a GPU.*or use backend="reference"') as e:
             _validate.backend(name, torch.device("cuda"))
+        assert remedy in str(e.value)
     assert _validate.backend("reference", torch.device("cuda")) == "reference"
+    monkeypatch.setattr(_validate, "INTERPRETED", True)
+    with pytest.raises(ValueError, match=r'^backend="triton" needs Triton, which is not installed'):
+        _validate.backend("triton", torch.device("cpu"))
+
+
+def test_triton_is_searched_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in each call: torch 2.11's Dynamo can't trace the search."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"searched for {name}")
+
+    expected = _validate.has_triton()
+    monkeypatch.setattr("importlib.util.find_spec", refuse)
+    assert _validate.has_triton() is expected
 
 
 def test_triton_refuses_cpu_tensors_when_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
