@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,19 @@ def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z]+):(?!=)", makefile, re.MULTILINE))
 
 
+@pytest.fixture
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The environment of a job of one process, whose group ends with the test."""
+    job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    store = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # any port that is free
+    for name, value in (job | store).items():
+        monkeypatch.setenv(name, value)
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("torchrun")
 @pytest.mark.parametrize("block", blocks_of("python"), ids=str)
 def test_python_block_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     # Readers get Inductor; here aot_eager, which finds graph breaks without a C++ compiler.
@@ -71,6 +85,8 @@ def test_python_block_runs(block: Block, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch, "compile", compile_eagerly)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     torch.manual_seed(0)
+    if "from accelerate import" in block.text:
+        pytest.importorskip("accelerate", reason="Accelerate is not a dependency of the tests")
     # Blank lines in front give a traceback the document's own line numbers.
     code = compile("\n" * (block.line - 1) + block.text, str(block.path), "exec")
     with warnings.catch_warnings():

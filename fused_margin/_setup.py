@@ -1,0 +1,231 @@
+"""Whether several processes train the same class weights: a warning by itself, and a check.
+
+Data parallelism averages gradients of the module that it wraps. A criterion beside that module
+trains with the gradients of its own rank, without an error: the ranks' weights drift apart.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fused_margin import _validate
+
+__all__ = ["UnsynchronizedWeightsWarning", "check_setup"]
+
+_HAS_DISTRIBUTED = dist.is_available()
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_BLOCK = 1 << 18  # elements at a time, whose int64 copies, 2 MiB, stay in cache
+
+# Calls that trained a criterion while nothing could be said about it; afterwards `_DECIDED`.
+_calls: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_DECIDED = -1
+
+REMEDY = (
+    "wrap the criterion too, criterion = DistributedDataParallel(criterion), or make it a"
+    " submodule of the module that is wrapped; with Accelerate pass it to accelerator.prepare(),"
+    " with FSDP2 to fully_shard()"
+)
+
+
+class UnsynchronizedWeightsWarning(UserWarning):
+    """The class weights are trained on several ranks, and nothing averages their gradients."""
+
+
+def _ranks(group: Any = None) -> int:
+    """Processes of the group; 1 where there is none."""
+    if _HAS_DISTRIBUTED and dist.is_initialized():
+        return dist.get_world_size(group)
+    return 1
+
+
+def _fsdp_module() -> type[Any] | None:
+    """FSDP2's class, unless nobody has imported it: then nothing is an instance of it."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+
+
+def _with_subclasses(kinds: Iterable[type]) -> set[type]:
+    found: set[type] = set()
+    left = list(kinds)
+    while left:
+        kind = left.pop()
+        found.add(kind)
+        left += kind.__subclasses__()
+    return found
+
+
+def _data_parallel_modules() -> list[nn.Module]:
+    """Every module of this process that averages gradients over several ranks.
+
+    PyTorch keeps no list of them, and DDP leaves no mark on a parameter that Python can see.
+    """
+    ddp, fsdp = nn.parallel.DistributedDataParallel, _fsdp_module()
+    kinds = _with_subclasses([ddp] if fsdp is None else [ddp, fsdp])
+    modules = [candidate for candidate in gc.get_objects() if type(candidate) in kinds]
+    return [module for module in modules if not isinstance(module, ddp) or _is_shared(module)]
+
+
+def _is_shared(module: nn.parallel.DistributedDataParallel) -> bool:
+    is_complete = hasattr(module, "reducer")  # not one whose constructor raised
+    return is_complete and _ranks(module.process_group) > 1
+
+
+def warn_if_unsynchronized(criterion: nn.Module) -> None:
+    """Warn once if this process has data-parallel modules and the criterion's weight is in none.
+
+    Without any such module nothing is said: DeepSpeed, pipelines, or gradients averaged by hand.
+    The search looks at every Python object, so it is made on calls 1, 2, 4, 8, ... and only until
+    there is a data-parallel module. Compiled code makes none.
+    """
+    if not _HAS_DISTRIBUTED or not dist.is_initialized():
+        return
+    if torch.compiler.is_compiling() or dist.get_world_size() < 2:
+        return
+    weight = criterion.weight
+    # FSDP1 and torch.func.functional_call put in a tensor that is no parameter
+    is_trained = isinstance(weight, nn.Parameter) and weight.requires_grad
+    if not (is_trained and torch.is_grad_enabled()):
+        return
+    calls = _calls.get(criterion, 0)
+    if calls == _DECIDED:
+        return
+    _calls[criterion] = calls = calls + 1
+    if calls & (calls - 1):
+        return
+    modules = _data_parallel_modules()
+    if not modules:
+        return
+    _calls[criterion] = _DECIDED
+    if any(parameter is weight for module in modules for parameter in module.parameters()):
+        return
+    warnings.warn(
+        f"a model is trained on {_ranks()} ranks, but the class weights of this"
+        f" {type(criterion).__name__} are in no data-parallel module: each rank trains them with"
+        f" the gradients of its own batches. To average them {REMEDY}. fused_margin.check_setup("
+        "criterion, optimizer) says whether all is right. If you average the gradients yourself,"
+        " ignore fused_margin.UnsynchronizedWeightsWarning with warnings.filterwarnings",
+        UnsynchronizedWeightsWarning,
+        stacklevel=6,  # the caller of the criterion, past forward and nn.Module's two frames
+    )
+
+
+class _Report(NamedTuple):
+    """What one rank tells the others of one parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    is_forgotten: bool
+    weight: int | None
+    grad: int | None
+
+
+def _checksum(tensor: torch.Tensor | None) -> int | None:
+    """The elements' bits, summed as integers: the same for equal tensors on any device.
+
+    None for a sharded tensor, of which each rank holds another part.
+    """
+    if tensor is None or _validate.is_dtensor(tensor):
+        return None
+    bits = tensor.detach().to_dense().view(_INTEGERS[tensor.element_size()]).flatten()
+    return sum(int(block.sum(dtype=torch.int64)) for block in bits.split(_BLOCK))
+
+
+def _report(criterion: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[_Report]:
+    fsdp = _fsdp_module()
+    if fsdp is not None:
+        for module in criterion.modules():
+            if isinstance(module, fsdp):
+                fsdp.reshard(module)  # after a forward alone, its parameters are gathered copies
+    held = None
+    if optimizer is not None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    is_alone = _ranks() < 2
+    return [
+        _Report(
+            name,
+            tuple(parameter.shape),
+            str(parameter.dtype),
+            held is not None and parameter.requires_grad and id(parameter) not in held,
+            None if is_alone else _checksum(parameter),
+            None if is_alone else _checksum(parameter.grad),
+        )
+        for name, parameter in criterion.named_parameters()
+    ]
+
+
+def check_setup(
+    criterion: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    group: Any = None,
+) -> None:
+    """Raise unless all ranks train the same class weights, and the optimiser holds them.
+
+    With several processes it is a collective: call it on every rank, once, after the first
+    ``optimizer.step()`` and before ``optimizer.zero_grad()``, so that the gradients can be compared
+    too. Before the first backward it can't tell what will be averaged. Ranks are compared bit for
+    bit, as sums over the bits of each parameter and gradient. Shards (DTensors) are not compared:
+    FSDP2 itself reduces their gradients. Ranks that were given the same batches pass in any case.
+
+    Args:
+        criterion: a loss of this package, wrapped or not, or any module with parameters.
+        optimizer: if given, it has to hold each parameter of ``criterion`` that requires a
+            gradient; the only thing checked in a single process.
+        group: the process group over which the data are split; by default all ranks.
+
+    Raises:
+        TypeError: ``criterion`` is no module, or ``optimizer`` no ``torch.optim.Optimizer``.
+        ValueError: ``criterion`` has no parameters, or ``optimizer`` lacks some of them on a rank.
+        RuntimeError: the parameters or their gradients differ between ranks.
+    """
+    if not isinstance(criterion, nn.Module):
+        raise TypeError(
+            f"criterion must be a module with parameters, got {type(criterion).__name__}"
+        )
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}"
+        )
+    reports = [_report(criterion, optimizer)]
+    if _ranks(group) > 1:
+        reports *= _ranks(group)
+        dist.all_gather_object(reports, reports[0], group=group)
+    # from here on every rank has the same reports, hence raises the same error
+    name = type(criterion).__name__
+    if not all(reports):
+        raise ValueError(
+            f"this {name} has no parameters, so there are no class weights to check; pass the loss"
+            " module itself (FSDP1 moves them to the module that it wraps: pass that one)"
+        )
+    forgotten = sorted({item.name for report in reports for item in report if item.is_forgotten})
+    if forgotten:
+        raise ValueError(
+            f"the optimizer doesn't hold {', '.join(forgotten)} of this {name}, which would never"
+            " be trained: build it with [*model.parameters(), *criterion.parameters()], and after"
+            " fully_shard(), which replaces the parameters"
+        )
+    if len({tuple(item[:3] for item in report) for report in reports}) > 1:
+        raise RuntimeError(
+            f"this {name} has other parameters on other ranks; build the same module on each:"
+            f" {[[item[:3] for item in report] for report in reports]}"
+        )
+    for items in zip(*reports, strict=True):
+        for what in ("weight", "grad"):
+            sums = [getattr(item, what) for item in items]
+            if len(set(sums)) > 1:
+                different = [rank for rank, value in enumerate(sums) if value != sums[0]]
+                raise RuntimeError(
+                    f"{items[0].name}{'.grad' if what == 'grad' else ''} of this {name} differs"
+                    f" between ranks ({different} from 0): its gradients are not averaged. "
+                    f"{REMEDY[0].upper()}{REMEDY[1:]}. (If they are, call check_setup after"
+                    " optimizer.step(), where none are partly accumulated)"
+                )
