@@ -5,8 +5,9 @@ ArcFace, CosFace, Fixed AdaCos and normalised softmax as drop-in modules
 and as Triton kernels on a GPU. Importing the package never imports Triton.
 """
 
-from fused_margin import functional, regularizers
+from fused_margin import _flops, functional, margins, regularizers
 from fused_margin._cpu import empty_cache
+from fused_margin._setup import UnsynchronizedWeightsWarning, check_setup
 from fused_margin._version import __version__
 from fused_margin.config import show_config
 from fused_margin.losses import (
@@ -21,9 +22,14 @@ __all__ = [
     "CosFaceLoss",
     "FixedAdaCosLoss",
     "NormalizedSoftmaxLoss",
+    "UnsynchronizedWeightsWarning",
     "__version__",
+    "check_setup",
     "empty_cache",
     "functional",
+    "margins",
     "regularizers",
     "show_config",
 ]
+
+_flops.register_when_imported()

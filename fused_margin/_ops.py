@@ -9,47 +9,48 @@ gradients that silently require no grad. PyTorch's private registration API stay
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import contextlib
+from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 
-from fused_margin import _cpu, _validate
+from fused_margin import _cpu, _transforms, _validate
+from fused_margin._arguments import IGNORED, INVALID, Needs, Swept
 from fused_margin._numerics import accumulation_dtype
 from fused_margin.margins import Margin
 
 Tensor = torch.Tensor
 
+# `numbers` is what Python floats become, fp64 on the CPU: the scale and, in ``margin_ce``, the four
+# coefficients of the margin. As `float` arguments they would be constants of a compiled graph.
 _lib = torch.library.Library("fused_margin", "DEF")
 _lib.define(
     "check_labels(Tensor labels, int num_classes, int ignore_index) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _lib.define(
-    "cosine_lse(Tensor x, Tensor w, Tensor labels, float scale, Tensor? scale_tensor,"
+    "cosine_lse(Tensor x, Tensor w, Tensor labels, Tensor numbers, Tensor? scale_tensor,"
     " ScalarType compute, str backend, int budget)"
     " -> (Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _lib.define(
-    "margin_ce(Tensor x, Tensor w, Tensor labels, float scale, float cos_m, float sin_m,"
-    " float threshold, float offset, bool straight_through, str reduction, int ignore_index,"
-    " ScalarType compute, str backend, int budget)"
-    " -> (Tensor loss, Tensor lse, Tensor u, Tensor d_lse, Tensor d_u, Tensor count,"
-    " Tensor inv_x, Tensor inv_w, Tensor kept)",
+    "margin_ce(Tensor x, Tensor w, Tensor labels, Tensor numbers, bool straight_through,"
+    " str reduction, int ignore_index, ScalarType compute, str backend, int budget)"
+    " -> (Tensor loss, Tensor d_lse, Tensor d_u, Tensor count, Tensor targets,"
+    " Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _lib.define(
     "cosine_lse_backward(Tensor d_lse, Tensor d_u, Tensor? grad_loss, Tensor? count, Tensor x,"
-    " Tensor w, Tensor labels, float scale, Tensor? scale_tensor, ScalarType compute, str backend,"
-    " Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept,"
+    " Tensor w, Tensor labels, Tensor numbers, Tensor? scale_tensor, ScalarType compute,"
+    " str backend, Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept,"
     " bool need_x, bool need_w, bool need_scale)"
     " -> (Tensor d_x, Tensor d_w, Tensor d_scale)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _ops = torch.ops.fused_margin
-
-# Labels as `check_labels` returns them.
-IGNORED, INVALID = -1, -2
 
 
 def _triton():
@@ -62,10 +63,18 @@ def _raise_out_of_range(labels: Tensor, num_classes: int, ignore_index: int) -> 
     wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
+        value = int(labels[row])
+        lowest, highest = labels[labels != ignore_index].aminmax()
+        if lowest >= 1 and highest == num_classes:
+            remedy = "pass labels - 1 if they start at 1, else "
+        elif value < 0 and bool((labels[wrong] == value).all()):
+            remedy = f"pass ignore_index={value} to leave such rows out, else "
+        else:
+            remedy = ""
         raise ValueError(
             f"labels must be in [0, {num_classes}) or equal to ignore_index={ignore_index}, but"
-            f" labels[{row}] is {int(labels[row])} ({int(wrong.sum())} such labels); remap the"
-            " labels or give the loss as many classes as there are"
+            f" labels[{row}] is {value} ({int(wrong.sum())} such labels);"
+            f" {remedy}remap the labels or give the loss as many classes as there are"
         )
 
 
@@ -93,61 +102,92 @@ def _(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
 # --- cosine_lse -----------------------------------------------------------------------------------
 
 
-def _scale_value(scale: float, scale_tensor: Tensor | None) -> float:
+def _scale_value(numbers: Tensor, scale_tensor: Tensor | None) -> float:
     if scale_tensor is None:
-        return scale
+        return numbers.tolist()[0]
     return _validate.positive_scale(scale_tensor.detach().item())
+
+
+def _plain_numbers() -> contextlib.AbstractContextManager[Any]:
+    """Without autocast, and without NumPy's warnings: NaN and infinite inputs give such outputs."""
+    quiet = np.errstate(all="ignore")
+    if not torch.is_autocast_enabled("cpu"):  # to turn it off anyway takes longer than to ask
+        return quiet
+    stack = contextlib.ExitStack()
+    stack.enter_context(quiet)
+    stack.enter_context(torch.autocast("cpu", enabled=False))
+    return stack
 
 
 def _cosine_lse(
     x: Tensor,
     w: Tensor,
     labels: Tensor,
-    scale: float,
+    numbers: Tensor,
     scale_tensor: Tensor | None,
     compute: torch.dtype,
     backend: str,
     budget: int,
-) -> tuple[Tensor, ...]:
+) -> Swept:
     if backend == "triton":
         if scale_tensor is not None and scale_tensor.device.type == "cpu":
-            _scale_value(scale, scale_tensor)
+            _scale_value(numbers, scale_tensor)
+        scale = numbers.tolist()[0]
         return _triton().cosine_lse(x, w, labels, scale, scale_tensor, compute, budget)
-    with torch.autocast("cpu", enabled=False):
-        value = _scale_value(scale, scale_tensor)
-        lse, u, inv_x, inv_w, kept = _cpu.forward(x, w, labels.long(), value, compute, budget)
-        return lse.to(inv_x.dtype), u.to(inv_x.dtype), inv_x, inv_w, kept
+    with _plain_numbers():
+        scale = _scale_value(numbers, scale_tensor)
+        labels = labels.long()
+        targets = _cpu.find_targets(labels, w.shape[0])
+        return _cpu.forward(
+            _cpu.Problem(x, w, labels, targets, None, scale, compute, accumulation_dtype(x, w)),
+            budget,
+        )
 
 
-def _fake_kept(x: Tensor, w: Tensor, compute: torch.dtype, backend: str, budget: int) -> Tensor:
+def _fake_swept(x: Tensor, w: Tensor, compute: torch.dtype, backend: str, budget: int) -> Swept:
+    dtype = accumulation_dtype(x, w)
+    num_rows, num_classes = x.shape[0], w.shape[0]
     if backend == "triton":
         shape = _triton().kept_shape(x, w, compute, budget)
-        return x.new_empty(shape, dtype=torch.uint8)
-    dtype = _cpu.product_dtype(compute, accumulation_dtype(x, w))
-    return x.new_empty(_cpu.kept_classes(x, w, compute, budget), x.shape[0], dtype=dtype)
+    else:
+        shape = (_cpu.kept_bytes(x, w, budget),)
+    return Swept(
+        lse=x.new_empty(num_rows, dtype=torch.float64),
+        u=x.new_empty(num_rows, dtype=torch.float64),
+        inv_x=x.new_empty(num_rows, dtype=dtype),
+        inv_w=x.new_empty(num_classes, dtype=dtype),
+        kept=x.new_empty(shape, dtype=torch.uint8),
+    )
 
 
 @torch.library.register_fake("fused_margin::cosine_lse", lib=_lib)
-def _(x, w, labels, scale, scale_tensor, compute, backend, budget):
-    dtype = accumulation_dtype(x, w)
-    num_rows, num_classes = x.shape[0], w.shape[0]
-    lse, u, inv_x = (x.new_empty(num_rows, dtype=dtype) for _ in range(3))
-    inv_w = x.new_empty(num_classes, dtype=dtype)
-    return lse, u, inv_x, inv_w, _fake_kept(x, w, compute, backend, budget)
+def _(x, w, labels, numbers, scale_tensor, compute, backend, budget):
+    return _fake_swept(x, w, compute, backend, budget)
 
 
 # --- margin_ce ------------------------------------------------------------------------------------
+
+
+class _MarginOutputs(NamedTuple):
+    """What ``margin_ce`` returns before what every sweep does; all of N or no dimension.
+
+    Attributes:
+        loss: (N,), or 0-d once reduced. d_lse, d_u: derivatives of each row's loss, (N,).
+        num_counted: rows that are not ignored, 0-d. targets: labels as `check_labels` returns them.
+    """
+
+    loss: Tensor
+    d_lse: Tensor
+    d_u: Tensor
+    num_counted: Tensor
+    targets: Tensor
 
 
 def _margin_ce(
     x: Tensor,
     w: Tensor,
     labels: Tensor,
-    scale: float,
-    cos_m: float,
-    sin_m: float,
-    threshold: float,
-    offset: float,
+    numbers: Tensor,
     straight_through: bool,
     reduction: str,
     ignore_index: int,
@@ -155,37 +195,55 @@ def _margin_ce(
     backend: str,
     budget: int,
 ) -> tuple[Tensor, ...]:
-    margin = Margin(cos_m, sin_m, threshold, offset, straight_through)
+    scale, cos, sin, threshold, offset = numbers.tolist()
+    margin = Margin(cos, sin, threshold, offset, straight_through)
     if backend == "triton":
         if labels.device.type == "cpu" or _validate.checks_labels_on_gpu():
             _raise_out_of_range(labels.long(), w.shape[0], ignore_index)
         return _triton().margin_ce(
             x, w, labels, scale, margin, reduction, ignore_index, compute, budget
         )
-    with torch.autocast("cpu", enabled=False):
-        labels = labels.long()
-        _raise_out_of_range(labels, w.shape[0], ignore_index)
-        targets = labels.where(labels != ignore_index, IGNORED)
-        lse, u, inv_x, inv_w, kept = _cpu.forward(x, w, targets, scale, compute, budget)
-        loss, d_lse, d_u, count = _cpu.margin_forward(lse, u, targets, scale, margin, IGNORED)
+    with _plain_numbers():
+        labels, ignored = labels.long(), None
+        num_classes, count = w.shape[0], labels.shape[0]
+        found = _cpu.find_targets(labels, num_classes)
+        if found.rows is not None or 0 <= ignore_index < num_classes:
+            _raise_out_of_range(labels, num_classes, ignore_index)
+            ignored = labels == ignore_index
+            labels = labels.masked_fill(ignored, IGNORED)
+            found = _cpu.find_targets(labels, num_classes)
+            count -= int(ignored.sum())
+        swept = _cpu.forward(
+            _cpu.Problem(x, w, labels, found, ignored, scale, compute, accumulation_dtype(x, w)),
+            budget,
+        )
+        losses = _cpu.losses(swept.lse, swept.u, ignored, scale, margin)
+        loss = losses.loss
         if reduction != "none":
-            loss = loss.sum()
-        if reduction == "mean":
-            loss = loss / count.clamp_min(1.0)
-        rows = (part.to(inv_x.dtype) for part in (loss, lse, u, d_lse, d_u, count))
-        return (*rows, inv_x, inv_w, kept)
+            loss = np.asarray(loss.sum() / (max(count, 1) if reduction == "mean" else 1))
+        dtype = swept.inv_x.dtype
+        return (
+            _MarginOutputs(
+                loss=_cpu.rounded(loss, dtype),
+                d_lse=_cpu.rounded(losses.d_lse, dtype),
+                d_u=_cpu.rounded(losses.d_u, dtype),
+                num_counted=_cpu.rounded(np.array(float(count)), dtype),
+                targets=labels if ignored is not None else labels.clone(),  # no input is returned
+            )
+            + swept
+        )
 
 
 @torch.library.register_fake("fused_margin::margin_ce", lib=_lib)
-def _(x, w, labels, scale, cos_m, sin_m, threshold, offset, straight_through, reduction,
-      ignore_index, compute, backend, budget):  # fmt: skip
-    dtype = accumulation_dtype(x, w)
-    num_rows, num_classes = x.shape[0], w.shape[0]
-    loss = x.new_empty((num_rows,) if reduction == "none" else (), dtype=dtype)
-    lse, u, d_lse, d_u, inv_x = (x.new_empty(num_rows, dtype=dtype) for _ in range(5))
-    count, inv_w = x.new_empty((), dtype=dtype), x.new_empty(num_classes, dtype=dtype)
-    kept = _fake_kept(x, w, compute, backend, budget)
-    return loss, lse, u, d_lse, d_u, count, inv_x, inv_w, kept
+def _(x, w, labels, numbers, straight_through, reduction, ignore_index, compute, backend, budget):
+    dtype, num_rows = accumulation_dtype(x, w), x.shape[0]
+    return _MarginOutputs(
+        loss=x.new_empty((num_rows,) if reduction == "none" else (), dtype=dtype),
+        d_lse=x.new_empty(num_rows, dtype=dtype),
+        d_u=x.new_empty(num_rows, dtype=dtype),
+        num_counted=x.new_empty((), dtype=dtype),
+        targets=x.new_empty(num_rows, dtype=torch.int64),
+    ) + _fake_swept(x, w, compute, backend, budget)
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -199,7 +257,7 @@ def _backward(
     x: Tensor,
     w: Tensor,
     labels: Tensor,
-    scale: float,
+    numbers: Tensor,
     scale_tensor: Tensor | None,
     compute: torch.dtype,
     backend: str,
@@ -214,19 +272,24 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "triton":
         d_x, d_w, d_scale = _triton().backward(
-            d_lse, d_u, grad_loss, count, x, w, labels, scale, scale_tensor, compute,
+            d_lse, d_u, grad_loss, count, x, w, labels, numbers.tolist()[0], scale_tensor, compute,
             lse, u, inv_x, inv_w, kept, need_x=need_x, need_w=need_w, need_scale=need_scale,
         )  # fmt: skip
     else:
-        with torch.autocast("cpu", enabled=False):
-            if grad_loss is not None:
-                factor = grad_loss if count is None else grad_loss / count.clamp_min(1.0)
-                d_lse, d_u = d_lse * factor, d_u * factor
+        with _plain_numbers():
+            labels, ignored = labels.long(), None
+            found = _cpu.find_targets(labels, w.shape[0])
+            if grad_loss is not None and found.rows is not None:
+                ignored = labels == IGNORED  # which margin_ce has marked
+            scale = _scale_value(numbers, scale_tensor)
             d_x, d_w, d_scale = _cpu.backward(
-                d_lse, d_u, x, w, labels.long(), _scale_value(scale, scale_tensor), compute,
-                lse, u, inv_x, inv_w, kept,
-                need_x=need_x, need_w=need_w, need_scale=need_scale,
-            )  # fmt: skip
+                _cpu.chain(d_lse, d_u, grad_loss, count, ignored),
+                _cpu.Problem(
+                    x, w, labels, found, ignored, scale, compute, accumulation_dtype(x, w)
+                ),
+                Swept(lse, u, inv_x, inv_w, kept),
+                Needs(need_x, need_w, need_scale),
+            )
     if d_scale is not None and scale_tensor is not None:
         d_scale = d_scale.to(scale_tensor.dtype).reshape(scale_tensor.shape)
     return tuple(
@@ -240,7 +303,7 @@ def _backward(
 
 
 @torch.library.register_fake("fused_margin::cosine_lse_backward", lib=_lib)
-def _(d_lse, d_u, grad_loss, count, x, w, labels, scale, scale_tensor, compute, backend,
+def _(d_lse, d_u, grad_loss, count, x, w, labels, numbers, scale_tensor, compute, backend,
       lse, u, inv_x, inv_w, kept, need_x, need_w, need_scale):  # fmt: skip
     like_scale = x if scale_tensor is None else scale_tensor
     return (
@@ -259,79 +322,152 @@ for _key in ("CPU", "CUDA"):
 # --- autograd -------------------------------------------------------------------------------------
 
 
+class _Saved(NamedTuple):
+    """What autograd keeps of a call, all tensors."""
+
+    x: Tensor
+    w: Tensor
+    labels: Tensor
+    numbers: Tensor
+    scale_tensor: Tensor | None
+    swept: Swept
+
+
+def _is_unobserved(x: Tensor, w: Tensor, backend: str) -> bool:
+    """Whether only the CPU implementation would see a call of an operator below autograd.
+
+    No mode, profiler or subclass of tensors does: the dispatcher's 15 microseconds are for nothing.
+    """
+    plain = (Tensor, torch.nn.Parameter)
+    return (
+        backend == "cpu"
+        and type(x) in plain
+        and type(w) in plain
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
+        and not torch.compiler.is_compiling()
+        and not _is_traced_by_jit()
+    )
+
+
 def _gradients(
-    ctx: Any,
+    saved: _Saved,
     d_lse: Tensor,
     d_u: Tensor,
     grad_loss: Tensor | None,
     count: Tensor | None,
-    saved: tuple[Any, ...],
+    compute: torch.dtype,
+    backend: str,
+    needs: Needs,
 ) -> tuple[Tensor | None, ...]:
-    x, w, labels, scale_tensor, lse, u, inv_x, inv_w, kept = saved
-    need_x, need_w = ctx.needs_input_grad[:2]
-    need_scale = scale_tensor is not None and ctx.needs_input_grad[4]
-    d_x, d_w, d_scale = _ops.cosine_lse_backward(
-        d_lse, d_u, grad_loss, count, x, w, labels, ctx.scale, scale_tensor, ctx.compute,
-        ctx.backend, lse, u, inv_x, inv_w, kept, need_x, need_w, need_scale,
-    )  # fmt: skip
-    return d_x if need_x else None, d_w if need_w else None, d_scale if need_scale else None
+    args: tuple[Any, ...] = (
+        d_lse,
+        d_u,
+        grad_loss,
+        count,
+        *saved[:-1],
+        compute,
+        backend,
+        *saved.swept,
+        *needs,
+    )
+    if torch.is_grad_enabled() or _transforms.is_transformed(d_lse, d_u, grad_loss):
+        # with create_graph, or a tangent: to be refused
+        gradients = _ops.cosine_lse_backward.default(*args)
+    elif _is_unobserved(saved.x, saved.w, backend):
+        gradients = _backward(*args)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            gradients = _ops.cosine_lse_backward.default(*args)
+    return tuple(
+        gradient if is_needed else None
+        for gradient, is_needed in zip(gradients, needs, strict=True)
+    )
 
 
 class _CosineLse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w, labels, scale, scale_tensor, compute, backend, budget):
+    def forward(ctx: Any, x, w, labels, numbers, scale_tensor, compute, backend, budget):
         with torch._C._AutoDispatchBelowAutograd():
-            lse, u, inv_x, inv_w, kept = _ops.cosine_lse(
-                x, w, labels, scale, scale_tensor, compute, backend, budget
+            swept = Swept(
+                *_ops.cosine_lse.default(
+                    x, w, labels, numbers, scale_tensor, compute, backend, budget
+                )
             )
-        ctx.save_for_backward(x, w, labels, scale_tensor, lse, u, inv_x, inv_w, kept)
-        ctx.mark_non_differentiable(inv_x, inv_w, kept)
+        ctx.save_for_backward(x, w, labels, numbers, scale_tensor, *swept)
+        ctx.mark_non_differentiable(swept.inv_x, swept.inv_w, swept.kept)
         ctx.set_materialize_grads(False)
-        ctx.scale, ctx.compute, ctx.backend = scale, compute, backend
-        return lse, u, inv_x, inv_w, kept
+        ctx.compute, ctx.backend = compute, backend
+        needs_x, needs_w, _, _, needs_scale, *_ = ctx.needs_input_grad
+        ctx.needs = Needs(needs_x, needs_w, needs_scale)
+        return tuple(swept)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        saved = ctx.saved_tensors
-        g_lse, g_u = grad_outputs[:2]
+        g_lse, g_u, *_ = grad_outputs
         if g_lse is None and g_u is None:
             return (None,) * 8
-        g_lse = torch.zeros_like(saved[4]) if g_lse is None else g_lse
-        g_u = torch.zeros_like(saved[5]) if g_u is None else g_u
-        d_x, d_w, d_scale = _gradients(ctx, g_lse, g_u, None, None, saved)
+        x, w, labels, numbers, scale_tensor, *swept = ctx.saved_tensors
+        saved = _Saved(x, w, labels, numbers, scale_tensor, Swept(*swept))
+        g_lse = torch.zeros_like(saved.swept.lse) if g_lse is None else g_lse
+        g_u = torch.zeros_like(saved.swept.u) if g_u is None else g_u
+        d_x, d_w, d_scale = _gradients(
+            saved, g_lse, g_u, None, None, ctx.compute, ctx.backend, ctx.needs
+        )
         return d_x, d_w, None, None, d_scale, None, None, None
+
+
+def _record_margin_ce(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+    """Outputs of ``margin_ce``, with ``ctx`` holding what its backward needs."""
+    x, w, _, numbers, _, reduction, _, compute, backend, _ = args
+    if _is_unobserved(x, w, backend):
+        outputs = _margin_ce(*args)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = _ops.margin_ce.default(*args)
+    _, d_lse, d_u, count, targets, *swept = outputs
+    count = count if reduction == "mean" else None
+    ctx.save_for_backward(x, w, targets, numbers, d_lse, d_u, count, *swept)
+    ctx.set_materialize_grads(False)
+    ctx.compute, ctx.backend = compute, backend
+    needs_x, needs_w, *_ = ctx.needs_input_grad
+    ctx.needs = Needs(needs_x, needs_w, False)
+    return outputs
 
 
 class _MarginCe(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w, labels, scale, *settings):
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = _ops.margin_ce(x, w, labels, scale, *settings)
-        _, lse, u, d_lse, d_u, count, inv_x, inv_w, kept = outputs
-        ctx.save_for_backward(x, w, labels, lse, u, d_lse, d_u, count, inv_x, inv_w, kept)
+    def forward(ctx: Any, *args) -> Any:
+        outputs = _record_margin_ce(ctx, *args)
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)
-        ctx.scale, (ctx.compute, ctx.backend) = scale, settings[-3:-1]
-        ctx.is_mean = settings[5] == "mean"
-        ctx.num_settings = len(settings)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        grad_loss = grad_outputs[0]
+        grad_loss, *_ = grad_outputs
         if grad_loss is None:
-            return (None,) * (4 + ctx.num_settings)
-        x, w, labels, lse, u, d_lse, d_u, count, inv_x, inv_w, kept = ctx.saved_tensors
-        saved = (x, w, labels, None, lse, u, inv_x, inv_w, kept)
-        d_x, d_w, _ = _gradients(ctx, d_lse, d_u, grad_loss, count if ctx.is_mean else None, saved)
-        return d_x, d_w, None, None, *(None,) * ctx.num_settings
+            return (None,) * 10
+        x, w, targets, numbers, d_lse, d_u, count, *swept = ctx.saved_tensors
+        saved = _Saved(x, w, targets, numbers, None, Swept(*swept))
+        d_x, d_w, _ = _gradients(
+            saved, d_lse, d_u, grad_loss, count, ctx.compute, ctx.backend, ctx.needs
+        )
+        return d_x, d_w, *(None,) * 8
+
+
+class _MarginLoss(_MarginCe):
+    """The loss alone: what eager code takes, since each output of a function costs time."""
+
+    @staticmethod
+    def forward(ctx: Any, *args) -> Any:
+        return _record_margin_ce(ctx, *args)[0]
 
 
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args):
         with torch._C._AutoDispatchBelowAutograd():
-            return _ops.cosine_lse_backward(*args)
+            return _ops.cosine_lse_backward.default(*args)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> NoReturn:
@@ -341,9 +477,9 @@ class _Backward(torch.autograd.Function):
         )
 
 
-_lib.impl("cosine_lse", lambda *args: _CosineLse.apply(*args), "Autograd")
-_lib.impl("margin_ce", lambda *args: _MarginCe.apply(*args), "Autograd")
-_lib.impl("cosine_lse_backward", lambda *args: _Backward.apply(*args), "Autograd")
+_lib.impl("cosine_lse", _transforms.refusing(_CosineLse.apply), "Autograd")
+_lib.impl("margin_ce", _transforms.refusing(_MarginCe.apply), "Autograd")
+_lib.impl("cosine_lse_backward", _transforms.refusing(_Backward.apply), "Autograd")
 
 
 def _tune_on_demand(x: Tensor, w: Tensor, compute: torch.dtype, backend: str) -> None:
@@ -354,14 +490,33 @@ def _tune_on_demand(x: Tensor, w: Tensor, compute: torch.dtype, backend: str) ->
         tuning.tune_once(x, w, compute)
 
 
-DEFAULT_BUDGET = -1  # the backend's own rule
+DEFAULT_BUDGET, KEEP_NOTHING = -1, 0  # the backend's own rule; no bytes
+
+
+def _is_traced_by_jit() -> bool:
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage] - it is documented
 
 
 def _budget(memory_budget: int | None, *tensors: Tensor | None) -> int:
-    """Bytes that may be kept for a backward, 0 if none can follow."""
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return 0
+    """Bytes that may be kept for a backward, none if none can follow."""
+    is_recorded = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in tensors
+    )
+    # a trace is compared with one made without gradients, and must not depend on it
+    if not is_recorded and not _is_traced_by_jit():
+        return KEEP_NOTHING
     return DEFAULT_BUDGET if memory_budget is None else memory_budget
+
+
+def _numbers(*values: Any) -> Tensor:
+    """Python numbers as an operator takes them: fp64 on the CPU, (len(values),)."""
+    if torch.compiler.is_compiling():
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        # Dynamo keeps a float symbolic in a product, and not in torch.tensor or torch.full
+        return torch.stack([one * value for value in values])
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return torch.from_numpy(np.array(values, dtype=np.float64))  # in a third of the time
+    return torch.tensor(values, dtype=torch.float64, device="cpu")  # which a mode sees
 
 
 def cosine_lse(
@@ -373,12 +528,17 @@ def cosine_lse(
     backend: str,
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Call the ``cosine_lse`` operator; differentiable in x, w and a tensor scale."""
+    """lse and u, (N,) fp64, by the ``cosine_lse`` operator.
+
+    Differentiable in x, w and a tensor scale.
+    """
     _tune_on_demand(x, w, compute, backend)
-    value, tensor = (0.0, scale) if isinstance(scale, Tensor) else (scale, None)
-    budget = _budget(memory_budget, x, w, tensor)
-    outputs = _ops.cosine_lse(x, w, labels, value, tensor, compute, backend, budget)
-    return outputs[0], outputs[1]
+    value, tensor = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
+    lse, u, *_ = _ops.cosine_lse.default(
+        x, w, labels, _numbers(value), tensor, compute, backend,
+        _budget(memory_budget, x, w, tensor),
+    )  # fmt: skip
+    return lse, u
 
 
 def margin_ce(
@@ -393,13 +553,19 @@ def margin_ce(
     backend: str,
     memory_budget: int | None,
 ) -> Tensor:
-    """Call the ``margin_ce`` operator; differentiable in x and w."""
+    """The loss by the ``margin_ce`` operator; differentiable in x and w."""
     _tune_on_demand(x, w, compute, backend)
+    *coefficients, straight_through = margin
     budget = _budget(memory_budget, x, w)
-    outputs = _ops.margin_ce(
-        x, w, labels, scale, *margin, reduction, ignore_index, compute, backend, budget
-    )
-    return outputs[0]
+    is_traced = torch.compiler.is_compiling() or _is_traced_by_jit()
+    is_plain = not is_traced and not _transforms.is_transformed(x, w)
+    args = (
+        x, w, labels, _numbers(scale, *coefficients), straight_through, reduction, ignore_index,
+        compute, backend, budget,
+    )  # fmt: skip
+    if is_plain and budget != KEEP_NOTHING:  # autograd records
+        return _MarginLoss.apply(*args)
+    return _ops.margin_ce.default(*args)[0]
 
 
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:

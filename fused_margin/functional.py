@@ -44,8 +44,8 @@ def _margin_softmax(
 ) -> torch.Tensor:
     """Cross-entropy with target logit s psi(u): the fused operator, or autograd over N numbers."""
     _validate.choice("reduction", reduction, _validate.REDUCTIONS)
-    _validate.ignore_index(ignore_index)
-    _validate.memory_budget(memory_budget)
+    ignore_index = _validate.ignore_index(ignore_index)
+    memory_budget = _validate.memory_budget(memory_budget)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
     if not (isinstance(scale, torch.Tensor) or margin.is_tensor or backend == "reference"):
@@ -55,6 +55,9 @@ def _margin_softmax(
             memory_budget,
         )  # fmt: skip
     labels = _ops.check_labels(labels, weight.shape[0], ignore_index)
+    ignored = labels == _ops.IGNORED
+    # nothing of an ignored row, NaN or infinite as it may be, reaches anything
+    embeddings = embeddings.masked_fill(ignored[:, None], 0.0)
     if backend == "reference":
         lse, u = _reference.cosine_lse(embeddings, weight, labels, scale)
     else:
@@ -63,10 +66,10 @@ def _margin_softmax(
     with torch.autocast(embeddings.device.type, enabled=False):
         # -log sigmoid(t - lse) is the cross-entropy without cancellation (eq. 4)
         loss = -F.logsigmoid(scale * margins.apply(u, margin) - lse)
-        ignored = labels == _ops.IGNORED
         # a label out of range on a GPU makes its row NaN, in the loss and in the gradients
         poison = torch.where(labels == _ops.INVALID, float("nan"), 1.0).to(loss.dtype)
         loss = (loss * poison).masked_fill(ignored, 0.0)
+        loss = loss.to(accumulation_dtype(embeddings, weight))
         if reduction == "none":
             return loss
         total = loss.sum()
@@ -96,10 +99,13 @@ def arcface(
         weight: (C, D), C >= 2; fp32, fp64 or the embeddings' dtype; need not be normalised.
         labels: (N,), any integer dtype, in [0, C) or equal to ``ignore_index``.
         margin: m in radians, at most pi; float, or (N,) floating tensor (one margin per row;
-            differentiable).
+            differentiable; whatever ignored rows hold is not looked at). Margins per class, (C,),
+            become margins per row as ``margins[labels]`` (``margins[labels.clamp_min(0)]`` if
+            ignored labels are negative); unindexed they are refused, except where N = C, when
+            nothing tells the two apart.
         scale: s > 0; float, or 0-d floating tensor (differentiable). The values of tensors on a
             GPU are not checked, since reading them would need a synchronisation; nor is a tensor
-            margin under ``torch.compile``.
+            margin under ``torch.compile``, nor what ``torch.vmap`` maps over.
         boundary: where theta + m > pi: ``"linear"`` uses cos(theta) - m sin(m), ``"continuous"``
             cos(theta) - (1 + cos(pi - m)), ``"none"`` keeps cos(theta + m).
         grad: ``"exact"``, or ``"straight_through"``, which takes psi' as 1.
@@ -131,7 +137,9 @@ def arcface(
     _validate.tensors(embeddings, weight, labels)
     _validate.choice("boundary", boundary, _validate.BOUNDARIES)
     _validate.choice("grad", grad, _validate.GRADS)
-    margin = _row_margin(_validate.angular_margin(margin, embeddings), embeddings, weight)
+    ignore_index = _validate.ignore_index(ignore_index)
+    margin = _validate.angular_margin(margin, labels, ignore_index)
+    margin = _row_margin(margin, embeddings, weight)
     spec = margins.angular(margin, boundary, grad)
     return _margin_softmax(
         embeddings, weight, labels, spec, scale, reduction, ignore_index, backend, memory_budget
@@ -171,7 +179,9 @@ def cosface(
         arXiv:1801.09414, eq. 4.
     """
     _validate.tensors(embeddings, weight, labels)
-    margin = _row_margin(_validate.cosine_margin(margin, embeddings), embeddings, weight)
+    ignore_index = _validate.ignore_index(ignore_index)
+    margin = _validate.cosine_margin(margin, labels, ignore_index)
+    margin = _row_margin(margin, embeddings, weight)
     return _margin_softmax(
         embeddings,
         weight,
@@ -292,15 +302,19 @@ def cosine_lse(
 
     Returns:
         lse (N,) and u (N,), fp32 or fp64, differentiable in embeddings, weight and a tensor scale.
+        u lies within [-1, 1]; `margins.sine` gives its sine, with a finite slope.
     """
     _validate.tensors(embeddings, weight, labels)
-    _validate.memory_budget(memory_budget)
+    memory_budget = _validate.memory_budget(memory_budget)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
     if backend == "reference":
-        return _reference.cosine_lse(embeddings, weight, labels, scale)
+        lse, u = _reference.cosine_lse(embeddings, weight, labels, scale)
+        return lse, u.to(lse.dtype)
     compute = compute_dtype(embeddings, weight)
-    return _ops.cosine_lse(embeddings, weight, labels, scale, compute, backend, memory_budget)
+    lse, u = _ops.cosine_lse(embeddings, weight, labels, scale, compute, backend, memory_budget)
+    dtype = accumulation_dtype(embeddings, weight)
+    return lse.to(dtype), u.to(dtype)
 
 
 def cosine_logits(

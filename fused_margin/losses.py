@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_margin import _validate, functional
+from fused_margin import _setup, _validate, functional
 
 __all__ = ["ArcFaceLoss", "CosFaceLoss", "FixedAdaCosLoss", "NormalizedSoftmaxLoss"]
 
@@ -24,6 +24,7 @@ class _MarginSoftmaxLoss(nn.Module):
     """
 
     weight: nn.Parameter
+    _scale: float
 
     def __init__(
         self,
@@ -38,15 +39,13 @@ class _MarginSoftmaxLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_classes = _validate.size("num_classes", num_classes, 2)
-        self.embedding_size = _validate.size("embedding_size", embedding_size, 1)
+        num_classes = _validate.size("num_classes", num_classes, 2)
+        embedding_size = _validate.size("embedding_size", embedding_size, 1)
         self.reduction = _validate.choice("reduction", reduction, _validate.REDUCTIONS)
         self.ignore_index = _validate.ignore_index(ignore_index)
         self.backend = _validate.choice("backend", backend, _validate.BACKENDS)
         self.memory_budget = _validate.memory_budget(memory_budget)
-        dtype = torch.float32 if dtype is None else dtype
-        if dtype not in _validate.FLOATS:
-            raise TypeError(f"dtype must be fp16, bf16, fp32 or fp64, got {dtype}")
+        dtype = _validate.floating("dtype", torch.float32 if dtype is None else dtype)
         self.weight = nn.Parameter(
             torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
         )
@@ -57,9 +56,23 @@ class _MarginSoftmaxLoss(nn.Module):
         nn.init.normal_(self.weight, std=self.embedding_size**-0.5)
 
     @property
+    def num_classes(self) -> int:
+        """C, the rows of the weight."""
+        return self.weight.shape[0]
+
+    @property
+    def embedding_size(self) -> int:
+        """D, the columns of the weight."""
+        return self.weight.shape[1]
+
+    @property
     def scale(self) -> float:
-        """The scale s of the logits."""
-        raise NotImplementedError
+        """The scale s of the logits; may be set, as ``margin`` may, between any two steps."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._scale = _module_scale(value)
 
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Scaled cosines s cos(theta), without margin.
@@ -73,6 +86,7 @@ class _MarginSoftmaxLoss(nn.Module):
         return functional.cosine_logits(embeddings, self.weight, self.scale)
 
     def _options(self) -> dict[str, Any]:
+        _setup.warn_if_unsynchronized(self)  # here, where every forward comes by
         return {
             "reduction": self.reduction,
             "ignore_index": self.ignore_index,
@@ -138,14 +152,9 @@ class ArcFaceLoss(_MarginSoftmaxLoss):
             dtype=dtype,
         )
         self.margin = _validate.angular_margin(margin)
-        self._scale = _module_scale(scale)
+        self.scale = scale
         self.boundary = _validate.choice("boundary", boundary, _validate.BOUNDARIES)
         self.grad = _validate.choice("grad", grad, _validate.GRADS)
-
-    @property
-    def scale(self) -> float:
-        """The scale s of the logits."""
-        return self._scale
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss of embeddings (N, D) and labels (N,): 0-d, or (N,) for ``reduction="none"``."""
@@ -208,12 +217,7 @@ class CosFaceLoss(_MarginSoftmaxLoss):
             dtype=dtype,
         )
         self.margin = _validate.cosine_margin(margin)
-        self._scale = _module_scale(scale)
-
-    @property
-    def scale(self) -> float:
-        """The scale s of the logits."""
-        return self._scale
+        self.scale = scale
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss of embeddings (N, D) and labels (N,): 0-d, or (N,) for ``reduction="none"``."""
@@ -265,8 +269,15 @@ class FixedAdaCosLoss(_MarginSoftmaxLoss):
 
     @property
     def scale(self) -> float:
-        """sqrt(2) * ln(C - 1)."""
+        """sqrt(2) * ln(C - 1), of the weight as it is."""
         return functional.fixed_adacos_scale(self.num_classes)
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        raise AttributeError(
+            "the scale of Fixed AdaCos follows from the number of classes and can't be set; for a"
+            " scale of your choice use NormalizedSoftmaxLoss"
+        )
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss of embeddings (N, D) and labels (N,): 0-d, or (N,) for ``reduction="none"``."""
@@ -311,12 +322,7 @@ class NormalizedSoftmaxLoss(_MarginSoftmaxLoss):
             device=device,
             dtype=dtype,
         )
-        self._scale = _module_scale(scale)
-
-    @property
-    def scale(self) -> float:
-        """The scale s of the logits."""
-        return self._scale
+        self.scale = scale
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss of embeddings (N, D) and labels (N,): 0-d, or (N,) for ``reduction="none"``."""
@@ -328,8 +334,8 @@ class NormalizedSoftmaxLoss(_MarginSoftmaxLoss):
 def _module_scale(value: float) -> float:
     if isinstance(value, torch.Tensor):
         raise TypeError(
-            "a module takes its scale as a number; for a learnable scale pass a 0-d parameter to"
-            " the functional form"
+            "a module takes its scale as a number, float(scale); for a learnable scale pass a 0-d"
+            " parameter to the functional form"
         )
     scale = _validate.scale(value, torch.device("cpu"))
     assert isinstance(scale, float)

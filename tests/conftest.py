@@ -18,6 +18,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 from helpers import poisoned_memory  # noqa: E402 - the environment comes first
 
 
+def pytest_configure() -> None:
+    """Refuse to pass without having checked anything."""
+    if not __debug__:
+        raise pytest.UsageError(
+            "the tests are assertions, which python -O leaves out: run them without -O and with"
+            " PYTHONOPTIMIZE unset"
+        )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests of real hardware where there is none."""
     if HAS_GPU:
@@ -30,6 +39,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _cpu_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The marks make the CPU backend take larger problems' ways for small ones."""
+    from fused_margin._cpu import single, tiny
+
+    if request.node.get_closest_marker("cpu_blocks") is not None:
+        monkeypatch.setattr(single, "LOGITS", -1)
+    if request.node.get_closest_marker("cpu_single") is not None:
+        monkeypatch.setattr(tiny, "MULTIPLICATIONS", -1)
 
 
 @pytest.fixture

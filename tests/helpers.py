@@ -29,7 +29,17 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
-BACKENDS = ("reference", "cpu", pytest.param("triton", marks=needs_triton))
+# Problems as small as the tests' go the shortest of the CPU backend's ways, unless told to take
+# another: one block of classes, or several.
+in_one_block = pytest.mark.cpu_single
+in_blocks = pytest.mark.cpu_blocks
+BACKENDS = (
+    "reference",
+    "cpu",
+    pytest.param("cpu", marks=in_one_block, id="cpu-single"),
+    pytest.param("cpu", marks=in_blocks, id="cpu-blocks"),
+    pytest.param("triton", marks=needs_triton),
+)
 FUSED_BACKENDS = BACKENDS[1:]
 
 

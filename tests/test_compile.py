@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BACKENDS, FUSED_BACKENDS, device_of
+from helpers import device_of, needs_triton
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch._aot_autograd.utils import make_boxed_func
 
 import fused_margin as fm
 import fused_margin.functional as fmf
@@ -17,6 +20,10 @@ import fused_margin.functional as fmf
 pytestmark = pytest.mark.filterwarnings(
     "ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"
 )
+
+# A graph doesn't depend on which of the CPU backend's ways its operators go.
+BACKENDS = ("reference", "cpu", pytest.param("triton", marks=needs_triton))
+FUSED_BACKENDS = BACKENDS[1:]
 
 CLASSES, DIM = 11, 5
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -94,6 +101,43 @@ def test_modules(backend: str, make: Callable[..., torch.nn.Module]) -> None:
         x, labels = _batch(rows, device_of(backend))
         torch.testing.assert_close(compiled(x, labels), criterion(x, labels))
         compiled(x, labels).sum().backward()
+
+
+@pytest.mark.parametrize("budget", [300, 4000])
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_memory_budget_in_one_graph(backend: str, budget: int) -> None:
+    """Whether a batch's cosines fit the budget or not, it is one graph."""
+
+    def eager(x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return fmf.arcface(x, w, labels, backend=backend, memory_budget=budget)
+
+    w = torch.randn(CLASSES, DIM, device=device_of(backend), requires_grad=True)
+    compiled = torch.compile(eager, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (4, 70, 2):
+            _check(compiled, eager, w, rows)
+
+
+@pytest.mark.parametrize("budget", [None, 300, 4000])
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_export_for_any_batch_size(backend: str, budget: int | None) -> None:
+    """Nothing that depends on the number of rows may bound it; the exported loss has gradients."""
+    device = device_of(backend)
+    criterion = fm.ArcFaceLoss(CLASSES, DIM, backend=backend, memory_budget=budget).to(device)
+    rows = torch.export.Dim("rows")
+    exported = torch.export.export(
+        criterion, _batch(7, device), dynamic_shapes=({0: rows}, {0: rows}), strict=False
+    )
+    (bounds,) = exported.range_constraints.values()
+    assert bounds.lower <= 2
+    assert bounds.upper > 1 << 40
+    module = exported.module()
+    for count in (2, 70):
+        x, labels = _batch(count, device)
+        got, want = module(x, labels), criterion(x, labels)
+        torch.testing.assert_close(got, want)
+        (d_x,) = torch.autograd.grad(got, x)
+        torch.testing.assert_close(d_x, torch.autograd.grad(want, x)[0])
 
 
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
@@ -175,6 +219,7 @@ def _arguments(backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
     return x, w, torch.tensor([3, 0, -1, 10], device=device)
 
 
+@pytest.mark.usefixtures("poison")  # bytes of `kept` beyond what is used are the same each time
 @pytest.mark.parametrize("budget", [0, -1, 1 << 20])
 @pytest.mark.parametrize("with_tensor_scale", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -184,18 +229,20 @@ def test_opcheck_cosine_lse(
 ) -> None:
     x, w, labels = _arguments(backend, dtype)
     scale = torch.tensor(9.0, device=x.device, requires_grad=True) if with_tensor_scale else None
-    arguments = (x, w, labels, 9.0, scale, dtype, backend, budget)
+    numbers = torch.tensor([9.0], dtype=torch.float64)
+    arguments = (x, w, labels, numbers, scale, dtype, backend, budget)
     torch.library.opcheck(OPS.cosine_lse.default, arguments)
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_opcheck_margin_ce(backend: str, reduction: str) -> None:
     x, w, labels = _arguments(backend, torch.float32)
-    margin = (0.877, 0.479, -0.877, 0.24, False)
+    numbers = torch.tensor([9.0, 0.877, 0.479, -0.877, 0.24], dtype=torch.float64)
     torch.library.opcheck(
         OPS.margin_ce.default,
-        (x, w, labels, 9.0, *margin, reduction, -1, torch.float32, backend, -1),
+        (x, w, labels, numbers, False, reduction, -1, torch.float32, backend, -1),
     )
 
 
@@ -207,11 +254,12 @@ def test_opcheck_backward(backend: str, needs: tuple[bool, bool, bool]) -> None:
     """All but its autograd test: the operator refuses to be differentiated."""
     x, w, labels = (part.detach() for part in _arguments(backend, torch.float32))
     scale = torch.tensor(9.0, device=x.device)
+    numbers = torch.tensor([1.0], dtype=torch.float64)
     lse, u, inv_x, inv_w, kept = OPS.cosine_lse(
-        x, w, labels, 0.0, scale, torch.float32, backend, 1 << 20
+        x, w, labels, numbers, scale, torch.float32, backend, 1 << 20
     )
     arguments = (
-        torch.randn_like(lse), torch.randn_like(u), None, None, x, w, labels, 0.0, scale,
+        torch.randn_like(lse), torch.randn_like(u), None, None, x, w, labels, numbers, scale,
         torch.float32, backend, lse, u, inv_x, inv_w, kept, *needs,
     )  # fmt: skip
     torch.library.opcheck(OPS.cosine_lse_backward.default, arguments)
@@ -221,3 +269,124 @@ def test_opcheck_backward(backend: str, needs: tuple[bool, bool, bool]) -> None:
 def test_opcheck_check_labels(dtype: torch.dtype) -> None:
     labels = torch.tensor([0, 3, 100, 7], dtype=dtype)
     torch.library.opcheck(OPS.check_labels.default, (labels, 10, 100))
+
+
+# --- what a graph may not depend on ---------------------------------------------------------------
+
+SCHEDULES: dict[str, tuple[Callable[..., Any], list[tuple[float, ...]]]] = {
+    "arcface": (fmf.arcface, [(0.5 * i / 12, 20.0 + i) for i in range(12)]),
+    "arcface, margin alone": (fmf.arcface, [(0.05 + i / 30,) for i in range(12)]),
+    "cosface": (fmf.cosface, [(0.4 * i / 12, 64.0 - i) for i in range(12)]),
+    "normalized_softmax": (fmf.normalized_softmax, [(10.0 + i,) for i in range(12)]),
+    "cosine_lse": (
+        lambda *args, **kw: torch.stack(fmf.cosine_lse(*args, **kw)).sum(),
+        [(10.0 + i / 2,) for i in range(12)],
+    ),
+    "cosine_logits": (
+        lambda x, w, labels, s, backend: fmf.cosine_logits(x, w, s).sum(),
+        [(10.0 + i / 2,) for i in range(12)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_schedule_compiles_twice(backend: str, name: str) -> None:
+    """Once for the first numbers, and once for all others."""
+    device = device_of(backend)
+    x, w, labels = (part.to(device) for part in (torch.randn(6, DIM), torch.randn(CLASSES, DIM),
+                                                 torch.randint(CLASSES, (6,))))  # fmt: skip
+    x.requires_grad_()
+    function, numbers = SCHEDULES[name]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for values in numbers:
+        got = compiled(x, w, labels, *values, backend=backend)
+        torch.testing.assert_close(got, function(x, w, labels, *values, backend=backend))
+        torch.autograd.grad(got, x)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_schedule_of_a_module_compiles_twice(backend: str) -> None:
+    criterion = fm.ArcFaceLoss(CLASSES, DIM, backend=backend).to(device_of(backend))
+    x, labels = _batch(6, device_of(backend))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(criterion, backend=counter, fullgraph=True)
+    for epoch in range(12):
+        criterion.margin, criterion.scale = 0.5 * epoch / 12, 30.0 + epoch
+        torch.testing.assert_close(compiled(x, labels), criterion(x, labels))
+    assert counter.frame_count == 2
+
+
+class _Step(torch.nn.Module):
+    """A model that returns its loss."""
+
+    def __init__(self, num_classes: int, **options: Any) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, DIM)
+        self.criterion = fm.ArcFaceLoss(num_classes, DIM, **options)
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.criterion(self.linear(images), labels)
+
+
+def _images(rows: int, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(rows, 3), torch.randint(num_classes, (rows,))
+
+
+@pytest.mark.parametrize("memory_budget", [None, 0, 1 << 20])
+@pytest.mark.parametrize("num_classes", [CLASSES, 100_000])
+@pytest.mark.parametrize("dim", ["Dim", "AUTO", "DYNAMIC"])
+def test_export_with_a_dynamic_batch(dim: str, num_classes: int, memory_budget: int | None) -> None:
+    """What is kept for the backward puts no constraint on N."""
+    Dim = torch.export.Dim
+    rows = Dim("rows", min=2, max=4096) if dim == "Dim" else getattr(Dim, dim)
+    step = _Step(num_classes, memory_budget=memory_budget)
+    exported = torch.export.export(
+        step, _images(8, num_classes), dynamic_shapes=({0: rows}, {0: rows})
+    )
+    module = exported.module()
+    for count in (3, 8, 400):
+        batch = _images(count, num_classes)
+        torch.testing.assert_close(module(*batch), step(*batch))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+# sizes are constants of a trace, as of any model that checks them
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")
+@pytest.mark.filterwarnings("ignore:torch.from_numpy results are registered as constants")
+@pytest.mark.parametrize("memory_budget", [None, 1000])
+def test_trace(memory_budget: int | None) -> None:
+    """TorchScript compares a trace with one made without gradients; so does TensorBoard's graph."""
+    step = _Step(CLASSES, memory_budget=memory_budget)
+    traced: Any = torch.jit.trace(step, _images(8, CLASSES))
+    for rows in (8, 5):
+        batch = _images(rows, CLASSES)
+        got, want = traced(*batch), step(*batch)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(
+            torch.autograd.grad(got, list(step.parameters())),
+            torch.autograd.grad(want, list(step.parameters())),
+        )
+
+
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_grad_mode_under_compile(backend: str) -> None:
+    """Without gradients nothing is kept; with them what the graph was told."""
+    criterion = fm.ArcFaceLoss(CLASSES, DIM, backend=backend, memory_budget=1 << 20)
+    criterion = criterion.to(device_of(backend))
+    budgets: list[int] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        budgets.extend(
+            node.args[-1] for node in graph.graph.nodes if "margin_ce" in str(node.target)
+        )
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(criterion, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
+    x, labels = _batch(6, device_of(backend))
+    compiled(x, labels).backward()
+    with torch.no_grad():
+        compiled(x, labels)
+    assert budgets == [1 << 20, 0]

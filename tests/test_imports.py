@@ -75,8 +75,8 @@ def _imports(path: Path) -> set[str]:
 
 
 BACKEND_FILES = sorted(
-    [PACKAGE / name for name in ("_cpu.py", "_ops.py", "margins.py", "_numerics.py")]
-    + list((PACKAGE / "_triton").glob("*.py"))
+    [PACKAGE / name for name in ("_arguments.py", "_ops.py", "margins.py", "_numerics.py")]
+    + [path for folder in ("_cpu", "_triton") for path in (PACKAGE / folder).glob("*.py")]
 )
 
 
@@ -88,11 +88,13 @@ def test_no_backend_imports_the_reference(path: Path) -> None:
 def test_layers() -> None:
     """losses -> functional -> operators; only the Triton backend imports Triton at its top."""
     assert any("_reference" in name for name in _imports(PACKAGE / "functional.py"))
-    for path in PACKAGE.glob("*.py"):
+    on_a_cpu = list((PACKAGE / "_cpu").glob("*.py"))
+    for path in [*PACKAGE.glob("*.py"), *on_a_cpu]:
         assert not any(name.split(".")[0] == "triton" for name in _imports(path)), path.name
-    for name in ("_cpu.py", "_reference.py", "margins.py", "_numerics.py", "_validate.py"):
+    names = ("_arguments.py", "_reference.py", "margins.py", "_numerics.py", "_validate.py")
+    for path in [*(PACKAGE / name for name in names), *on_a_cpu]:
         upper = {"fused_margin.losses", "fused_margin.functional", "fused_margin._ops"}
-        assert not upper & _imports(PACKAGE / name)
+        assert not upper & _imports(path)
 
 
 def _signature(function: Callable[..., Any]) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
@@ -125,6 +127,7 @@ SIGNATURES = {
     fm.functional.fixed_adacos: (TENSORS, OPTIONS),
     fm.functional.normalized_softmax: ([*TENSORS, ("scale", REQUIRED)], OPTIONS),
     fm.functional.cosine_lse: ([*TENSORS, ("scale", REQUIRED)], BACKEND),
+    fm.check_setup: ([("criterion", REQUIRED), ("optimizer", None)], {"group": None}),
     fm.regularizers.center_invariant: ([("weight", REQUIRED)], {}),
     fm.regularizers.regular_face: ([("weight", REQUIRED)], {}),
 }

@@ -203,9 +203,9 @@ def test_only_the_gradients_asked_for_are_computed(
     calls: list[tuple[bool, bool]] = []
     original = _cpu.backward
 
-    def backward(*args: Any, need_x: bool, need_w: bool, need_scale: bool) -> Any:
-        calls.append((need_x, need_w))
-        return original(*args, need_x=need_x, need_w=need_w, need_scale=need_scale)
+    def backward(*args: Any) -> Any:
+        calls.append((args[-1].x, args[-1].w))
+        return original(*args)
 
     monkeypatch.setattr(_cpu, "backward", backward)
     x, w, labels = _leaves("cpu")
@@ -402,8 +402,13 @@ def test_sharded_weight_is_refused(tmp_path: Path) -> None:
     )
     try:
         w = distribute_tensor(torch.randn(10, 4), init_device_mesh("cpu", (1,)))
-        with pytest.raises(TypeError, match=r"weight is a DTensor.*full_tensor"):
-            fmf.arcface(torch.randn(3, 4), w, torch.tensor([0, 1, 2]))
+        x, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+        with pytest.raises(TypeError, match=r"weight is a DTensor.*forward_method.*full_tensor"):
+            fmf.arcface(x, w, labels)
+        with pytest.raises(TypeError, match=r"embeddings is a DTensor.*embeddings.to_local\(\)"):
+            fmf.cosine_logits(distribute_tensor(x, w.device_mesh), w, 9.0)
+        with pytest.raises(TypeError, match=r"labels is a DTensor.*labels.to_local\(\)"):
+            fmf.arcface(x, w.full_tensor(), distribute_tensor(labels, w.device_mesh))
     finally:
         torch.distributed.destroy_process_group()
 

@@ -6,7 +6,9 @@ import copy
 import io
 import math
 import pickle
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import BACKENDS, device_of
@@ -331,3 +333,39 @@ def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
     auto = [line for line in text.splitlines() if line.startswith("auto")]
     assert auto[0].split() == ["auto,", "cpu", "cpu"]
     assert len(auto) == 2
+
+
+# --- one value for each fact ----------------------------------------------------------------------
+
+
+def test_sizes_and_the_fixed_scale_follow_the_weight() -> None:
+    """A weight of another size, as a checkpoint or a pruned set of classes brings it."""
+    criterion = fm.FixedAdaCosLoss(10, 16)
+    criterion.weight = torch.nn.Parameter(torch.randn(100, 8))
+    scale = math.sqrt(2.0) * math.log(99)
+    x, labels = torch.randn(4, 8), torch.randint(100, (4,))
+    assert (criterion.num_classes, criterion.embedding_size) == (100, 8)
+    assert criterion.scale == pytest.approx(scale)
+    assert "num_classes=100, embedding_size=8, scale=6.49848" in repr(criterion)
+    expected = fmf.normalized_softmax(x, criterion.weight, labels, scale)
+    torch.testing.assert_close(criterion(x, labels), expected)
+    torch.testing.assert_close(criterion.logits(x), fmf.cosine_logits(x, criterion.weight, scale))
+    criterion.reset_parameters()
+    assert criterion.weight.detach().std().item() == pytest.approx(8**-0.5, rel=0.2)
+    with pytest.raises(AttributeError, match="NormalizedSoftmaxLoss"):
+        criterion.scale = 3.0
+
+
+@pytest.mark.parametrize("make", [fm.ArcFaceLoss, fm.CosFaceLoss, fm.NormalizedSoftmaxLoss])
+def test_a_scale_may_be_set(make: Any) -> None:
+    criterion = make(10, 16)
+    criterion.scale = np.float32(30.0)
+    assert type(criterion.scale) is float
+    assert "scale=30" in repr(criterion)
+    x, labels = torch.randn(4, 16), torch.randint(10, (4,))
+    other = make(10, 16, scale=30.0)
+    other.load_state_dict(criterion.state_dict())
+    torch.testing.assert_close(criterion(x, labels), other(x, labels))
+    torch.testing.assert_close(criterion.logits(x), other.logits(x))
+    with pytest.raises(ValueError, match="scale must be"):
+        criterion.scale = -1.0

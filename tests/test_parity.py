@@ -31,6 +31,8 @@ from helpers import (
     device_of,
     eager_cosine_lse,
     evaluate,
+    in_blocks,
+    in_one_block,
     needs_triton,
     normalized_softmax,
     problem,
@@ -41,7 +43,7 @@ from helpers import (
 )
 
 import fused_margin.functional as fmf
-from fused_margin import _cpu
+from fused_margin._cpu import backend
 
 pytestmark = pytest.mark.usefixtures("poison", "_forms_products_again")
 
@@ -49,8 +51,8 @@ pytestmark = pytest.mark.usefixtures("poison", "_forms_products_again")
 @pytest.fixture
 def _forms_products_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Problems this small would keep every product; other files test that."""
-    monkeypatch.setattr(_cpu, "KEPT_BYTES", 0)
-    monkeypatch.setattr(_cpu, "KEPT_BYTES_PER_FURTHER_ROW", 0)
+    monkeypatch.setattr(backend, "KEPT_BYTES", 0)
+    monkeypatch.setattr(backend, "KEPT_BYTES_PER_FURTHER_ROW", 0)
 
 
 # N, C and D below, at and above what a tile or a block holds, and never a multiple of it.
@@ -78,21 +80,27 @@ def cases(
 ) -> list[Any]:
     """Loss, shape, mode and backend: every combination, and for Triton every value of each."""
     full = [
-        (loss, shape, mode, backend)
+        (loss, shape, mode)
         for loss in losses
         for shape in shapes
         for mode in modes
-        for backend in BACKENDS[:2]
         if shape[1] > 2 or loss.name != "fixed_adacos"
     ]
     first, last = modes[0], modes[-1]
     cross = {(loss, SHAPE, first): None for loss in losses}
     cross |= {(losses[0], SHAPE, mode): None for mode in modes}
     cross |= {(losses[0], shape, last): None for shape in shapes if shape[1] <= 300}
-    params = [pytest.param(*case, id="-".join(map(str, case))) for case in full]
-    return params + [
-        pytest.param(*case, "triton", marks=needs_triton, id="-".join(map(str, (*case, "triton"))))
-        for case in cross
+    ways = (("reference", ()), ("cpu", ()), ("cpu", in_one_block), ("cpu", in_blocks))
+    chosen = [(case, way, marks) for case in full for way, marks in ways]
+    chosen += [(case, "triton", needs_triton) for case in cross]
+    return [
+        pytest.param(
+            *case,
+            way,
+            marks=marks,
+            id="-".join(map(str, (*case, marks.name if way == "cpu" and marks else way))),
+        )
+        for case, way, marks in chosen
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from hypothesis import strategies as st
 
 import fused_margin.functional as fmf
 from fused_margin import _cpu
+from fused_margin._cpu import backend, memory, single, sweep
 
 SETTINGS = settings(max_examples=20, derandomize=True, deadline=None, database=None)
 TRITON_SETTINGS = settings(SETTINGS, max_examples=5)
@@ -226,35 +228,36 @@ def test_block_size_changes_nothing(
     before = problem(9, 41, 5)
     loss = arcface(scale=scale)
     expected = run(loss, before, FP64, "cpu", **NONE)
+    monkeypatch.setattr(single, "LOGITS", -1)
     for name in ("MIN_BLOCK", "MAX_BLOCK"):
-        monkeypatch.setattr(_cpu, name, size)
-    monkeypatch.setattr(_cpu, "KEPT_BYTES", kept_bytes)
-    monkeypatch.setattr(_cpu, "KEPT_BYTES_PER_FURTHER_ROW", 0)
-    assert _cpu.block_size(9, 41, 5, 8) == min(size, 41)
+        monkeypatch.setattr(sweep, name, size)
+    monkeypatch.setattr(backend, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(backend, "KEPT_BYTES_PER_FURTHER_ROW", 0)
+    assert sweep.block_size(9, 41, 5, 8) == min(size, 41)
     actual = run(loss, before, FP64, "cpu", **NONE)
     for got, want in zip(actual, expected, strict=True):
         _close(got, want)
 
 
 def test_blocks_shrink_to_their_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _cpu.block_size(256, 10**6, 128, 4) == 2048
-    assert _cpu.block_size(10**6, 10**6, 128, 4) == _cpu.MIN_BLOCK
-    assert _cpu.block_size(0, 10**6, 1, 4) == _cpu.MAX_BLOCK
-    monkeypatch.setattr(_cpu, "WEIGHT_BLOCK_BYTES", 1024 * 512 * 4)
-    assert _cpu.block_size(256, 10**6, 512, 4) == 1024
+    assert sweep.block_size(256, 10**6, 128, 4) == 2048
+    assert sweep.block_size(10**6, 10**6, 128, 4) == sweep.MIN_BLOCK
+    assert sweep.block_size(0, 10**6, 1, 4) == sweep.MAX_BLOCK
+    monkeypatch.setattr(sweep, "WEIGHT_BLOCK_BYTES", 1024 * 512 * 4)
+    assert sweep.block_size(256, 10**6, 512, 4) == 1024
 
 
 def test_what_is_kept_stays_within_its_budget() -> None:
     def kept(num_rows: int, num_classes: int, dtype: torch.dtype) -> int:
         x, w = torch.empty(num_rows, 8, dtype=dtype), torch.empty(1, 8).expand(num_classes, 8)
-        return _cpu.kept_classes(x, w, dtype, -1)
+        return _cpu.kept_classes(x, w, dtype, int(_cpu.kept_bytes(x, w, -1)))
 
     assert kept(64, 1000, torch.float32) == 1000
     for num_rows in (1, 64, 256, 5000):
         classes = kept(num_rows, 10**8, torch.float32)
-        budget = _cpu.KEPT_BYTES + max(0, num_rows - 256) * _cpu.KEPT_BYTES_PER_FURTHER_ROW
+        budget = backend.KEPT_BYTES + max(0, num_rows - 256) * backend.KEPT_BYTES_PER_FURTHER_ROW
         assert 0 < classes * num_rows * 4 <= budget
-        assert classes % _cpu.block_size(num_rows, 10**8, 8, 4) == 0
+        assert classes % sweep.block_size(num_rows, 10**8, 8, 4) == 0
     if _cpu.has_bf16_products():
         assert kept(256, 10**6, torch.bfloat16) == 2 * kept(256, 10**6, torch.float32)
 
@@ -264,39 +267,40 @@ def test_what_is_kept_stays_within_its_budget() -> None:
 def test_blocks_in_lower_precision(
     monkeypatch: pytest.MonkeyPatch, mode_name: str, kept_bytes: int
 ) -> None:
-    monkeypatch.setattr(_cpu, "KEPT_BYTES", kept_bytes)
-    monkeypatch.setattr(_cpu, "KEPT_BYTES_PER_FURTHER_ROW", 0)
+    monkeypatch.setattr(backend, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(backend, "KEPT_BYTES_PER_FURTHER_ROW", 0)
     (mode,) = (mode for mode in MODES if mode.name == mode_name)
-    monkeypatch.setattr(_cpu, "MIN_BLOCK", 16)
-    monkeypatch.setattr(_cpu, "MAX_BLOCK", 16)
+    monkeypatch.setattr(single, "LOGITS", -1)
+    monkeypatch.setattr(sweep, "MIN_BLOCK", 16)
+    monkeypatch.setattr(sweep, "MAX_BLOCK", 16)
     check_loss(ARCFACE, problem(33, 257, 64), mode, "cpu", **NONE)
 
 
 def test_memory_is_lent_to_one_tensor_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is used again, but not while anything can still read it."""
-    monkeypatch.setattr(_cpu, "REUSED_BYTES", 1)
-    lender = _cpu.Lender()
-    first = lender.empty(30, 8, torch.float64).fill_(1.0)
-    second = lender.empty(20, 8, torch.float64).fill_(2.0)
+    monkeypatch.setattr(memory, "REUSED_BYTES", 1)
+    lender = memory.Lender()
+    first = lender.empty(30, 8, dtype=torch.float64).fill_(1.0)
+    second = lender.empty(20, 8, dtype=torch.float64).fill_(2.0)
     view, address = first[3:], first.data_ptr()
     assert second.data_ptr() != address
     del first
-    third = lender.empty(30, 8, torch.float64).fill_(3.0)
+    third = lender.empty(30, 8, dtype=torch.float64).fill_(3.0)
     assert bool((view == 1.0).all()), "a view keeps the memory of the tensor that was deleted"
     assert bool((second == 2.0).all())
     del view
-    assert lender.empty(30, 7, torch.float64).data_ptr() == address
+    assert lender.empty(30, 7, dtype=torch.float64).data_ptr() == address
     del second, third
     assert len(lender.released) == 1, "no more than one piece is put aside"
-    larger = lender.empty(1000, 131, torch.float64)
+    larger = lender.empty(1000, 131, dtype=torch.float64)
     assert larger.shape == (1000, 131)
     assert not lender.released, "a piece of another size is given up"
 
 
 def test_gradients_are_lent_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient that someone holds is never overwritten; a dropped one is used again."""
-    monkeypatch.setattr(_cpu, "REUSED_BYTES", 1)
-    monkeypatch.setattr(_cpu, "_gradient_memory", _cpu.Lender())
+    monkeypatch.setattr(memory, "REUSED_BYTES", 1)
+    monkeypatch.setattr(memory.gradient_memory, "released", deque(maxlen=1))
     given = problem(9, 41, 5)
     w = given.w.clone().requires_grad_()
 
@@ -314,13 +318,13 @@ def test_gradients_are_lent_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step().data_ptr() == address, "autograd takes the gradient over without a copy"
     _cpu.empty_cache()
     w.grad = None
-    assert len(_cpu._gradient_memory.released) == 1
+    assert len(memory.gradient_memory.released) == 1
     _cpu.empty_cache()
-    assert not _cpu._gradient_memory.released
+    assert not memory.gradient_memory.released
 
 
 def test_two_graphs_alive_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cpu, "REUSED_BYTES", 1)
+    monkeypatch.setattr(memory, "REUSED_BYTES", 1)
     problems = [problem(9, 41, 5, seed=seed) for seed in range(3)]
     expected = [run(ARCFACE, each, FP64, "cpu", **NONE) for each in problems]
     leaves = [

@@ -1,10 +1,10 @@
 """Backward kernels. Equations refer to ``docs/math.md``.
 
-Chunked: for one chunk of classes at a time `gradient_kernel` recomputes the cosines (or takes the
-exponentials that the forward kept) and stores G (eq. 7), divided by both norms, so that the two
-products that follow take x and W as they are: `weight_kernel` finishes each row of d_w and writes
-it once, `embeddings_kernel` adds to fp32 partials of d_x that `finish_kernel` merges in fixed
-order, or finishes d_x itself where one split of one chunk is all there is.
+Chunked: for one chunk of classes at a time `gradient_kernel` recomputes the cosines (or takes what
+the forward kept of them) and stores G (eq. 7), divided by both norms, so that the two products that
+follow take x and W as they are: `weight_kernel` finishes each row of d_w and writes it once,
+`embeddings_kernel` adds to fp32 partials of d_x that `finish_kernel` merges in fixed order, or
+finishes d_x itself where one split of one chunk is all there is.
 
 Fused, for small D: `fused_weight_kernel` and `fused_embeddings_kernel` each recompute the cosines
 and hold rows of d_w, or of d_x, in registers; G is never stored.
@@ -15,17 +15,40 @@ No atomics.
 import triton
 import triton.language as tl
 
-from fused_margin._triton.primitives import CLAMPED, cast, cosine_tile, dot, load_scale
+from fused_margin._triton.primitives import (
+    CLAMPED,
+    IGNORED,
+    cast,
+    cosine_tile,
+    dot,
+    load_scale,
+    used_rows,
+)
 
 
 @triton.jit
-def _row_factor(grad_ptr, count_ptr, offs_n, mask_n, stride_grad, HAS_GRAD: tl.constexpr,
+def _row_labels(labels_ptr, offs_n, mask_n, stride_label, HAS_GRAD: tl.constexpr):
+    """Labels, -1 past the end, and the rows of which anything may be used; both (BLOCK_N,).
+
+    Labels that come with a gradient of the loss are `margin_ce`'s, which mark ignored rows.
+    """
+    labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=mask_n, other=-1).to(
+        tl.int64
+    )
+    return labels, used_rows(labels, mask_n, IGNORED, HAS_GRAD)
+
+
+@triton.jit
+def _row_factor(grad_ptr, count_ptr, offs_n, mask_x, stride_grad, HAS_GRAD: tl.constexpr,
                 HAS_COUNT: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """What multiplies d_lse and d_u of each row, (BLOCK_N,): the loss's gradient over the count."""
+    """What multiplies d_lse and d_u of each row, (BLOCK_N,): the loss's gradient over the count.
+
+    0 for ignored rows, whose gradient may be infinite or NaN.
+    """
     factor = tl.full([BLOCK_N], 1.0, ACC)
     if HAS_GRAD:
         offs = offs_n.to(tl.int64) * stride_grad
-        factor = tl.load(grad_ptr + offs, mask=mask_n, other=0.0).to(ACC)
+        factor = tl.load(grad_ptr + offs, mask=mask_x, other=0.0).to(ACC)
     if HAS_COUNT:
         factor = factor / tl.maximum(tl.load(count_ptr), 1.0)
     return factor
@@ -37,19 +60,20 @@ def _row_quantities(
     offs_n, mask_n, stride_label, stride_grad,
     HAS_GRAD: tl.constexpr, HAS_COUNT: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """label, g_lse, g_u, lse, u and 1 / ||x|| of each row; all (BLOCK_N,), g 0 past the end."""
-    labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=mask_n, other=-1).to(
-        tl.int64
-    )
+    """label, mask of x, g_lse, g_u, lse, u and 1 / ||x|| of each row; all (BLOCK_N,).
+
+    g is 0 past the end and for ignored rows.
+    """
+    labels, mask_x = _row_labels(labels_ptr, offs_n, mask_n, stride_label, HAS_GRAD)
     factor = _row_factor(
-        grad_ptr, count_ptr, offs_n, mask_n, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N
+        grad_ptr, count_ptr, offs_n, mask_x, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N
     )
-    g_lse = tl.load(d_lse_ptr + offs_n, mask=mask_n, other=0.0) * factor
-    g_u = tl.load(d_u_ptr + offs_n, mask=mask_n, other=0.0) * factor
-    lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
-    u = tl.load(u_ptr + offs_n, mask=mask_n, other=0.0)
+    g_lse = tl.load(d_lse_ptr + offs_n, mask=mask_x, other=0.0) * factor
+    g_u = tl.load(d_u_ptr + offs_n, mask=mask_x, other=0.0) * factor
+    lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
+    u = tl.load(u_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
     inv_x = tl.load(inv_x_ptr + offs_n, mask=mask_n, other=0.0)
-    return labels, g_lse, g_u, lse, u, inv_x
+    return labels, mask_x, g_lse, g_u, lse, u, inv_x
 
 
 @triton.jit
@@ -62,21 +86,25 @@ def _gradient_tile(cos, offs_c, mask_c, labels, s, g_lse, g_u, lse, u):
     is_target = mask_c[:, None] & (offs_c[:, None] == labels[None, :])
     # exponentials of the target, and past the last class, may overflow and are not used
     is_other = mask_c[:, None] & (offs_c[:, None] != labels[None, :])
-    e = tl.exp(tl.where(is_other, s * cos - lse[None, :], 0.0))
+    z = s * cos - lse[None, :]
+    # lse is no less than any s c; at a huge scale the rounding of either is
+    e = tl.exp(tl.where(is_other & ~(z > 0.0), z, 0.0))
     g = tl.where(is_other, (g_lse * s)[None, :] * e, 0.0)
     return tl.where(is_target, g_u[None, :], g), tl.where(is_target, u[None, :], cos)
 
 
 @triton.jit
-def _kept_gradient_tile(e, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse, u):
-    """The same from the forward's exponentials e = exp(s c - shift), (BLOCK_C, BLOCK_N).
+def _kept_gradient_tile(kept, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse, u):
+    """The same from what the forward kept, z = s c - shift below 0 or e = exp(z) above.
 
-    e is 0 at targets, past the last class, and where it underflowed.
+    All (BLOCK_C, BLOCK_N). 0 is kept at targets, past the last class, and where e underflowed.
     """
     is_target = mask_c[:, None] & (offs_c[:, None] == labels[None, :])
-    factor = tl.exp(tl.where(e > 0.0, shift - lse[None, :], 0.0))
+    z = tl.where(kept < 0.0, kept, 0.0)
+    e = tl.where(kept < 0.0, 1.0, kept)
+    factor = tl.exp(tl.where(kept != 0.0, z + (shift - lse[None, :]), 0.0))
     g = (g_lse * s)[None, :] * e * factor
-    cos = tl.where(e > 0.0, (tl.log(tl.where(e > 0.0, e, 1.0)) + shift) / s, 0.0)
+    cos = (z + tl.log(tl.where(e > 0.0, e, 1.0)) + shift) / s  # without use where g is 0
     return tl.where(is_target, g_u[None, :], g), tl.where(is_target, u[None, :], cos)
 
 
@@ -104,20 +132,20 @@ def gradient_kernel(
     mask_n = offs_n < N
     mask = mask_c[:, None] & mask_n[None, :]
     s = load_scale(scale, scale_ptr, HAS_SCALE_TENSOR, ACC)
-    labels, g_lse, g_u, lse, u, inv_x = _row_quantities(
+    labels, mask_x, g_lse, g_u, lse, u, inv_x = _row_quantities(
         labels_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr, lse_ptr, u_ptr, inv_x_ptr,
         offs_n, mask_n, stride_label, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N,
     )  # fmt: skip
     inv_w = tl.load(inv_w_ptr + offs_c, mask=mask_c, other=0.0)
     if KEPT_BLOCK:
-        e = tl.load(kept_ptr + offs_c.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask,
-                    other=0.0).to(ACC)  # fmt: skip
+        kept = tl.load(kept_ptr + offs_c.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask,
+                       other=0.0).to(ACC)  # fmt: skip
         shift = tl.load(shift_ptr + (offs_c // KEPT_BLOCK).to(tl.int64)[:, None] * N
                         + offs_n[None, :], mask=mask, other=0.0)  # fmt: skip
-        g, cos = _kept_gradient_tile(e, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
+        g, cos = _kept_gradient_tile(kept, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
     else:
         cos, inv_w = cosine_tile(
-            x_ptr, w_ptr, offs_n, offs_c, mask_n, mask_c, inv_x, inv_w,
+            x_ptr, w_ptr, offs_n, offs_c, mask_x, mask_c, inv_x, inv_w,
             stride_xn, stride_xd, stride_wc, stride_wd, D, False, NORMALIZE_FIRST,
             ACC, COMPUTE, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K,
         )  # (BLOCK_C, BLOCK_N)  # fmt: skip
@@ -129,7 +157,7 @@ def gradient_kernel(
         row_radial = tl.sum(g * cos, axis=0)  # (BLOCK_N,)
         tl.store(row_radial_ptr + tl.program_id(0).to(tl.int64) * N + offs_n, row_radial,
                  mask=mask_n)  # fmt: skip
-    g = g * inv_w[:, None] * inv_x[None, :]
+    g = g * (inv_w[:, None] * inv_x[None, :])
     tl.store(g_ptr + offs_local.to(tl.int64)[:, None] * N + offs_n[None, :],
              cast(g, g_ptr.dtype.element_ty), mask=mask)  # fmt: skip
 
@@ -137,24 +165,25 @@ def gradient_kernel(
 @triton.jit
 def _store_d_w(d_w_ptr, tile, w, radial, inv_w, rows, offs_d, mask, D, ACC: tl.constexpr):
     """d_w (C, D) of ``rows`` (eq. 8), from q / ||w|| and q . w_hat."""
-    radial = tl.where(inv_w < CLAMPED, radial * inv_w * inv_w, 0.0)
-    d_w = tile - radial[:, None] * w.to(ACC)
+    radial = tl.where(inv_w < CLAMPED, radial * inv_w, 0.0)
+    d_w = tile - radial[:, None] * (w.to(ACC) * inv_w[:, None])  # 1 / ||w||^2 would underflow
     tl.store(d_w_ptr + rows[:, None] * D + offs_d, cast(d_w, d_w_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _store_d_x(d_x_ptr, tile, x, radial, inv_x, rows, offs_d, mask, D, ACC: tl.constexpr):
     """d_x (N, D) of ``rows`` (eq. 8), from v / ||x|| and v . x_hat."""
-    radial = tl.where(inv_x < CLAMPED, radial * inv_x * inv_x, 0.0)
-    d_x = tile - radial[:, None] * x.to(ACC)
+    radial = tl.where(inv_x < CLAMPED, radial * inv_x, 0.0)
+    d_x = tile - radial[:, None] * (x.to(ACC) * inv_x[:, None])
     tl.store(d_x_ptr + rows[:, None] * D + offs_d, cast(d_x, d_x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def weight_kernel(
-    x_ptr, w_ptr, g_ptr, radial_ptr, inv_w_ptr, d_w_ptr,
-    first_class, num_classes, N, D, num_row_blocks, stride_xn, stride_xd, stride_wc, stride_wd,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptr, labels_ptr, g_ptr, radial_ptr, inv_w_ptr, d_w_ptr,
+    first_class, num_classes, N, D, num_row_blocks,
+    stride_xn, stride_xd, stride_wc, stride_wd, stride_label,
+    HAS_GRAD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """d_w of one tile (eq. 8), (BLOCK_C, BLOCK_D), written once to d_w (C, D) contiguous."""
@@ -168,15 +197,19 @@ def weight_kernel(
     g_rows = g_ptr + offs_local.to(tl.int64)[:, None] * N
     x_columns = x_ptr + offs_d.to(tl.int64)[None, :] * stride_xd
     tile = tl.zeros([BLOCK_C, BLOCK_D], ACC)
+    offs_n = tl.arange(0, BLOCK_K)
+    _, mask_x = _row_labels(labels_ptr, offs_n, offs_n < N, stride_label, HAS_GRAD)
     for k in range(0, N, BLOCK_K):
         offs_n = k + tl.arange(0, BLOCK_K)
         mask_n = offs_n < N
         g = tl.load(g_rows + offs_n[None, :], mask=mask_c[:, None] & mask_n[None, :],
                     other=0.0)  # (BLOCK_C, BLOCK_K)  # fmt: skip
         x = tl.load(x_columns + offs_n.to(tl.int64)[:, None] * stride_xn,
-                    mask=mask_n[:, None] & mask_d[None, :],
+                    mask=mask_x[:, None] & mask_d[None, :],
                     other=0.0)  # (BLOCK_K, BLOCK_D)  # fmt: skip
         tile = dot(g, cast(x, OPERAND), tile, PRECISION)
+        offs_n += BLOCK_K
+        _, mask_x = _row_labels(labels_ptr, offs_n, offs_n < N, stride_label, HAS_GRAD)
     radial = tl.zeros([BLOCK_C], ACC)
     for i in range(0, num_row_blocks):
         radial += tl.load(radial_ptr + offs_local.to(tl.int64) * num_row_blocks + i, mask=mask_c,
@@ -191,10 +224,11 @@ def weight_kernel(
 
 @triton.jit
 def embeddings_kernel(
-    x_ptr, w_ptr, g_ptr, row_radial_ptr, inv_x_ptr, partial_ptr, d_x_ptr,
+    x_ptr, w_ptr, labels_ptr, g_ptr, row_radial_ptr, inv_x_ptr, partial_ptr, d_x_ptr,
     first_class, num_classes, N, D, classes_per_split, num_class_blocks,
-    stride_xn, stride_xd, stride_wc, stride_wd,
-    IS_FIRST: tl.constexpr, IS_ONLY: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    stride_xn, stride_xd, stride_wc, stride_wd, stride_label,
+    HAS_GRAD: tl.constexpr, IS_FIRST: tl.constexpr, IS_ONLY: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Adds this split of the chunk to its own partial of d_x, (num_splits, N, D).
@@ -228,8 +262,9 @@ def embeddings_kernel(
             radial += tl.load(row_radial_ptr + tl.cast(j, tl.int64) * N + offs_n, mask=mask_n,
                               other=0.0)  # fmt: skip
         inv_x = tl.load(inv_x_ptr + offs_n, mask=mask_n, other=0.0)
+        _, mask_x = _row_labels(labels_ptr, offs_n, mask_n, stride_label, HAS_GRAD)
         x = tl.load(x_ptr + rows[:, None] * stride_xn + offs_d.to(tl.int64)[None, :] * stride_xd,
-                    mask=mask, other=0.0)  # fmt: skip
+                    mask=mask_x[:, None] & mask_d[None, :], other=0.0)  # fmt: skip
         _store_d_x(d_x_ptr, tile, x, radial, inv_x, rows, offs_d[None, :], mask, D, ACC)
     else:
         partial = partial_ptr + (split.to(tl.int64) * N + rows)[:, None] * D + offs_d[None, :]
@@ -268,12 +303,12 @@ def fused_weight_kernel(
     for n in range(0, N, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        labels, g_lse, g_u, lse, u, inv_x = _row_quantities(
+        labels, mask_x, g_lse, g_u, lse, u, inv_x = _row_quantities(
             labels_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr, lse_ptr, u_ptr, inv_x_ptr,
             offs_n, mask_n, stride_label, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N,
         )  # fmt: skip
         x = tl.load(x_ptr + offs_n.to(tl.int64)[:, None] * stride_xn + columns * stride_xd,
-                    mask=mask_n[:, None] & mask_d[None, :],
+                    mask=mask_x[:, None] & mask_d[None, :],
                     other=0.0)  # (BLOCK_N, BLOCK_D)  # fmt: skip
         if NORMALIZE_FIRST:
             operand = cast(x.to(ACC) * inv_x[:, None], COMPUTE)
@@ -316,11 +351,12 @@ def fused_embeddings_kernel(
     columns = offs_d.to(tl.int64)[None, :]
     mask = mask_n[:, None] & mask_d[None, :]
     s = load_scale(scale, scale_ptr, HAS_SCALE_TENSOR, ACC)
-    labels, g_lse, g_u, lse, u, inv_x = _row_quantities(
+    labels, mask_x, g_lse, g_u, lse, u, inv_x = _row_quantities(
         labels_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr, lse_ptr, u_ptr, inv_x_ptr,
         offs_n, mask_n, stride_label, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N,
     )  # fmt: skip
-    x = tl.load(x_ptr + rows[:, None] * stride_xn + columns * stride_xd, mask=mask,
+    x = tl.load(x_ptr + rows[:, None] * stride_xn + columns * stride_xd,
+                mask=mask_x[:, None] & mask_d[None, :],
                 other=0.0)  # (BLOCK_N, BLOCK_D)  # fmt: skip
     if NORMALIZE_FIRST:
         x = x.to(ACC) * inv_x[:, None]
@@ -362,8 +398,9 @@ def _merge_partials(partial_ptr, rows, offs_d, mask, N, D, num_splits, ACC: tl.c
 
 @triton.jit
 def finish_kernel(
-    x_ptr, partial_ptr, scale_ptr, grad_ptr, count_ptr, d_u_ptr, u_ptr, inv_x_ptr,
-    d_x_ptr, d_scale_ptr, scale: tl.float64, N, D, num_splits, stride_xn, stride_xd, stride_grad,
+    x_ptr, partial_ptr, labels_ptr, scale_ptr, grad_ptr, count_ptr, d_u_ptr, u_ptr, inv_x_ptr,
+    d_x_ptr, d_scale_ptr, scale: tl.float64, N, D, num_splits,
+    stride_xn, stride_xd, stride_label, stride_grad,
     HAS_SCALE_TENSOR: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_COUNT: tl.constexpr,
     NEED_X: tl.constexpr, NEED_SCALE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -372,10 +409,11 @@ def finish_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     rows = offs_n.to(tl.int64)
+    _, mask_x = _row_labels(labels_ptr, offs_n, mask_n, stride_label, HAS_GRAD)
     radial = tl.zeros([BLOCK_N], ACC)  # sum_k G_nk c_nk
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
-        mask = mask_n[:, None] & (offs_d < D)[None, :]
+        mask = mask_x[:, None] & (offs_d < D)[None, :]
         offs_d = offs_d.to(tl.int64)[None, :]
         v = _merge_partials(
             partial_ptr, rows, offs_d, mask, N, D, num_splits, ACC, BLOCK_N, BLOCK_D
@@ -385,21 +423,21 @@ def finish_kernel(
     if NEED_SCALE:
         s = load_scale(scale, scale_ptr, HAS_SCALE_TENSOR, ACC)
         factor = _row_factor(
-            grad_ptr, count_ptr, offs_n, mask_n, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N
+            grad_ptr, count_ptr, offs_n, mask_x, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N
         )
-        g_u = tl.load(d_u_ptr + offs_n, mask=mask_n, other=0.0) * factor
-        u = tl.load(u_ptr + offs_n, mask=mask_n, other=0.0)
+        g_u = tl.load(d_u_ptr + offs_n, mask=mask_x, other=0.0) * factor
+        u = tl.load(u_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
         tl.store(d_scale_ptr + offs_n, (radial - g_u * u) / s, mask=mask_n)
     if NEED_X:
         inv_x = tl.load(inv_x_ptr + offs_n, mask=mask_n, other=0.0)
         for d in range(0, D, BLOCK_D):
             offs_d = d + tl.arange(0, BLOCK_D)
-            mask = mask_n[:, None] & (offs_d < D)[None, :]
+            mask_d = (offs_d < D)[None, :]
+            mask = mask_n[:, None] & mask_d
             offs_d = offs_d.to(tl.int64)[None, :]
             v = _merge_partials(
                 partial_ptr, rows, offs_d, mask, N, D, num_splits, ACC, BLOCK_N, BLOCK_D
             )
-            x = tl.load(
-                x_ptr + rows[:, None] * stride_xn + offs_d * stride_xd, mask=mask, other=0.0
-            )
+            x = tl.load(x_ptr + rows[:, None] * stride_xn + offs_d * stride_xd,
+                        mask=mask_x[:, None] & mask_d, other=0.0)  # fmt: skip
             _store_d_x(d_x_ptr, v, x, radial, inv_x, rows, offs_d, mask, D, ACC)

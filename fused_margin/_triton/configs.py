@@ -128,10 +128,15 @@ _TABLE: dict[str, dict[str, Config]] = {
     | {
         operand: _small_cosines(_HOPPER[operand], Tile(64, 64, 64, 8, 3))
         for operand in ("bf16", "fp16", "tf32")
-    },
+    }
+    # with two stages, 8 bytes spilled where cosines are kept
+    | {"fp64": replace(_SMALL, forward=Tile(64, 64, 16, 8, 1))},
     "gfx942": {operand: _amd(config) for operand, config in _DEFAULT.items()}
-    # with 8 warps, 36 bytes spilled where the exponentials are kept
-    | {"ieee": replace(_amd(_SMALL), forward=Tile(64, 64, 16, 4, 1))},
+    # with 64 dimensions a step, 52 bytes spilled; with 8 warps, 36 where cosines are kept
+    | {
+        "bf16": replace(_amd(_HALF), gradient=Tile(64, 128, 32, 8, 1)),
+        "ieee": replace(_amd(_SMALL), forward=Tile(64, 64, 16, 4, 1)),
+    },
     "interpreter": dict.fromkeys(OPERANDS, _TINY),
 }
 

@@ -4,12 +4,16 @@ import triton
 import triton.language as tl
 
 from fused_margin._triton.primitives import (
+    IGNORED,
+    INVALID,
+    NOT_ZERO,
     cast,
     cosine_tile,
     inverse_norm,
     load_scale,
     margin_loss,
     row_inverse_norm,
+    used_rows,
 )
 
 NARROW = tl.constexpr(16)  # columns of a row-wise pass: wider ones hold too many pointers
@@ -17,31 +21,38 @@ NARROW = tl.constexpr(16)  # columns of a row-wise pass: wider ones hold too man
 
 @triton.jit
 def _target_cosine(
-    x_ptr, w_ptr, offs_n, mask_n, labels, inv_x, stride_xn, stride_xd, stride_wc, stride_wd, C, D,
-    ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, w_ptr, offs_n, mask_x, labels, stride_xn, stride_xd, stride_wc, stride_wd, C, D,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """u (eq. 1), (BLOCK_N,): a dot of its own in ACC; 0 for a label outside [0, C)."""
-    has_target = mask_n & (labels >= 0) & (labels < C)
-    product = tl.zeros([BLOCK_N], ACC)
-    sum_squares = tl.zeros([BLOCK_N], ACC)
+    """u (eq. 1), (BLOCK_N,) fp64 in [-1, 1]: a dot of its own; 0 for a label outside [0, C).
+
+    Norms and dot are fp64: near u = 1 the margin, and near theta = 0 the loss itself, would amplify
+    the rounding of fp32.
+    """
+    has_target = mask_x & (labels >= 0) & (labels < C)
+    product = tl.zeros([BLOCK_N], tl.float64)
+    x_squares = tl.zeros([BLOCK_N], tl.float64)
+    w_squares = tl.zeros([BLOCK_N], tl.float64)
     for k in range(0, D, BLOCK_K):
         offs_d = k + tl.arange(0, BLOCK_K)
         mask = has_target[:, None] & (offs_d < D)[None, :]
         offs_d = offs_d.to(tl.int64)[None, :]
         w = tl.load(w_ptr + labels[:, None] * stride_wc + offs_d * stride_wd, mask=mask,
-                    other=0.0).to(ACC)  # (BLOCK_N, BLOCK_K)  # fmt: skip
+                    other=0.0).to(tl.float64)  # (BLOCK_N, BLOCK_K)  # fmt: skip
         x = tl.load(x_ptr + offs_n.to(tl.int64)[:, None] * stride_xn + offs_d * stride_xd,
-                    mask=mask, other=0.0).to(ACC)  # (BLOCK_N, BLOCK_K)  # fmt: skip
+                    mask=mask, other=0.0).to(tl.float64)  # (BLOCK_N, BLOCK_K)  # fmt: skip
         product += tl.sum(x * w, axis=1)
-        sum_squares += tl.sum(w * w, axis=1)
-    return tl.where(has_target, product * inverse_norm(sum_squares) * inv_x, 0.0)
+        x_squares += tl.sum(x * x, axis=1)
+        w_squares += tl.sum(w * w, axis=1)
+    u = product * inverse_norm(w_squares) * inverse_norm(x_squares)  # 0 without a target
+    return tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u))  # NaN stays
 
 
 @triton.jit
 def forward_kernel(
     x_ptr, w_ptr, labels_ptr, scale_ptr, partial_ptr, counters_ptr,
     lse_ptr, u_ptr, inv_x_ptr, inv_w_ptr, row_loss_ptr, loss_ptr, d_lse_ptr, d_u_ptr, count_ptr,
-    kept_ptr, shift_ptr,
+    targets_ptr, kept_ptr, shift_ptr,
     scale: tl.float64,
     cos_m: tl.float64, sin_m: tl.float64, threshold: tl.float64, offset: tl.float64,
     ignore_index, N, C, D, stride_xn, stride_xd, stride_wc, stride_wd, stride_label,
@@ -55,9 +66,9 @@ def forward_kernel(
 
     The last program of a row block merges the partials of all splits in fixed order (eq. 3), finds
     the target cosines and, with HAS_MARGIN, the losses; the last of those sums the losses. Which
-    program is last varies, the order of every sum does not. With KEEP the exponentials
-    exp(s c - shift), (C, N) up to whole blocks, and the shift of each block of classes,
-    (class blocks, N), outlive it.
+    program is last varies, the order of every sum does not. With KEEP it leaves the shift of each
+    block of classes, (class blocks, N), and for each cosine, (C, N) up to whole blocks, either
+    z = s c - shift, where that is above -1, or exp(z); the first is below 0, the second is not.
     """
     pid_n = tl.program_id(0)
     # `rotation` is 0 but in tests, where it changes which program comes last in the interpreter.
@@ -67,8 +78,9 @@ def forward_kernel(
     labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=mask_n, other=-1).to(
         tl.int64
     )
+    mask_x = used_rows(labels, mask_n, ignore_index, HAS_MARGIN)
     s = load_scale(scale, scale_ptr, HAS_SCALE_TENSOR, ACC)
-    inv_x = row_inverse_norm(x_ptr, offs_n, mask_n, stride_xn, stride_xd, D, ACC, BLOCK_N, NARROW)
+    inv_x = row_inverse_norm(x_ptr, offs_n, mask_x, stride_xn, stride_xd, D, ACC, BLOCK_N, NARROW)
 
     run_max = tl.full([BLOCK_N], -float("inf"), ACC)
     run_sum = tl.zeros([BLOCK_N], ACC)
@@ -83,7 +95,7 @@ def forward_kernel(
                 w_ptr, offs_c, mask_c, stride_wc, stride_wd, D, ACC, BLOCK_C, NARROW
             )
         cos, inv_w = cosine_tile(
-            x_ptr, w_ptr, offs_n, offs_c, mask_n, mask_c, inv_x, inv_w,
+            x_ptr, w_ptr, offs_n, offs_c, mask_x, mask_c, inv_x, inv_w,
             stride_xn, stride_xd, stride_wc, stride_wd, D, not NORMALIZE_FIRST, NORMALIZE_FIRST,
             ACC, COMPUTE, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K,
         )  # (BLOCK_C, BLOCK_N)  # fmt: skip
@@ -93,11 +105,13 @@ def forward_kernel(
         new_max = tl.maximum(run_max, tl.max(z, axis=0))
         # a tile may hold nothing but a row's target: -inf - -inf must not become NaN
         shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-        e = tl.exp(z - shift[None, :])
+        z = z - shift[None, :]
+        e = tl.exp(z)
         if KEEP:
             tl.store(shift_ptr + tl.cast(block, tl.int64) * N + offs_n, shift, mask=mask_n)
+            kept = tl.where(z > -1.0, z - NOT_ZERO, e)
             tl.store(kept_ptr + offs_c.to(tl.int64)[:, None] * N + offs_n[None, :],
-                     cast(e, kept_ptr.dtype.element_ty),
+                     cast(kept, kept_ptr.dtype.element_ty),
                      mask=mask_n[None, :])  # whole blocks, with 0 past the last class  # fmt: skip
         run_sum = run_sum * tl.exp(run_max - shift) + tl.sum(e, axis=0)
         run_max = new_max
@@ -119,26 +133,28 @@ def forward_kernel(
             shift = tl.where(new_max == -float("inf"), 0.0, new_max)
             run_sum = run_sum * tl.exp(run_max - shift) + z_sum * tl.exp(z_max - shift)
             run_max = new_max
-        lse = run_max + tl.log(run_sum)
+        lse = run_max.to(tl.float64) + tl.log(run_sum.to(tl.float64))
         u = _target_cosine(
-            x_ptr, w_ptr, offs_n, mask_n, labels, inv_x,
-            stride_xn, stride_xd, stride_wc, stride_wd, C, D, ACC, BLOCK_N, NARROW,
+            x_ptr, w_ptr, offs_n, mask_x, labels,
+            stride_xn, stride_xd, stride_wc, stride_wd, C, D, BLOCK_N, NARROW,
         )  # fmt: skip
         tl.store(lse_ptr + offs_n, lse, mask=mask_n)
         tl.store(u_ptr + offs_n, u, mask=mask_n)
         tl.store(inv_x_ptr + offs_n, inv_x, mask=mask_n)
         if HAS_MARGIN:
+            is_valid = (labels >= 0) & (labels < C)
             loss, d_lse, d_u = margin_loss(
-                u, lse, s,
-                tl.full([1], cos_m, ACC), tl.full([1], sin_m, ACC),
-                tl.full([1], threshold, ACC), tl.full([1], offset, ACC), STRAIGHT_THROUGH,
+                u, tl.where(is_valid, lse, float("nan")), tl.full([1], scale, tl.float64),
+                tl.full([1], cos_m, tl.float64), tl.full([1], sin_m, tl.float64),
+                tl.full([1], threshold, tl.float64), tl.full([1], offset, tl.float64),
+                STRAIGHT_THROUGH,
             )  # fmt: skip
             ignored = labels == ignore_index
-            poison = tl.where((labels >= 0) & (labels < C), 0.0, float("nan")).to(ACC)
-            loss = tl.where(ignored, 0.0, loss + poison)
-            tl.store(row_loss_ptr + offs_n, loss, mask=mask_n)
-            tl.store(d_lse_ptr + offs_n, tl.where(ignored, 0.0, d_lse + poison), mask=mask_n)
-            tl.store(d_u_ptr + offs_n, tl.where(ignored, 0.0, d_u + poison), mask=mask_n)
+            targets = tl.where(ignored, IGNORED, tl.where(is_valid, labels, INVALID))
+            tl.store(targets_ptr + offs_n, targets, mask=mask_n)
+            tl.store(row_loss_ptr + offs_n, tl.where(ignored, 0.0, loss).to(ACC), mask=mask_n)
+            tl.store(d_lse_ptr + offs_n, tl.where(ignored, 0.0, d_lse).to(ACC), mask=mask_n)
+            tl.store(d_u_ptr + offs_n, tl.where(ignored, 0.0, d_u).to(ACC), mask=mask_n)
             tl.debug_barrier()
             num_row_blocks = tl.num_programs(0)
             arrived = tl.atomic_add(counters_ptr + num_row_blocks, 1, sem="acq_rel", scope="gpu")

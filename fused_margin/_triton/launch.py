@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 
+from fused_margin._arguments import Swept
 from fused_margin._triton import configs
 from fused_margin._triton.backward import (
     embeddings_kernel,
@@ -22,6 +23,7 @@ from fused_margin._triton.forward import forward_kernel
 from fused_margin._triton.planning import (
     TRITON_DTYPE,
     Plan,
+    keeps,
     kept_parts,
     kept_shape,
     plan,
@@ -72,9 +74,7 @@ def _forward(
     p = plan(x, w, compute)
     tile = p.config.forward
     kept = torch.empty(kept_shape(x, w, compute, budget), dtype=torch.uint8, device=x.device)
-    exponentials, shifts, kept_block = (
-        kept_parts(kept, num_rows, p) if kept.numel() else (None, None, 0)
-    )
+    entries, shifts, kept_block = kept_parts(kept, num_rows, p) if keeps(kept) else (None, None, 0)
     block_n = power_of_two(num_rows, tile.rows)
     block_c = kept_block or power_of_two(num_classes, tile.columns)
     block_k = power_of_two(dim, tile.inner)
@@ -83,13 +83,15 @@ def _forward(
     blocks_per_split = triton.cdiv(class_blocks, splits)
     splits = triton.cdiv(class_blocks, blocks_per_split)
 
-    def rows(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=p.accumulate, device=x.device)
+    def rows(*shape: int, dtype: torch.dtype = p.accumulate) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
 
-    lse, u, inv_x, inv_w = rows(num_rows), rows(num_rows), rows(num_rows), rows(num_classes)
-    row_loss = loss = d_lse = d_u = count = None
+    lse, u = rows(num_rows, dtype=torch.float64), rows(num_rows, dtype=torch.float64)
+    inv_x, inv_w = rows(num_rows), rows(num_classes)
+    row_loss = loss = d_lse = d_u = count = targets = None
     if margin is not None:
         row_loss, d_lse, d_u, count = rows(num_rows), rows(num_rows), rows(num_rows), rows()
+        targets = rows(num_rows, dtype=torch.int64)
         loss = None if reduction == "none" else rows()
     if num_rows == 0:
         for empty in (loss, count):
@@ -102,18 +104,20 @@ def _forward(
         with guard(x):
             forward_kernel[(row_blocks, splits)](
                 x, w, labels, scale_tensor, rows(splits, 2, num_rows), counters,
-                lse, u, inv_x, inv_w, row_loss, loss, d_lse, d_u, count, exponentials, shifts,
+                lse, u, inv_x, inv_w, row_loss, loss, d_lse, d_u, count, targets,
+                entries, shifts,
                 scale, m.cos, m.sin, m.threshold, m.offset, ignore_index,
                 num_rows, num_classes, dim, *x.stride(), *w.stride(), labels.stride(0),
                 blocks_per_split, splits, ROTATION,
                 HAS_SCALE_TENSOR=scale_tensor is not None, HAS_MARGIN=margin is not None,
                 STRAIGHT_THROUGH=m.straight_through, REDUCTION=reduction,
-                KEEP=kept.numel() > 0, **p.constants(),
+                KEEP=keeps(kept), **p.constants(),
                 BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_K=block_k, **_options(tile),
             )  # fmt: skip
+    swept = Swept(lse, u, inv_x, inv_w, kept)
     if margin is None:
-        return lse, u, inv_x, inv_w, kept
-    return row_loss if loss is None else loss, lse, u, d_lse, d_u, count, inv_x, inv_w, kept
+        return swept
+    return row_loss if loss is None else loss, d_lse, d_u, count, targets, *swept
 
 
 def cosine_lse(
@@ -124,9 +128,10 @@ def cosine_lse(
     scale_tensor: Tensor | None,
     compute: torch.dtype,
     budget: int,
-) -> tuple[Any, ...]:
+) -> Swept:
     """The five outputs of ``fused_margin::cosine_lse``."""
-    return _forward(x, w, labels, scale, scale_tensor, compute, None, "none", 0, budget)
+    outputs = _forward(x, w, labels, scale, scale_tensor, compute, None, "none", 0, budget)
+    return Swept(*outputs)
 
 
 def margin_ce(
@@ -140,7 +145,7 @@ def margin_ce(
     compute: torch.dtype,
     budget: int,
 ) -> tuple[Tensor, ...]:
-    """The nine outputs of ``fused_margin::margin_ce``."""
+    """The ten outputs of ``fused_margin::margin_ce``."""
     return _forward(x, w, labels, scale, None, compute, margin, reduction, ignore_index, budget)
 
 
@@ -221,7 +226,7 @@ def backward(
         _label_dtype(labels), d_lse, d_u, lse, u, inv_x, grad_loss, count, scale, scale_tensor
     )
     # what was kept goes through the chunks; whether anything is kept was the forward's to decide
-    strategy = "kept" if kept.numel() else strategy_for(num_rows, num_classes, dim, p.config, 1, 0)
+    strategy = "kept" if keeps(kept) else strategy_for(num_rows, num_classes, dim, p.config, 1, 0)
     with guard(x):
         if strategy == "fused":
             partial = _fused(p, rows, x, w, inv_w, d_x, d_w, need_scale=need_scale)
@@ -232,8 +237,9 @@ def backward(
             if need_scale:
                 d_scale_rows = torch.empty(num_rows, dtype=p.accumulate, device=device)
             finish_kernel[(triton.cdiv(num_rows, FINISH_ROWS),)](
-                x, partial, scale_tensor, grad_loss, count, d_u, u, inv_x, d_x, d_scale_rows,
-                scale, num_rows, dim, partial.shape[0], *x.stride(), rows.stride_grad,
+                x, partial, rows.labels, scale_tensor, grad_loss, count, d_u, u, inv_x,
+                d_x, d_scale_rows, scale, num_rows, dim, partial.shape[0],
+                *x.stride(), rows.labels.stride(0), rows.stride_grad,
                 **rows.flags, NEED_X=need_x, NEED_SCALE=need_scale, ACC=TRITON_DTYPE[p.accumulate],
                 BLOCK_N=FINISH_ROWS, BLOCK_D=FINISH_COLUMNS,
                 num_warps=4, num_stages=2, enable_fp_fusion=True,
@@ -311,9 +317,7 @@ def _chunked(
     """Launch the chunked backward; returns the partials of d_x that are still to be merged."""
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     acc = TRITON_DTYPE[p.accumulate]
-    exponentials, shifts, kept_block = (
-        kept_parts(kept, num_rows, p) if kept.numel() else (None, None, 0)
-    )
+    entries, shifts, kept_block = kept_parts(kept, num_rows, p) if keeps(kept) else (None, None, 0)
 
     def rows_of(*shape: int, dtype: torch.dtype = p.accumulate) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -342,7 +346,7 @@ def _chunked(
     for first in range(0, num_classes, chunk):
         length = min(chunk, num_classes - first)
         gradient_kernel[(triton.cdiv(length, block_c), row_blocks)](
-            x, w, *rows.pointers, inv_w, exponentials, shifts, g, radial, row_radial,
+            x, w, *rows.pointers, inv_w, entries, shifts, g, radial, row_radial,
             rows.scale, first, length, num_rows, dim,
             *x.stride(), *w.stride(), rows.labels.stride(0), rows.stride_grad,
             **rows.flags, KEPT_BLOCK=kept_block, IS_ONLY=is_only, **p.constants(),
@@ -352,17 +356,20 @@ def _chunked(
         if d_w is not None:
             # one axis: the others of a CUDA grid end at 65,535
             weight_kernel[(triton.cdiv(dim, dw_d) * triton.cdiv(length, dw_c),)](
-                x, w, g, radial, inv_w, d_w, first, length, num_rows, dim, row_blocks,
-                *x.stride(), *w.stride(), ACC=acc, PRECISION=p.gradient_precision,
+                x, w, rows.labels, g, radial, inv_w, d_w,
+                first, length, num_rows, dim, row_blocks,
+                *x.stride(), *w.stride(), rows.labels.stride(0),
+                HAS_GRAD=rows.grad_loss is not None, ACC=acc, PRECISION=p.gradient_precision,
                 BLOCK_C=dw_c, BLOCK_D=dw_d, BLOCK_K=power_of_two(num_rows, dw_tile.inner),
                 **_options(dw_tile),
             )  # fmt: skip
         if needs_v:
             embeddings_kernel[(*dx_blocks, splits)](
-                x, w, g, row_radial, rows.inv_x, partial, d_x,
+                x, w, rows.labels, g, row_radial, rows.inv_x, partial, d_x,
                 first, length, num_rows, dim, triton.cdiv(length, splits), class_blocks,
-                *x.stride(), *w.stride(),
-                IS_FIRST=first == 0, IS_ONLY=is_only, ACC=acc, PRECISION=p.gradient_precision,
+                *x.stride(), *w.stride(), rows.labels.stride(0),
+                HAS_GRAD=rows.grad_loss is not None, IS_FIRST=first == 0, IS_ONLY=is_only,
+                ACC=acc, PRECISION=p.gradient_precision,
                 BLOCK_N=dx_n, BLOCK_D=dx_d, BLOCK_K=dx_tile.inner, **_options(dx_tile),
             )  # fmt: skip
     return partial

@@ -24,6 +24,9 @@ Tensor = torch.Tensor
 LAUNCH_BOUND = 1 << 20
 # Up to this D the fused backward reads less per cosine than the chunked one writes and reads.
 FUSED_DIM = 64
+# Bytes of a block where nothing is kept: a size that may be 0 or 1 would constrain N under
+# torch.export.
+NOTHING = 2
 # Programs in a sweep under the interpreter, so that merges are exercised there too.
 INTERPRETER_PROGRAMS = 3
 FAILURES = (CompilationError, OutOfResources, PTXASError)  # of tiles that don't fit a device
@@ -186,7 +189,7 @@ def strategy_for(
 ) -> str:
     """Which backward a call gets (docs/design.md).
 
-    ``"kept"`` if the forward's exponentials, ``kept_bytes``, are within the caller's budget;
+    ``"kept"`` if an entry for each cosine, ``kept_bytes`` in all, is within the caller's budget;
     ``"fused"`` for small D, and where launches are what a step costs, if there are tiles for D;
     else ``"chunked"``.
     """
@@ -201,7 +204,7 @@ def strategy_for(
 
 
 def _kept_bytes(block_c: int, num_rows: int, p: Plan) -> int:
-    """Bytes of a block of classes of the kept exponentials, with its shifts."""
+    """Bytes of the entries of a block of classes, with its shifts."""
     return num_rows * (block_c * p.gradient.itemsize + p.accumulate.itemsize)
 
 
@@ -210,25 +213,35 @@ def _kept_block(num_classes: int, p: Plan) -> int:
     return power_of_two(num_classes, p.config.forward.columns)
 
 
-def kept_shape(x: Tensor, w: Tensor, compute: torch.dtype, budget: int) -> tuple[int, int]:
-    """Shape of the bytes that the forward keeps: blocks of classes, bytes of each.
+def kept_shape(
+    x: Tensor, w: Tensor, compute: torch.dtype, budget: int
+) -> tuple[int, int | torch.SymInt]:
+    """Shape of the bytes that the forward keeps: blocks of classes, bytes of each, or `NOTHING`.
 
-    All exponentials, a row for each class up to whole blocks, in the dtype of G, come first in
-    memory, then all shifts.
+    An entry for each cosine, a row for each class up to whole blocks, in the dtype of G, comes
+    first in memory, then all shifts. What `strategy_for` decides is a formula without cases here,
+    so that `torch.compile` and `torch.export` need not know N.
     """
     if budget <= 0 and _override.strategy != "kept":
-        return 0, 0
-    # under torch.compile the number of rows may stay symbolic
-    num_rows, dim, num_classes = x.shape[0], int(x.shape[1]), int(w.shape[0])
+        return 0, NOTHING
+    num_rows, num_classes = x.shape[0], int(w.shape[0])
     p = default_plan(x, w, compute)
     block_c = _kept_block(num_classes, p)
     blocks, size = triton.cdiv(num_classes, block_c), _kept_bytes(block_c, num_rows, p)
-    chosen = strategy_for(num_rows, num_classes, dim, p.config, blocks * size, budget)
-    return (blocks, size) if chosen == "kept" and num_rows else (0, 0)
+    if _override.strategy is not None:
+        fits = int(_override.strategy == "kept")
+    else:
+        fits = torch.sym_min(1, budget // torch.sym_max(1, blocks * size))
+    return blocks, torch.sym_max(NOTHING, size * fits)
+
+
+def keeps(kept: Tensor) -> bool:
+    """Whether there is anything in what `kept_shape` made room for."""
+    return kept.shape[1] > NOTHING
 
 
 def kept_parts(kept: Tensor, num_rows: int, p: Plan) -> tuple[Tensor, Tensor, int]:
-    """The exponentials and the shifts in ``kept``, and the classes of a block."""
+    """The entries and the shifts in ``kept``, and the classes of a block."""
     blocks, size = kept.shape
     block_c = (size // num_rows - p.accumulate.itemsize) // p.gradient.itemsize
     end = blocks * block_c * num_rows * p.gradient.itemsize

@@ -3,10 +3,13 @@
 import triton
 import triton.language as tl
 
-from fused_margin import _numerics, _validate, margins
+from fused_margin import _arguments, _numerics, _validate, margins
 
 INTERPRETED = tl.constexpr(_validate.INTERPRETED)
 NORM_EPS = tl.constexpr(_numerics.NORM_EPS)
+IGNORED = tl.constexpr(_arguments.IGNORED)
+INVALID = tl.constexpr(_arguments.INVALID)
+NOT_ZERO = tl.constexpr(2.0**-100)  # a kept exponent of 0 becomes its negative
 CLAMPED = tl.constexpr(_numerics.CLAMPED_INVERSE_NORM)
 SINE_SQUARED_FLOOR = tl.constexpr(margins.SINE_SQUARED_FLOOR)
 LOG1P_TERMS = tl.constexpr(18)  # q <= 1/3: the first term left out is below 2^-60
@@ -106,6 +109,14 @@ def cosine_tile(
 
 
 @triton.jit
+def used_rows(labels, mask_n, ignored, SOME_IGNORED: tl.constexpr):
+    """Rows of which x may be loaded, (BLOCK_N,): with SOME_IGNORED not those labelled so."""
+    if SOME_IGNORED:
+        mask_n = mask_n & (labels != ignored)
+    return mask_n
+
+
+@triton.jit
 def load_scale(scale, scale_ptr, HAS_SCALE_TENSOR: tl.constexpr, ACC: tl.constexpr):
     """s, (1,): from memory, or from an fp64 argument."""
     if HAS_SCALE_TENSOR:
@@ -116,13 +127,10 @@ def load_scale(scale, scale_ptr, HAS_SCALE_TENSOR: tl.constexpr, ACC: tl.constex
 
 @triton.jit
 def margin_loss(u, lse, s, cos_m, sin_m, threshold, offset, STRAIGHT_THROUGH: tl.constexpr):
-    """Loss and its derivatives by lse and by u (eq. 4 to 6); all (BLOCK_N,)."""
-    u = tl.minimum(tl.maximum(u, -1.0), 1.0)
+    """Loss and its derivatives by lse and by u (eq. 4 to 6); all (BLOCK_N,), u in [-1, 1]."""
     sine_squared = 1.0 - u * u
     is_angular = u >= threshold
-    psi = tl.where(
-        is_angular, u * cos_m - tl.sqrt(tl.maximum(sine_squared, 0.0)) * sin_m, u - offset
-    )
+    psi = tl.where(is_angular, u * cos_m - tl.sqrt(sine_squared) * sin_m, u - offset)
     slope = tl.full(u.shape, 1.0, u.dtype)
     if not STRAIGHT_THROUGH:
         floor = tl.full([1], SINE_SQUARED_FLOOR, u.dtype)

@@ -1,0 +1,74 @@
+"""Which of three ways a call goes, and how much of its forward it keeps for the backward."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fused_margin._arguments import Gradients, Needs, Swept
+from fused_margin._cpu import single, sweep, tiny
+from fused_margin._cpu.products import product_dtype
+from fused_margin._cpu.rows import Problem, RowGradients
+from fused_margin._numerics import accumulation_dtype
+
+# Bytes of products that the forward leaves for the backward, those of the first classes: this much,
+# and more for each row of the batch above 256. The others are formed again, so that memory does not
+# grow with N C.
+KEPT_BYTES = 40 << 20
+KEPT_ROWS, KEPT_BYTES_PER_FURTHER_ROW = 256, 224 << 10
+
+
+def kept_bytes(x: torch.Tensor, w: torch.Tensor, budget: int) -> Any:
+    """Bytes that outlive the forward: for all cosines, or ``budget``; negative for the default.
+
+    A formula without cases, so that `torch.compile` and `torch.export` need not know N.
+
+    Returns:
+        An int, symbolic where N is.
+    """
+    num_rows, num_classes = x.shape[0], w.shape[0]
+    largest, smallest = (max, min) if type(num_rows) is int else (torch.sym_max, torch.sym_min)
+    available: Any = budget
+    if budget < 0:
+        further_rows = largest(0, num_rows - KEPT_ROWS)
+        available = KEPT_BYTES + further_rows * KEPT_BYTES_PER_FURTHER_ROW
+    return smallest(num_rows * num_classes * accumulation_dtype(x, w).itemsize, available)
+
+
+def kept_classes(x: torch.Tensor, w: torch.Tensor, compute: torch.dtype, num_bytes: int) -> int:
+    """How many classes' products ``num_bytes`` hold: all, or those of whole blocks."""
+    (num_rows, dim), num_classes = x.shape, w.shape[0]
+    accumulate = accumulation_dtype(x, w)
+    if single.fits(num_rows, num_classes, dim):
+        needed = num_rows * num_classes * accumulate.itemsize
+        return num_classes if needed <= num_bytes else 0
+    bytes_per_class = num_rows * product_dtype(compute, accumulate).itemsize
+    if num_classes * bytes_per_class <= num_bytes:
+        return num_classes
+    size = sweep.block_size(num_rows, num_classes, dim, accumulate.itemsize)
+    return num_bytes // (bytes_per_class * size) * size
+
+
+def _way(problem: Problem) -> ModuleType:
+    num_rows, num_classes, dim = problem.sizes
+    if not single.fits(num_rows, num_classes, dim):
+        return sweep
+    return tiny if tiny.fits(problem) else single
+
+
+def forward(problem: Problem, budget: int) -> Swept:
+    """lse, u, the inverse norms, and up to ``budget`` bytes for a backward, as `kept_bytes` has it.
+
+    Raises nothing: labels outside [0, C) mean "no target".
+    """
+    num_bytes = kept_bytes(problem.x, problem.w, budget)
+    num_kept = kept_classes(problem.x, problem.w, problem.compute, num_bytes)
+    return _way(problem).forward(problem, num_kept, num_bytes)
+
+
+def backward(g: RowGradients, problem: Problem, swept: Swept, needs: Needs) -> Gradients:
+    """Vector-Jacobian product of `forward`, for gradients ``g`` of lse and u."""
+    num_kept = kept_classes(problem.x, problem.w, problem.compute, swept.kept.shape[0])
+    return _way(problem).backward(g, problem, swept, num_kept, needs)

@@ -1,0 +1,283 @@
+"""What is linear in N or in a block's rows: norms, target cosines, the margin and the loss.
+
+Quantities of shape (N,) are fp64 NumPy arrays where several operators in a row would each cost more
+than their work. Equations refer to ``docs/math.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fused_margin._numerics import CLAMPED_INVERSE_NORM, NORM_EPS
+from fused_margin.margins import SINE_SQUARED_FLOOR, Margin
+
+SINE_FLOOR = math.sqrt(SINE_SQUARED_FLOOR)
+
+# A row whose norm is beyond this is multiplied by a power of 2 that brings it to about SHRUNK_NORM,
+# so that neither its squares overflow nor its inverse norm squared underflows.
+HUGE = {torch.float32: 2.0**40, torch.float64: 2.0**300}
+SHRUNK_NORM = 2.0**20
+# Elements of x that are widened to fp64 at a time.
+WIDENED = 1 << 20
+
+
+class Targets(NamedTuple):
+    """The rows that have a target, and their classes.
+
+    Attributes:
+        classes: (T,) int64.
+        rows: (T,) int64, ascending; None if every row has a target.
+    """
+
+    classes: torch.Tensor
+    rows: torch.Tensor | None
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows of ``values`` that have a target."""
+        return values if self.rows is None else values[self.rows]
+
+    def fill(self, block: torch.Tensor, value: float) -> None:
+        """Set the targets' entries of a (C, N) matrix to a number."""
+        if self.rows is None:
+            block.scatter_(0, self.classes[None, :], value)
+        else:
+            block[self.classes, self.rows] = value
+
+    def put(self, block: torch.Tensor, values: torch.Tensor) -> None:
+        """Set the targets' entries of a (C, N) matrix to those of ``values``, (N,)."""
+        if self.rows is None:
+            block.scatter_(0, self.classes[None, :], values[None, :])
+        else:
+            block[self.classes, self.rows] = values[self.rows]
+
+
+def find_targets(labels: torch.Tensor, num_classes: int) -> Targets:
+    """The labels, (N,) int64, that lie in [0, C)."""
+    values = labels.numpy()
+    if not values.size or (
+        np.minimum.reduce(values) >= 0 and np.maximum.reduce(values) < num_classes
+    ):
+        return Targets(labels, None)
+    rows = torch.from_numpy(((values >= 0) & (values < num_classes)).nonzero()[0])
+    return Targets(labels[rows], rows)
+
+
+class Problem(NamedTuple):
+    """What a sweep over the classes starts from.
+
+    Attributes:
+        x: embeddings (N, D). w: class weights (C, D), any floating dtype and strides.
+        labels: (N,) int64; outside [0, C) means no target.
+        targets: those that are inside.
+        ignored: rows of which nothing may be used, (N,) bool; None if there are none.
+        scale: s > 0.
+        compute: the dtype asked for in products. accumulate: that of sums.
+    """
+
+    x: torch.Tensor
+    w: torch.Tensor
+    labels: torch.Tensor
+    targets: Targets
+    ignored: torch.Tensor | None
+    scale: float
+    compute: torch.dtype
+    accumulate: torch.dtype
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, C, D."""
+        return self.x.shape[0], self.w.shape[0], self.w.shape[1]
+
+
+class Rows(NamedTuple):
+    """Rows of x or of W, with huge ones shrunk.
+
+    Attributes:
+        values: (R, D), accumulation dtype.
+        inverse: 1 / max(||row||, eps) of ``values``, (R,), accumulation dtype.
+        shrunk: the huge rows, (S,) int64, and what they were multiplied by, (S, 1); None if there
+            are none.
+    """
+
+    values: torch.Tensor
+    inverse: torch.Tensor
+    shrunk: tuple[torch.Tensor, torch.Tensor] | None
+
+    def undo(self, gradient: torch.Tensor) -> None:
+        """Turn the gradient of ``values`` into that of the rows as they were, in place."""
+        if self.shrunk is not None:
+            rows, factors = self.shrunk
+            gradient[rows] *= factors
+
+
+def inverse_norms(rows: torch.Tensor) -> np.ndarray:
+    """1 / max(||row||, eps), (R,) fp64."""
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).numpy()
+    return np.reciprocal(np.maximum(norms, NORM_EPS, out=norms), out=norms)
+
+
+def rounded(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """An fp64 array as a tensor of the accumulation dtype."""
+    if dtype is torch.float32:
+        array = array.astype(np.float32, copy=False)
+    return torch.from_numpy(array)
+
+
+def shrink_huge(rows: torch.Tensor, inverse: torch.Tensor) -> Rows:
+    """Rows (R, D) in the accumulation dtype, with their inverse norms, for what follows."""
+    values, smallest = inverse.numpy(), 1.0 / HUGE[rows.dtype]
+    if not values.size or not np.minimum.reduce(values) < smallest:
+        return Rows(rows, inverse, None)
+    huge = (inverse < smallest).nonzero()[:, 0]
+    _, exponents = rows[huge].abs().amax(dim=1, keepdim=True).frexp()
+    factors = torch.ldexp(torch.full_like(rows[huge, :1], SHRUNK_NORM), -exponents)
+    rows = rows.clone()
+    rows[huge] *= factors
+    return Rows(rows, rounded(inverse_norms(rows), rows.dtype), (huge, factors))
+
+
+class Measured(NamedTuple):
+    """Rows whose norms were found.
+
+    Attributes:
+        rows: (R, D). exact: inverse norms of ``rows``, (R,) fp64.
+        inverse: those of the rows before huge ones were shrunk, (R,), accumulation dtype.
+    """
+
+    rows: Rows
+    exact: np.ndarray
+    inverse: torch.Tensor
+
+
+def measure(values: torch.Tensor) -> Measured:
+    """Find the norms of rows (R, D) in the accumulation dtype."""
+    exact = inverse_norms(values)
+    inverse = rounded(exact, values.dtype)
+    rows = shrink_huge(values, inverse)
+    if rows.shrunk is not None:
+        exact = inverse_norms(rows.values)
+    return Measured(rows, exact, inverse)
+
+
+def embeddings(problem: Problem) -> torch.Tensor:
+    """x, (N, D), in the accumulation dtype, 0 where it is ignored."""
+    x = problem.x.to(problem.accumulate)
+    return x if problem.ignored is None else x.masked_fill(problem.ignored[:, None], 0.0)
+
+
+def target_cosines(x: Measured, w: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """u (eq. 1), (N,) fp64 in [-1, 1]; 0 where there is no target.
+
+    Norms and dot are fp64: the margin, and near theta = 0 the loss itself, amplify the rounding of
+    fp32.
+
+    Args:
+        x: (N, D). w: (C, D), any floating dtype.
+    """
+    num_found, dim = targets.classes.shape[0], w.shape[1]
+    u = np.empty(num_found)
+    step = max(1, WIDENED // dim)
+    values = targets.of(x.rows.values)
+    for start in range(0, num_found, step):
+        here = slice(start, start + step)
+        weight = measure(w.index_select(0, targets.classes[here]).double())
+        part = torch.linalg.vecdot(values[here].double(), weight.rows.values).numpy()
+        np.multiply(part, weight.exact, out=u[here])
+    u *= x.exact if targets.rows is None else x.exact[targets.rows.numpy()]
+    u = torch.from_numpy(np.minimum(np.maximum(u, -1.0, out=u), 1.0, out=u))
+    if targets.rows is None:
+        return u
+    every = torch.zeros(x.exact.shape[0], dtype=torch.float64, device="cpu")
+    return every.index_put_((targets.rows,), u)
+
+
+class Losses(NamedTuple):
+    """Loss of each row and its derivatives by lse and by u; (N,) fp64 arrays."""
+
+    loss: np.ndarray
+    d_lse: np.ndarray
+    d_u: np.ndarray
+
+
+def losses(
+    lse: torch.Tensor,
+    u: torch.Tensor,
+    ignored: torch.Tensor | None,
+    scale: float,
+    margin: Margin,
+) -> Losses:
+    """Loss and derivatives (eq. 4 to 6), 0 on ignored rows.
+
+    Args:
+        lse: (N,) fp64. u: (N,) fp64 in [-1, 1]. ignored: (N,) bool, or None. margin: floats.
+    """
+    cosine = u.numpy()
+    sine = np.sqrt(np.maximum(1.0 - cosine * cosine, 0.0))
+    psi = cosine * margin.cos - sine * margin.sin
+    slope = margin.cos + cosine * margin.sin / np.maximum(sine, SINE_FLOOR)
+    is_angular = cosine >= margin.threshold
+    if not is_angular.all():
+        psi = np.where(is_angular, psi, cosine - margin.offset)
+        slope = np.where(is_angular, slope, 1.0)
+    if margin.straight_through:
+        slope = 1.0
+    gap = scale * psi - lse.numpy()
+    # -log sigmoid(gap) and sigmoid(-gap), without cancellation or overflow
+    loss = np.maximum(-gap, 0.0) + np.log1p(np.exp(-np.abs(gap)))
+    sigma = -np.expm1(-loss)
+    d_u = sigma * slope * -scale
+    if ignored is not None:
+        for part in (loss, sigma, d_u):
+            part[ignored.numpy()] = 0.0
+    return Losses(loss, sigma, d_u)
+
+
+def project(rows: Rows, gradient: torch.Tensor) -> torch.Tensor:
+    """Take the radial part out of q / ||r|| (eq. 8), in place of ``gradient``, (R, D).
+
+    Returns:
+        q . r_hat, (R,).
+    """
+    radial = torch.linalg.vecdot(gradient, rows.values)
+    factor = rows.inverse * rows.inverse
+    if np.maximum.reduce(rows.inverse.numpy(), initial=0.0) >= CLAMPED_INVERSE_NORM:
+        # below the clamp of the norm there is no projection
+        factor.masked_fill_(rows.inverse >= CLAMPED_INVERSE_NORM, 0.0)
+    gradient.addcmul_(rows.values, factor.mul_(radial)[:, None], value=-1.0)
+    rows.undo(gradient)
+    return radial
+
+
+class RowGradients(NamedTuple):
+    """Gradients of lse and of u, (N,), fp32 or fp64."""
+
+    lse: np.ndarray
+    u: np.ndarray
+
+
+def chain(
+    d_lse: torch.Tensor,
+    d_u: torch.Tensor,
+    grad_loss: torch.Tensor | None,
+    count: torch.Tensor | None,
+    ignored: torch.Tensor | None,
+) -> RowGradients:
+    """Multiply the derivatives of the loss by its own gradient, over the count of rows.
+
+    Args:
+        d_lse: (N,). d_u: (N,). grad_loss: 0-d or (N,); None where these are gradients already.
+        count: 0-d; None if the losses were not averaged. ignored: (N,) bool, or None.
+    """
+    g_lse, g_u = d_lse.numpy(), d_u.numpy()
+    if grad_loss is None:
+        return RowGradients(g_lse, g_u)
+    factor = grad_loss.item() if grad_loss.ndim == 0 else grad_loss.numpy()
+    if count is not None:
+        factor = factor / max(count.item(), 1.0)
+    if ignored is not None:  # whose gradient may be infinite or NaN
+        factor = np.where(ignored.numpy(), 0.0, factor)
+    return RowGradients(g_lse * factor, g_u * factor)

@@ -1,0 +1,144 @@
+"""Few classes: all cosines in one block, and so few operators that they don't cost more than it.
+
+The exponentials, (C, N), are what the forward leaves for the backward, which then takes one product
+for each gradient. Equations refer to ``docs/math.md``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from fused_margin._arguments import Gradients, Needs, Swept
+from fused_margin._cpu.memory import gradient_memory, kept_memory, work_memory
+from fused_margin._cpu.products import LOG2_E, needs_shift, product_dtype
+from fused_margin._cpu.rows import (
+    Problem,
+    RowGradients,
+    Rows,
+    Targets,
+    embeddings,
+    measure,
+    project,
+    rounded,
+    shrink_huge,
+    target_cosines,
+)
+from fused_margin._numerics import NORM_EPS
+
+# Up to this many cosines, and elements of W, a call is this module's.
+LOGITS, WEIGHT_ELEMENTS = 1 << 20, 1 << 22
+# From this many multiplications on, a product in bf16 saves more than its casts cost.
+LOWERED = 1 << 24
+
+
+def fits(num_rows: int, num_classes: int, dim: int) -> bool:
+    """Whether all classes make one block."""
+    return num_rows * num_classes <= LOGITS and num_classes * dim <= WEIGHT_ELEMENTS
+
+
+def _product_dtype(problem: Problem) -> torch.dtype:
+    if math.prod(problem.sizes) < LOWERED:
+        return problem.accumulate
+    return product_dtype(problem.compute, problem.accumulate)
+
+
+def _multiply(
+    a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, out: torch.Tensor
+) -> torch.Tensor:
+    """A B in ``out``, in their own dtype; the operands rounded to ``dtype``."""
+    if dtype is a.dtype:
+        return torch.mm(a, b, out=out)
+    return out.copy_(torch.mm(a.to(dtype), b.to(dtype)))
+
+
+def _exponentials(
+    problem: Problem, x: Rows, w: Rows, dtype: torch.dtype
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Exponentials of all but the targets, (C, N), 0 at these, and lse (eq. 2), (N,) fp64.
+
+    They are exp(s c), or exp(s c - lse) where a shift is needed.
+    """
+    scaled = x.values * (x.inverse * (problem.scale * LOG2_E))[:, None]
+    z = kept_memory.empty(w.values.shape[0], x.values.shape[0], dtype=x.values.dtype)
+    _multiply(w.values, scaled.t(), dtype, z).mul_(w.inverse[:, None])
+    problem.targets.fill(z, -float("inf"))
+    if not needs_shift(problem.scale, z.shape[0], z.dtype):
+        e = z.exp2_()
+        return e, np.log(e.sum(dim=0).double().numpy())
+    shift = z.amax(dim=0)
+    e = z.sub_(shift).exp2_()
+    total = e.sum(dim=0)
+    lse = shift.double().numpy() / LOG2_E + np.log(total.double().numpy())
+    return e.div_(total), lse
+
+
+def forward(problem: Problem, num_kept: int, num_bytes: int) -> Swept:
+    """lse and u (eq. 1, 2), and in ``num_bytes`` the exponentials, unless none are to be kept."""
+    x = measure(embeddings(problem))
+    w = problem.w.to(problem.accumulate)
+    inv_w = torch.linalg.vector_norm(w, dim=1).clamp_min_(NORM_EPS).reciprocal_()
+    e, lse = _exponentials(problem, x.rows, shrink_huge(w, inv_w), _product_dtype(problem))
+    u = target_cosines(x, w, problem.targets)
+    kept = e.view(-1).view(torch.uint8) if num_kept else e.new_empty(num_bytes, dtype=torch.uint8)
+    return Swept(torch.from_numpy(lse), u, x.inverse, inv_w, kept)
+
+
+def backward(
+    g: RowGradients, problem: Problem, swept: Swept, num_kept: int, needs: Needs
+) -> Gradients:
+    """Vector-Jacobian product of `forward` (eq. 7 to 9), for gradients ``g`` of lse and u."""
+    x = shrink_huge(embeddings(problem), swept.inv_x)
+    w = shrink_huge(problem.w.to(problem.accumulate), swept.inv_w)
+    num_rows, num_classes, _ = problem.sizes
+    targets, dtype = problem.targets, _product_dtype(problem)
+    if num_kept:
+        e = swept.kept.view(problem.accumulate).view(num_classes, num_rows)
+    else:
+        e, _ = _exponentials(problem, x, w, dtype)
+    inv_x = x.inverse.numpy()
+    factor = g.lse * inv_x * problem.scale
+    if not needs_shift(problem.scale, num_classes, e.dtype):
+        factor *= np.exp(-swept.lse.numpy())
+    # G / (||x|| ||w||): both products take x and W as they are, and leave q / ||w|| and v / ||x||
+    scaled = work_memory.empty(num_classes, num_rows, dtype=e.dtype)
+    torch.mul(e, rounded(factor, e.dtype), out=scaled)
+    of_target = rounded(g.u * inv_x, e.dtype)
+    is_exact = dtype is scaled.dtype
+    if is_exact:
+        targets.put(scaled, of_target)
+    scaled.mul_(w.inverse[:, None])
+
+    d_x = d_w = d_scale = None
+    if needs.w:
+        q = gradient_memory.empty(*w.values.shape, dtype=e.dtype)
+        _multiply(scaled, x.values, dtype, q)
+        if not is_exact:
+            # as p -> 1 the target outweighs all others: it stays out of a rounded product
+            x_target = targets.of(x.values * of_target[:, None])
+            q.index_add_(0, targets.classes, x_target * w.inverse[targets.classes, None])
+        project(w, q)
+        d_w = q.to(problem.w.dtype)
+    if needs.x or needs.scale:
+        v = _multiply(scaled.t(), w.values, dtype, torch.empty_like(x.values))
+        if not is_exact:
+            _add_targets(v, of_target, w, targets)
+        radial = project(x, v)
+        if needs.scale:
+            of_others = radial.double().numpy() - g.u * swept.u.numpy()
+            d_scale = torch.from_numpy(of_others).sum() / problem.scale
+        if needs.x:
+            d_x = v.to(problem.x.dtype)
+    return Gradients(d_x, d_w, d_scale)
+
+
+def _add_targets(v: torch.Tensor, factors: torch.Tensor, w: Rows, targets: Targets) -> None:
+    """Add factors * w_hat of each row's target, (N, D), to v."""
+    classes = targets.classes
+    added = w.values[classes] * (targets.of(factors) * w.inverse[classes])[:, None]
+    if targets.rows is None:
+        v.add_(added)
+    else:
+        v.index_add_(0, targets.rows, added)

@@ -1,0 +1,280 @@
+"""Many classes: cosines exist for one block of classes at a time.
+
+A block is class-major, (B, N): the product W_block x^T is faster that way round, and the sums over
+classes run along the outer dimension. Elementwise work is in place on that block. Row quantities,
+(N,), are combined in fp64. Equations refer to ``docs/math.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fused_margin._arguments import Gradients, Needs, Swept
+from fused_margin._cpu.memory import gradient_memory, kept_memory
+from fused_margin._cpu.products import (
+    LOG2_E,
+    multiply_transposed,
+    needs_shift,
+    product_dtype,
+)
+from fused_margin._cpu.rows import (
+    Problem,
+    RowGradients,
+    Rows,
+    embeddings,
+    measure,
+    project,
+    rounded,
+    shrink_huge,
+    target_cosines,
+)
+from fused_margin._numerics import CLAMPED_INVERSE_NORM, NORM_EPS
+
+# Bytes of one (B, N) block, and of B rows of W. Measured (docs/design.md): elementwise passes slow
+# down once a block leaves the last-level cache, but with many rows products and the passes over B
+# rows of W lose more below 2048 classes: a block may take up to four times as much for those.
+BLOCK_BYTES = 2 << 20
+WEIGHT_BLOCK_BYTES = 16 << 20
+MIN_BLOCK, EFFICIENT_BLOCK, MAX_BLOCK = 128, 2048, 8192
+
+
+def block_size(num_rows: int, num_classes: int, dim: int, itemsize: int) -> int:
+    """Classes in a block, so that the block and its rows of W stay within their budgets."""
+    size = BLOCK_BYTES // (itemsize * max(num_rows, 1))
+    size = max(size, min(EFFICIENT_BLOCK, 4 * size))
+    size = min(size, WEIGHT_BLOCK_BYTES // (itemsize * dim))
+    return min(num_classes, max(MIN_BLOCK, min(MAX_BLOCK, size)))
+
+
+@dataclass
+class Block:
+    """One block of classes: rows ``start`` to ``stop`` of W."""
+
+    start: int
+    stop: int
+    weight: Rows  # (B, D), accumulation dtype
+    operand: torch.Tensor  # (B, D), product dtype
+    rows: torch.Tensor  # rows whose target lies in the block, (T,)
+    targets: torch.Tensor  # their labels - start, (T,)
+    product: torch.Tensor  # s log2(e) ||w|| cos, (B, N), accumulation dtype; not to be written to
+    work: torch.Tensor  # (B, N), accumulation dtype, to be written to
+
+
+class Sweep:
+    """Iterates over the blocks of W, forming s log2(e) ||w|| cos in buffers that are reused."""
+
+    def __init__(self, problem: Problem, x: Rows, kept: torch.Tensor) -> None:
+        """Prepare buffers.
+
+        Args:
+            problem: what to sweep over.
+            x: its embeddings, (N, D).
+            kept: products of the first K classes, (K, N), that outlive the sweep.
+        """
+        num_rows, num_classes, dim = problem.sizes
+        scaled = x.values * (x.inverse * (problem.scale * LOG2_E))[:, None]
+        self.w, self.accumulate = problem.w, scaled.dtype
+        self.dtype = product_dtype(problem.compute, self.accumulate)
+        self.operand = scaled.to(self.dtype)  # (N, D)
+        self.size = block_size(num_rows, num_classes, dim, scaled.element_size())
+        self.work = scaled.new_empty(self.size, num_rows)
+        self.product = scaled.new_empty(self.size, num_rows, dtype=self.dtype)
+        converts = self.dtype is not self.accumulate
+        self.widened = torch.empty_like(self.work) if converts else None
+        self.scratch = self.product if self.widened is None else self.widened
+        self.kept = kept
+        self.w_accumulate = (
+            None if self.w.dtype is self.accumulate else scaled.new_empty(self.size, dim)
+        )
+        self.w_operand = scaled.new_empty(self.size, dim, dtype=self.dtype) if converts else None
+        self.order = problem.labels.argsort(stable=True)
+        self.sorted_labels = problem.labels[self.order]
+
+    def blocks(self, inv_w: torch.Tensor, *, is_first: bool) -> Iterator[Block]:
+        """Yield each block with its product.
+
+        The first sweep fills ``inv_w`` (C,) and ``kept``; a later one reads them.
+        """
+        num_classes = self.w.shape[0]
+        starts = torch.arange(0, num_classes + self.size, self.size, device="cpu")
+        bounds = torch.searchsorted(self.sorted_labels, starts.clamp_max(num_classes)).tolist()
+        for index, start in enumerate(range(0, num_classes, self.size)):
+            stop = min(start + self.size, num_classes)
+            length = stop - start
+            weight = self.w[start:stop]
+            if self.w_accumulate is not None:
+                weight = self.w_accumulate[:length].copy_(weight)
+            if is_first:
+                norm = torch.linalg.vector_norm(weight, dim=1, out=inv_w[start:stop])
+                norm.clamp_min_(NORM_EPS).reciprocal_()
+            rows = shrink_huge(weight, inv_w[start:stop])
+            operand = rows.values
+            if self.w_operand is not None:
+                is_same = self.w.dtype is self.dtype and rows.shrunk is None
+                operand = self.w[start:stop] if is_same else self.w_operand[:length].copy_(operand)
+            is_kept = stop <= len(self.kept)
+            product = self.kept[start:stop] if is_kept else self.product[:length]
+            if is_first or not is_kept:
+                formed = multiply_transposed(operand, self.operand, out=product)
+                if formed is not product:
+                    product.copy_(formed)
+                # two such blocks at once, this and the next, would cost more than the copy
+                del formed
+            if self.widened is not None:
+                product = self.widened[:length].copy_(product)
+            here = slice(bounds[index], bounds[index + 1])
+            yield Block(
+                start=start,
+                stop=stop,
+                weight=rows,
+                operand=operand,
+                rows=self.order[here],
+                targets=self.sorted_labels[here] - start,
+                product=product,
+                work=self.work[:length],
+            )
+
+    def row_sums(self, block: Block, factors: torch.Tensor) -> torch.Tensor:
+        """Sum over rows of work * product * factors, (B,); the product is lost unless kept."""
+        length = block.stop - block.start
+        scratch = self.scratch[:length]
+        return torch.mul(block.work, block.product, out=scratch).mv(factors)
+
+
+def _kept_products(kept: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """The bytes of ``kept`` as products of the first classes, (K, N)."""
+    return kept[: shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)
+
+
+def forward(problem: Problem, num_kept: int, num_bytes: int) -> Swept:
+    """lse and u (eq. 1, 2), and in ``num_bytes`` the products of the first ``num_kept`` classes."""
+    x = measure(embeddings(problem))
+    accumulate = problem.accumulate
+    num_rows, num_classes, _ = problem.sizes
+    dtype = product_dtype(problem.compute, accumulate)
+    inv_w = x.inverse.new_empty(num_classes)
+    kept = kept_memory.empty(num_bytes, dtype=torch.uint8)
+    sweep = Sweep(problem, x.rows, _kept_products(kept, (num_kept, num_rows), dtype))
+    num_blocks = -(-num_classes // sweep.size)
+    # the sum, or its log, of each block
+    partial = x.inverse.new_empty(num_blocks, num_rows, dtype=torch.float64)
+    shifts = needs_shift(problem.scale, num_classes, accumulate)
+    for index, block in enumerate(sweep.blocks(inv_w, is_first=True)):
+        # s log2(e) cos, (B, N)
+        z = torch.mul(block.product, block.weight.inverse[:, None], out=block.work)
+        z[block.targets, block.rows] = -float("inf")
+        if shifts:
+            # The lower bound keeps a block that holds nothing but a row's target at exp(-inf).
+            shift = z.amax(dim=0).clamp_min_(torch.finfo(accumulate).min)
+            total = z.sub_(shift).exp2_().sum(dim=0).double()
+            partial[index] = total.log_().add_(shift, alpha=1.0 / LOG2_E)
+        else:
+            partial[index] = z.exp2_().sum(dim=0)
+    lse = partial.logsumexp(dim=0) if shifts else partial.sum(dim=0).log_()
+    u = target_cosines(x, problem.w, problem.targets)
+    return Swept(lse, u, x.inverse, inv_w, kept)
+
+
+def backward(
+    g: RowGradients, problem: Problem, swept: Swept, num_kept: int, needs: Needs
+) -> Gradients:
+    """Vector-Jacobian product of `forward` (eq. 7 to 9), for gradients ``g`` of lse and u."""
+    x = shrink_huge(embeddings(problem), swept.inv_x)
+    w, accumulate = problem.w, problem.accumulate
+    num_rows, num_classes, dim = problem.sizes
+    dtype = product_dtype(problem.compute, accumulate)
+    converts = dtype is not accumulate
+    sweep = Sweep(problem, x, _kept_products(swept.kept, (num_kept, num_rows), dtype))
+    shifts = needs_shift(problem.scale, num_classes, accumulate)
+    # G_nk = a_n 2^(z_nk - log2(e) lse_n) for k != y_n. What the subtrahend loses as it is rounded,
+    # much at a large scale, goes into a_n.
+    lse = swept.lse.numpy() * LOG2_E
+    minus_lse = rounded(-lse, accumulate)
+    a = g.lse * problem.scale * np.exp2(-lse - minus_lse.double().numpy())
+    minus_lse = minus_lse[None, :]
+    a_per_unit = rounded(a / (problem.scale * LOG2_E), accumulate)
+    g_u, u = g.u, swept.u.numpy()
+    if problem.targets.rows is not None:
+        g_u = np.zeros_like(g_u)
+        g_u[problem.targets.rows.numpy()] = problem.targets.of(torch.from_numpy(g.u)).numpy()
+    gu_u = rounded(g_u * u, accumulate)
+    inv_x = x.inverse.double().numpy()
+    # rows of d_w_hat: of the other classes, and of the target's, (N, D)
+    x_operand = (x.values * rounded(a * inv_x, accumulate)[:, None]).to(dtype).t()  # (D, N)
+    x_target = x.values * rounded(g_u * inv_x, accumulate)[:, None]
+
+    # contiguous whatever x's strides, as the operator's fake promises
+    wants_v = needs.x or needs.scale
+    v = x.values.new_zeros(num_rows, dim) if wants_v else None
+    v_product = x.values.new_empty(num_rows, dim, dtype=dtype) if wants_v and converts else None
+    d_w = gradient_memory.empty(num_classes, dim, dtype=w.dtype) if needs.w else None
+    in_place = needs.w and w.dtype is accumulate
+    d_w_product = x.values.new_empty(sweep.size, dim, dtype=dtype) if needs.w and converts else None
+    d_w_block = None if not needs.w or in_place else x.values.new_empty(sweep.size, dim)
+
+    for block in sweep.blocks(swept.inv_w, is_first=False):
+        length = block.stop - block.start
+        inv_norm = block.weight.inverse[:, None]
+        if shifts:  # rounded as in the forward, where a rounding of s cos is no small error
+            p = torch.mul(block.product, inv_norm, out=block.work).add_(minus_lse)  # (B, N)
+        else:
+            p = torch.addcmul(minus_lse, block.product, inv_norm, out=block.work)
+        p.exp2_()
+        p[block.targets, block.rows] = 0.0
+        p.mul_(inv_norm)
+        radial = None
+        if needs.w:
+            radial = sweep.row_sums(block, a_per_unit).mul_(inv_norm[:, 0])  # sum_n G c / ||w||
+            radial.index_add_(0, block.targets, gu_u[block.rows] * inv_norm[block.targets, 0])
+            radial.mul_(inv_norm[:, 0]).masked_fill_(inv_norm[:, 0] >= CLAMPED_INVERSE_NORM, 0.0)
+        if converts:
+            p = sweep.product[:length].copy_(p)
+        if v is not None:
+            if v_product is not None:
+                v.add_(torch.mm(p.t(), block.operand, out=v_product))
+            else:
+                v.addmm_(p.t(), block.operand)
+        if d_w is not None and radial is not None:
+            grad = d_w[block.start : block.stop] if d_w_block is None else d_w_block[:length]
+            if d_w_product is None:
+                tangent = multiply_transposed(p, x_operand, out=grad)
+            else:
+                product = multiply_transposed(p, x_operand, out=d_w_product[:length])
+                tangent = grad.copy_(product)
+            if len(block.rows):
+                tangent.index_add_(0, block.targets, x_target[block.rows] * inv_norm[block.targets])
+            # d_w_hat / ||w|| less its radial part (below the norm's clamp there is none)
+            torch.addcmul(tangent, block.weight.values, radial[:, None], value=-1.0, out=grad)
+            del tangent
+            block.weight.undo(grad)
+            if d_w_block is not None:
+                d_w[block.start : block.stop].copy_(grad)
+
+    d_x = d_scale = None
+    if v is not None:
+        v.mul_(rounded(a * inv_x, accumulate)[:, None])
+        _add_targets(v, rounded(g_u * inv_x, accumulate), problem, swept.inv_w)
+        radial = project(x, v)  # sum_k G_nk c_nk
+        if needs.scale:
+            d_scale = torch.from_numpy(radial.double().numpy() - g_u * u).sum() / problem.scale
+        if needs.x:
+            d_x = v.to(problem.x.dtype)
+    return Gradients(d_x, d_w, d_scale)
+
+
+def _add_targets(
+    v: torch.Tensor, factors: torch.Tensor, problem: Problem, inv_w: torch.Tensor
+) -> None:
+    """Add factors * w_hat of each row's target, (N, D), to v."""
+    targets = problem.targets
+    rows = problem.w[targets.classes].to(v.dtype)
+    rows = shrink_huge(rows, inv_w[targets.classes])
+    added = rows.values * (targets.of(factors) * rows.inverse)[:, None]
+    if targets.rows is None:
+        v.add_(added)
+    else:
+        v.index_add_(0, targets.rows, added)

@@ -1,0 +1,135 @@
+"""Next to no work: a step costs what its calls cost, and NumPy's cost least.
+
+Cosines are fp64, so that their product holds those of the targets too. What the forward leaves are
+the probabilities among the other classes, exp(s c - lse), (C, N).
+Equations refer to ``docs/math.md``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fused_margin._arguments import Gradients, Needs, Swept
+from fused_margin._cpu.rows import (
+    HUGE,
+    Problem,
+    RowGradients,
+    embeddings,
+    inverse_norms,
+    rounded,
+)
+from fused_margin._numerics import CLAMPED_INVERSE_NORM
+
+# Up to this many multiplications a call is this module's.
+MULTIPLICATIONS = 1 << 18
+
+
+def fits(problem: Problem) -> bool:
+    """Whether a call is this module's: fp64 has room to spare for its numbers, and it is small."""
+    num_rows, num_classes, dim = problem.sizes
+    is_small = num_rows * num_classes * dim <= MULTIPLICATIONS
+    return is_small and problem.accumulate is torch.float32
+
+
+def _entries(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the targets in a (C, N) matrix."""
+    classes, rows = problem.targets
+    found = np.arange(problem.x.shape[0]) if rows is None else rows.numpy()
+    return classes.numpy(), found
+
+
+class _Probabilities(NamedTuple):
+    """exp(s c - lse), (C, N), 0 at the targets; lse (eq. 2) and u (eq. 1), (N,). All fp64."""
+
+    p: np.ndarray
+    lse: np.ndarray
+    u: np.ndarray
+
+
+def _probabilities(
+    problem: Problem, x: torch.Tensor, w: torch.Tensor, inv_x: np.ndarray, inv_w: np.ndarray
+) -> _Probabilities:
+    entries = _entries(problem)
+    z = torch.mm(w, x.t()).numpy()
+    z *= inv_w[:, None]
+    z *= inv_x
+    u = np.zeros(inv_x.shape)
+    u[entries[1]] = np.minimum(np.maximum(z[entries], -1.0), 1.0)
+    z *= problem.scale
+    z[entries] = -np.inf
+    lse = np.maximum.reduce(z, axis=0)
+    z -= lse
+    p = np.exp(z, out=z)
+    total = np.add.reduce(p, axis=0)
+    p /= total
+    lse += np.log(total)
+    return _Probabilities(p, lse, u)
+
+
+def forward(problem: Problem, num_kept: int, num_bytes: int) -> Swept:
+    """lse and u, and in ``num_bytes`` the probabilities, unless none are to be kept."""
+    x, w = embeddings(problem).double(), problem.w.double()
+    inv_x, inv_w = inverse_norms(x), inverse_norms(w)
+    p, lse, u = _probabilities(problem, x, w, inv_x, inv_w)
+    if num_kept:
+        kept = p.astype(np.float32).reshape(-1).view(np.uint8)
+    else:
+        kept = np.empty(num_bytes, np.uint8)
+    return Swept(
+        torch.from_numpy(lse),
+        torch.from_numpy(u),
+        rounded(inv_x, torch.float32),
+        rounded(inv_w, torch.float32),
+        torch.from_numpy(kept),
+    )
+
+
+def backward(
+    g: RowGradients, problem: Problem, swept: Swept, num_kept: int, needs: Needs
+) -> Gradients:
+    """Vector-Jacobian product of `forward` (eq. 7 to 9), for gradients ``g`` of lse and u."""
+    inv_x, inv_w = swept.inv_x.numpy(), swept.inv_w.numpy()
+    smallest = 1.0 / HUGE[torch.float32]
+    # fp64 only if the range of fp32 wouldn't do
+    is_huge = (inv_x < smallest).any() or (inv_w < smallest).any()
+    dtype = torch.float64 if is_huge else torch.float32
+    x, w = embeddings(problem).to(dtype), problem.w.to(dtype)
+    if is_huge:
+        inv_x, inv_w = inverse_norms(x), inverse_norms(w)
+    if num_kept:
+        num_rows, num_classes, _ = problem.sizes
+        p = swept.kept.numpy().view(np.float32).reshape(num_classes, num_rows)
+    else:
+        p = _probabilities(problem, x.double(), w.double(), inverse_norms(x), inverse_norms(w)).p
+    entries = _entries(problem)
+    # G / (||x|| ||w||), so that the products take x and W as they are
+    scaled = p * (g.lse * inv_x * problem.scale)
+    scaled[entries] = (g.u * inv_x)[entries[1]]
+    scaled *= inv_w[:, None]
+    factors = rounded(scaled, dtype)
+    d_x = d_w = d_scale = None
+    if needs.w:
+        q = torch.mm(factors, x)
+        _project(w, inv_w, q)
+        d_w = q.to(problem.w.dtype)
+    if needs.x or needs.scale:
+        v = torch.mm(factors.t(), w)
+        radial = _project(x, inv_x, v)
+        if needs.scale:
+            d_scale = torch.from_numpy(radial - g.u * swept.u.numpy()).sum() / problem.scale
+        if needs.x:
+            d_x = v.to(problem.x.dtype)
+    return Gradients(d_x, d_w, d_scale)
+
+
+def _project(rows: torch.Tensor, inverse: np.ndarray, gradient: torch.Tensor) -> np.ndarray:
+    """Take the radial part out of q / ||r|| (eq. 8), in place; returns q . r_hat, (R,)."""
+    radial = torch.linalg.vecdot(gradient, rows).numpy()
+    # below the clamp of the norm there is no projection
+    square = np.where(inverse < CLAMPED_INVERSE_NORM, inverse * inverse, 0.0)
+    factor = rounded(square * radial, gradient.dtype)
+    gradient.addcmul_(rows, factor[:, None], value=-1.0)
+    return radial
