@@ -12,6 +12,7 @@ memory is taken afterwards, of one contender per process.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +21,12 @@ import torch
 from benchmarks import baselines, harness, memory
 
 CLASSES, DIM = 100_000, 512  # of the runs whose file is named after N alone
-# This package with products in bf16, next to the fp32 contenders.
-IN_BF16 = {"ours_bf16": ("bf16", "bf16 embeddings"), "ours_autocast": ("autocast", "autocast")}
+# Who runs in bf16 too, next to the fp32 contenders: contender, mode, words.
+IN_BF16 = {
+    "ours_bf16": ("ours", "bf16", "bf16 embeddings"),
+    "ours_autocast": ("ours", "autocast", "autocast"),
+    "careful_bf16": ("careful", "bf16", "bf16 embeddings"),
+}
 # One row a chunk where C is large: it is timed once, as part of the search.
 ONCE = "lce_default"
 
@@ -32,18 +37,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--n", type=int, default=256, help="batch rows (%(default)s)")
-    parser.add_argument("--c", type=int, default=CLASSES, help="classes (%(default)s)")
-    parser.add_argument("--d", type=int, default=DIM, help="embedding size (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (%(default)s)")
-    parser.add_argument("--threads", type=int, help="torch's threads (torch's own choice)")
+    size = harness.whole_number(2)  # of one row or column there is nothing to compare
+    parser.add_argument("--n", type=size, default=256, help="batch rows (%(default)s)")
+    parser.add_argument("--c", type=size, default=CLASSES, help="classes (%(default)s)")
+    parser.add_argument("--d", type=size, default=DIM, help="embedding size (%(default)s)")
+    rounds = harness.whole_number(1)
+    parser.add_argument("--rounds", type=rounds, default=9, help="timed rounds (%(default)s)")
+    parser.add_argument(
+        "--threads", type=harness.thread_count, help="torch's threads (torch's own choice)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     harness.add_output_options(parser)
-    settings = parser.parse_args(arguments)
-    if settings.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {settings.rounds}")
-    return settings
+    return parser.parse_args(arguments)
 
 
 def file_stem(shape: dict[str, int]) -> str:
@@ -65,11 +71,13 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
     contenders, skipped = baselines.bind(problem, keys)
     gate = harness.Gate(problem)
     errors, refused = harness.admit(gate, contenders)
-    for key, (mode, words) in IN_BF16.items():
-        contenders[key] = baselines.ours(problem.in_mode(mode))
+    for key, (who, mode, words) in IN_BF16.items():
+        bind = baselines.ours if who == "ours" else baselines.careful
+        contenders[key] = bind(problem.in_mode(mode))
         contenders[key].name += f", {words}"
-        bf16_errors, _ = harness.admit(gate.in_mode(mode), {key: contenders[key]})
+        bf16_errors, bf16_refused = harness.admit(gate.in_mode(mode), {key: contenders[key]})
         errors |= bf16_errors
+        refused |= bf16_refused
     del gate
 
     details = {key: contender.details for key, contender in contenders.items()}
@@ -100,18 +108,23 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
                 settings.n,
                 settings.c,
                 settings.d,
-                "ours" if key in IN_BF16 else key,
-                IN_BF16[key][0] if key in IN_BF16 else "fp32",
+                *(IN_BF16[key][:2] if key in IN_BF16 else (key, "fp32")),
                 chunk=details[key].get("chunk_rows"),
             )
     median = {key: result["median_s"] for key, result in results.items()}
     ratios = {
         f"{key}_over_ours": median[key] / median["ours"]
         for key in errors
-        if not key.startswith("ours")
+        if not (key.startswith("ours") or key in IN_BF16)
     }
     ratios["ours_over_products"] = median["ours"] / median["products"]
-    ratios |= {f"ours_over_{key}": median["ours"] / median[key] for key in IN_BF16}
+    ratios |= {
+        f"ours_over_{key}": median["ours"] / median[key]
+        for key in IN_BF16
+        if key.startswith("ours")
+    }
+    if "careful_bf16" in median:
+        ratios["careful_bf16_over_ours_bf16"] = median["careful_bf16"] / median["ours_bf16"]
     return {
         "benchmark": "cpu, ArcFace, forward + backward",
         "shape": {"n": settings.n, "c": settings.c, "d": settings.d},
@@ -149,15 +162,20 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit status."""
     settings = _parse(arguments)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    result = measure(settings)
+    try:
+        result = measure(settings)
+    except harness.WrongResultError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     harness.save(settings, result, file_stem(result["shape"]))
     print(table(result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -276,15 +276,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the results")
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="the run takes no longer (%(default)s)"
+        "--minutes",
+        type=harness.real_number(0.1, 1440),
+        default=9.0,
+        help="the run takes no longer (%(default)s)",
     )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda",
         help="cuda (ROCm's devices too), or cpu for a dry run (%(default)s)",
     )  # fmt: skip
     settings = parser.parse_args(arguments)
-    if not settings.minutes > 0.0:
-        parser.error(f"--minutes must be positive, got {settings.minutes}")
     if (settings.out / "gpu.json").exists():
         parser.error(f"{settings.out} holds the results of another run: choose another directory")
     return settings

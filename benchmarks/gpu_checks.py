@@ -151,7 +151,7 @@ def bind(
     """Bind ArcFace by its public function; "kept" is asked for by a sufficient memory budget."""
     x, w = (tensor.detach().requires_grad_() for tensor in (problem.x, problem.w))
     options: dict[str, Any] = {"reduction": reduction, "backend": backend}
-    if strategy == "kept":  # exponentials and their shifts, for whole blocks of classes
+    if strategy == "kept":  # entries and their shifts, for whole blocks of classes
         itemsize = 2 * mode.dtypes.accumulate.itemsize
         options["memory_budget"] = itemsize * x.shape[0] * (w.shape[0] + 256)
     elif strategy in ("chunked", "fused"):

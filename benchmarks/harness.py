@@ -7,6 +7,7 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,8 @@ MIB = 1 << 20
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 # The same for cross-entropies that are given scaled logits, and round them, not cosines, to bf16.
 LOWER_BOUND_TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 12e-2}
+# Up to which the loss may be so near to 0 that rounding is a large part of it.
+ENOUGH_ROWS, ENOUGH_COLUMNS = 8, 16
 # Bytes of the (rows, C) fp64 cosines that the yardstick makes at a time.
 YARDSTICK_BYTES = 1 << 29
 
@@ -98,6 +101,16 @@ class Gate:
             self._expected[drops_margin] = self._split(*_exact(problem))
         return self._expected[drops_margin]
 
+    def _remedy(self) -> str:
+        """Where rounding alone may be that large: a few easy rows have next to no loss."""
+        rows, dim = self.problem.x.shape
+        if rows >= ENOUGH_ROWS and dim >= ENOUGH_COLUMNS:
+            return ""
+        return (
+            f"; N={rows}, D={dim} leave few digits to compare: try N >= {ENOUGH_ROWS} and D >="
+            f" {ENOUGH_COLUMNS}"
+        )
+
     def _split(self, loss: Tensor, d_x: Tensor, d_w: Tensor) -> dict[str, Tensor]:
         # Rows of d_w that are someone's target are so much larger that they would hide the others.
         parts = {"loss": loss, "d_x": d_x, "d_w of targets": d_w[self.is_target]}
@@ -131,6 +144,7 @@ class Gate:
             raise WrongResultError(
                 f"{contender.name}: relative error above {tolerance:g} in "
                 + ", ".join(f"{part} ({error:.2g})" for part, error in wrong.items())
+                + self._remedy()
             )
         return errors
 
@@ -352,6 +366,42 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def whole_number(at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], int]:
+    """Make the type of an option: a whole number in these bounds."""
+    bounds = f"of at least {at_least}" if at_most == 2**63 - 1 else f"from {at_least} to {at_most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not at_least <= value <= at_most:
+            raise argparse.ArgumentTypeError(f"expected a whole number {bounds}, got {text!r}")
+        return value
+
+    return parse
+
+
+def real_number(at_least: float, at_most: float) -> Callable[[str], float]:
+    """Make the type of an option: a number in these bounds."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not at_least <= value <= at_most:
+            raise argparse.ArgumentTypeError(
+                f"expected a number from {at_least:g} to {at_most:g}, got {text!r}"
+            )
+        return value
+
+    return parse
+
+
+thread_count = whole_number(1, 1024)  # torch crashes where it can't start them all
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

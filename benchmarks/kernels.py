@@ -19,6 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fused_margin import _validate
+
+if not _validate.has_triton():
+    sys.exit(f"error: Triton compiles the kernels and isn't installed; {_validate.get_triton()}")
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -51,6 +56,7 @@ AMD_REGISTERS, AMD_WAVES, AMD_SIMDS = 512, 8, 4  # of a SIMD's lane, of a SIMD, 
 AMD_SHARED = 64 << 10
 WITHOUT_PRODUCT = ("finish_kernel", "gradient_kernel, kept")
 DIMS = (64, 128, 512, 1024)
+ALL_DIMS = tuple(1 << exponent for exponent in range(4, 14))  # a tile is as wide where D is narrow
 # operand type -> (dtype of x, of W, of G, accumulation, compute, precision of cosines, of the rest)
 TYPES = {
     "bf16": ("bf16", "fp32", "bf16", "fp32", "bf16", "ieee", "ieee"),
@@ -130,10 +136,11 @@ def _kernels(
     config = configs.config(configs.family(*_target(architecture)), operands)
     pointers = {
         "x_ptr": f"*{x}", "w_ptr": f"*{w}", "d_x_ptr": f"*{x}", "d_w_ptr": f"*{w}",
-        "g_ptr": f"*{g}", "kept_ptr": f"*{g}", "labels_ptr": "*i64", "counters_ptr": "*i32",
+        "g_ptr": f"*{g}", "kept_ptr": f"*{g}", "labels_ptr": "*i64", "targets_ptr": "*i64",
+        "counters_ptr": "*i32", "lse_ptr": "*fp64", "u_ptr": "*fp64",
     } | {
         f"{name}_ptr": f"*{acc}"
-        for name in ("partial", "lse", "u", "inv_x", "inv_w", "row_loss", "loss", "d_lse", "d_u",
+        for name in ("partial", "inv_x", "inv_w", "row_loss", "loss", "d_lse", "d_u",
                      "count", "radial", "grad", "d_scale", "row_radial", "shift")
     }  # fmt: skip
     common = {"ACC": triton.language.str_to_ty(acc, None), "stride_xd": 1, "stride_wd": 1}
@@ -143,7 +150,7 @@ def _kernels(
         "COMPUTE": triton.language.str_to_ty(compute, None),
         "PRECISION": precision, "NORMALIZE_FIRST": compute == "fp16", "stride_label": 1,
     }  # fmt: skip
-    product = common | {"PRECISION": gradient_precision}
+    product = common | {"PRECISION": gradient_precision, "HAS_GRAD": True, "stride_label": 1}
 
     def absent(*names: str) -> dict[str, None]:
         return dict.fromkeys(f"{name}_ptr" for name in names)
@@ -201,7 +208,7 @@ def _kernels(
             constants = fused | {"BLOCK_N": tile.rows, "BLOCK_C": tile.columns}
             yield name, kernel, pointers, constants, options(tile)
     constants = common | scale | grad | absent("d_scale") | {
-        "NEED_X": True, "NEED_SCALE": False,
+        "stride_label": 1, "NEED_X": True, "NEED_SCALE": False,
         "BLOCK_N": FINISH_ROWS, "BLOCK_D": FINISH_COLUMNS,
     }  # fmt: skip
     del constants["stride_wd"]
@@ -388,12 +395,19 @@ def report(architectures: list[str], operand_types: list[str], dims: list[int]) 
                     yield Row(**{**asdict(done[key]), "dim": dim})
 
 
+def _dim(text: str) -> int:
+    if not text.isdecimal() or int(text) not in ALL_DIMS:
+        sizes = ", ".join(map(str, ALL_DIMS))
+        raise argparse.ArgumentTypeError(f"expected a power of 2, one of {sizes}; got {text!r}")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; 1 if a default is unfit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--architectures", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--operands", nargs="+", choices=TYPES, default=list(TYPES))
-    parser.add_argument("--dims", nargs="+", type=int, default=list(DIMS))
+    parser.add_argument("--dims", nargs="+", type=_dim, metavar="D", default=list(DIMS))
     parser.add_argument("--json", metavar="FILE", help="also write the rows here")
     options = parser.parse_args(arguments)
     rows = []

@@ -186,21 +186,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--n", type=int, default=256, help="batch rows (%(default)s)")
-    parser.add_argument("--c", type=int, default=1_000_000, help="classes (%(default)s)")
-    parser.add_argument("--d", type=int, default=128, help="embedding size (%(default)s)")
+    count, classes = harness.whole_number(1), harness.whole_number(2)
+    parser.add_argument("--n", type=count, default=256, help="batch rows (%(default)s)")
+    parser.add_argument("--c", type=classes, default=1_000_000, help="classes (%(default)s)")
+    parser.add_argument("--d", type=count, default=128, help="embedding size (%(default)s)")
     parser.add_argument(
         "--contender", choices=baselines.EVERYONE, default="ours", help="whose (%(default)s)"
     )
     parser.add_argument("--mode", choices=baselines.MODES, default="fp32", help="(%(default)s)")
     parser.add_argument("--loss", choices=baselines.LOSSES, default="arcface", help="(%(default)s)")
-    parser.add_argument("--chunk", type=int, help="rows a chunk, for lce_chunked (by a search)")
-    parser.add_argument("--threads", type=int, help="torch's threads (torch's own choice)")
-    parser.add_argument("--limit-mib", type=float, help="exit with status 1 above this")
+    parser.add_argument("--chunk", type=count, help="rows a chunk, for lce_chunked (by a search)")
+    parser.add_argument(
+        "--threads", type=harness.thread_count, help="torch's threads (torch's own choice)"
+    )
+    mib = harness.real_number(0, 1e9)
+    parser.add_argument("--limit-mib", type=mib, help="exit with status 1 above this")
     harness.add_output_options(parser)
     settings = parser.parse_args(arguments)
-    if min(settings.n, settings.c, settings.d) < 1:
-        parser.error(f"sizes must be at least 1, got {settings.n}, {settings.c}, {settings.d}")
+    if settings.loss == "fixed_adacos" and settings.c < 3:
+        parser.error("--loss fixed_adacos needs --c 3 or more: its scale is √2·ln(C − 1)")
+    if settings.chunk is not None and settings.contender != "lce_chunked":
+        parser.error("--chunk is for --contender lce_chunked: add that, or leave --chunk out")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     try:

@@ -559,15 +559,26 @@ SECTIONS: dict[str, Callable[[Report, Sequence[Result]], None]] = {
 
 
 def build(results: Sequence[Result]) -> Report:
-    """Write the document, one part per device, and plan its charts."""
+    """Write the document, one part per device, and plan its charts.
+
+    Raises:
+        ReportError: a result lacks something.
+    """
     report = Report()
     report.add(HEAD.rstrip("\n"))
     for device in dict.fromkeys(result.device for result in results):
         report.add(f"## {device}")
         for kind, section in SECTIONS.items():
             chosen = [one for one in results if one.device == device and one.kind == kind]
-            if chosen:
+            if not chosen:
+                continue
+            try:
                 section(report, chosen)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                names = ", ".join(f"{one.stem}.json" for one in chosen)
+                raise ReportError(
+                    f"{names} can't be reported ({error!r}): measure again, or remove the file"
+                ) from error
     return report
 
 
@@ -575,19 +586,27 @@ def condense(measured: Mapping[str, Any]) -> dict[str, Any]:
     """Keep of pytest-benchmark's JSON what the report needs.
 
     Raises:
-        ReportError: it holds no case of benchmarks/test_bench.py.
+        ReportError: it holds no case of benchmarks/test_bench.py, or isn't pytest-benchmark's.
     """
-    cases = [case for case in measured.get("benchmarks", []) if "contender" in case["extra_info"]]
-    if not cases:
-        raise ReportError("the file holds no case of benchmarks/test_bench.py")
-    rows = []
-    for case in cases:
-        row = {key: value for key, value in case["extra_info"].items() if key != "environment"}
-        stats = {f"{key}_s": case["stats"][key] for key in ("median", "min", "max")}
-        rows.append(row | stats | {"rounds": case["stats"]["rounds"]})
+    rows, environment = [], None
+    try:
+        for case in measured["benchmarks"]:
+            about, stats = case["extra_info"], case["stats"]
+            if "contender" not in about:
+                continue
+            if environment is None:
+                environment = about["environment"]
+                environment["device"]  # names the file of the results
+            row = {key: value for key, value in about.items() if key != "environment"}
+            row |= {f"{key}_s": stats[key] for key in ("median", "min", "max")}
+            rows.append(row | {"rounds": stats["rounds"]})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ReportError(f"not what `make bench` writes ({error!r}): run it again") from error
+    if environment is None:
+        raise ReportError("no case of benchmarks/test_bench.py: run `make bench` without a filter")
     return {
         "benchmark": "shapes, forward and forward + backward",
-        "environment": cases[0]["extra_info"]["environment"],
+        "environment": environment,
         "rows": rows,
     }
 
@@ -605,16 +624,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = parser.parse_args(arguments)
     try:
         if settings.bench is not None:
-            condensed = condense(json.loads(settings.bench.read_text(encoding="utf-8")))
+            try:
+                condensed = condense(json.loads(settings.bench.read_text(encoding="utf-8")))
+            except (ReportError, ValueError) as error:
+                raise ReportError(f"{settings.bench}: {error}") from error
             device = harness.slug(condensed["environment"]["device"])
             harness.write_json(settings.results / f"{device}-shapes.json", condensed)
         results = load(settings.results)
         if not results:
             raise ReportError(f"{settings.results} holds no results")
-    except (ReportError, OSError, json.JSONDecodeError) as error:
+        report = build(results)
+    except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    report = build(results)
     for name, draw in report.charts.items():
         draw(settings.docs / IMAGES / name)
     path = settings.docs / "benchmarks.md"

@@ -25,7 +25,8 @@ of x, W, a sum, an operand of a product, and a stored G:
 - x, read once in each direction, e_x ND, and d_x written; further reads of x hit the caches.
 - Partials of d_x, `partial_bytes`, written once and read once, except on a CPU. Adding to them
   after each chunk is left to the caches, and so is the chunk of G.
-- "kept": exponentials in the dtype of G, e_g NC written by the forward and read by the backward.
+- "kept": an entry for each cosine in the dtype of G, e_g NC written by the forward and read by the
+  backward.
   "cpu": e_o N for each class kept, likewise. On a CPU blocks of cosines stay in the cache.
 - Rows: seven numbers of e_a a row written in the forward (loss, lse, u, d_lse, d_u, norm, label),
   and read in the backward.
@@ -52,9 +53,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.harness import cpu_name
+from benchmarks.harness import cpu_name, whole_number
 from benchmarks.shapes import SHAPES, Shape
 from fused_margin import _cpu, _ops
+from fused_margin._cpu import single, sweep
 
 # The backward's chunk of G, and all its partials of d_x (`fused_margin._triton.launch`).
 CHUNK_BYTES = 32 << 20
@@ -316,15 +318,17 @@ def _work_cpu(shape: Shape, dtypes: Dtypes, budget: int, *, backward: bool) -> W
     a, o = dtypes.accumulate.itemsize, compute.itemsize
     # tf32 does not exist on a CPU, and fp16 runs in fp32
     operand = "bf16" if compute is torch.bfloat16 else "fp64" if a == 8 else "ieee"
-    kept = _cpu.kept_classes(x, w, dtypes.compute, budget) if backward else 0
-    block = _cpu.block_size(num_rows, num_classes, dim, a)
+    is_single = single.fits(num_rows, num_classes, dim)
+    num_bytes = int(_cpu.kept_bytes(x, w, budget))
+    kept = _cpu.kept_classes(x, w, dtypes.compute, num_bytes) if backward else 0
+    block = num_classes if is_single else sweep.block_size(num_rows, num_classes, dim, a)
     converts, in_place = compute is not dtypes.accumulate, dtypes.w is dtypes.accumulate
     of_cosines = block * num_rows * ((a + o) + (a if converts else 0))
     of_weight = block * dim * ((o if converts else 0) + (0 if in_place else a))
     if backward:
         of_weight *= 2  # likewise for its gradient
     weight = float(dtypes.w.itemsize * num_classes * dim)
-    kept_bytes = float(kept * num_rows * o)
+    kept_bytes = float(kept * num_rows * (a if is_single else o))
     again = 1.0 - kept / num_classes
     return Work(
         flops={operand: product * (3.0 + again if backward else 1.0)},
@@ -472,9 +476,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shape", choices=SHAPES, help="a named shape (webface42m)")
-    parser.add_argument("--n", type=int, help="batch rows, with --c and --d, instead of --shape")
-    parser.add_argument("--c", type=int, help="classes")
-    parser.add_argument("--d", type=int, help="embedding size")
+    count, classes = whole_number(1), whole_number(2)
+    parser.add_argument("--n", type=count, help="batch rows, with --c and --d, instead of --shape")
+    parser.add_argument("--c", type=classes, help="classes")
+    parser.add_argument("--d", type=count, help="embedding size")
     parser.add_argument(
         "--device",
         choices=(*DEVICES, "cpu"),
@@ -487,8 +492,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = parser.parse_args(arguments)
     sizes = (settings.n, settings.c, settings.d)
     if any(size is not None for size in sizes):
-        if None in sizes or settings.shape is not None or min(sizes) < 1:
-            parser.error("give --shape, or all of --n, --c and --d, each at least 1")
+        if None in sizes or settings.shape is not None:
+            parser.error("give --shape, or all of --n, --c and --d")
         shape = Shape("custom", *sizes, "command line")
     else:
         shape = SHAPES[settings.shape or "webface42m"]

@@ -47,11 +47,11 @@ class Point:
     d: int
 
 
+_size = harness.whole_number(2)  # of one row, class or column there is nothing to compare
+
+
 def _sizes(text: str) -> tuple[int, ...]:
-    sizes = tuple(sorted({int(word.replace("_", "")) for word in text.split(",")}))
-    if sizes[0] < 1:
-        raise argparse.ArgumentTypeError(f"sizes must be positive, got {text}")
-    return sizes
+    return tuple(sorted({_size(word) for word in text.split(",")}))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -60,11 +60,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--n", type=int, default=256, help="rows while C grows (%(default)s)")
+    parser.add_argument("--n", type=_size, default=256, help="rows while C grows (%(default)s)")
     parser.add_argument(
-        "--c", type=int, default=100_000, help="classes while N grows (%(default)s)"
+        "--c", type=_size, default=100_000, help="classes while N grows (%(default)s)"
     )
-    parser.add_argument("--d", type=int, default=128, help="embedding size (%(default)s)")
+    parser.add_argument("--d", type=_size, default=128, help="embedding size (%(default)s)")
     parser.add_argument(
         "--classes",
         type=_sizes,
@@ -75,9 +75,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--rows", type=_sizes, default=ROWS, help="N, separated by commas (16 to 1024)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help="of timing a point (%(default)s)"
+        "--seconds",
+        type=harness.real_number(0, 86_400),
+        default=SECONDS,
+        help="of timing a point (%(default)s)",
     )
-    parser.add_argument("--threads", type=int, help="torch's threads (torch's own choice)")
+    parser.add_argument(
+        "--threads", type=harness.thread_count, help="torch's threads (torch's own choice)"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--resume", action="store_true", help="skip the points in the file")
     harness.add_output_options(parser)
@@ -173,37 +178,50 @@ def slopes(entries: Iterable[dict[str, Any]]) -> dict[str, dict[str, float | Non
 
 
 class ResumeError(RuntimeError):
-    """The points in the file are from another machine or another version."""
+    """The file has no points, or they are from another machine or another version."""
+
+
+def _point(entry: dict[str, Any]) -> Point:
+    """What an entry of the file is of."""
+    return Point(*(entry[field.name] for field in dataclasses.fields(Point)))
 
 
 def _load(settings: argparse.Namespace, environment: dict[str, Any]) -> list[dict[str, Any]]:
     path = harness.output_path(settings, "scaling")
     if not settings.resume or path is None or not path.exists():
         return []
-    before = json.loads(path.read_text(encoding="utf-8"))
-    different = [key for key in SAME if before["environment"].get(key) != environment[key]]
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        before, entries = dict(content["environment"]), list(content["points"])
+        for entry in entries:
+            _point(entry)
+        slopes(entries)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResumeError(
+            f"{path} holds no points of this benchmark ({error!r}): start anew without --resume, or"
+            " name another file"
+        ) from error
+    different = [key for key in SAME if before.get(key) != environment[key]]
     if different:
         raise ResumeError(
             f"{path} was measured with another "
-            + ", ".join(
-                f"{key} ({before['environment'].get(key)}, now {environment[key]})"
-                for key in different
-            )
+            + ", ".join(f"{key} ({before.get(key)}, now {environment[key]})" for key in different)
             + ": start anew without --resume"
         )
-    return before["points"]
+    return entries
 
 
 def run(settings: argparse.Namespace) -> dict[str, Any]:
     """Measure what isn't in the file yet; returns the whole result.
 
     Raises:
-        ResumeError: the file's points don't go with this machine and version.
+        ResumeError: the file can't be read, or its points don't go with this machine and version.
+        harness.WrongResultError: this package's own result is wrong.
     """
     environment = harness.environment()
     entries = _load(settings, environment)
     plan = points(settings)
-    done = {Point(*(entry[field.name] for field in dataclasses.fields(Point))) for entry in entries}
+    done = set(map(_point, entries))
     result: dict[str, Any] = {
         "benchmark": "scaling, ArcFace, forward + backward, fp32",
         "environment": environment,
@@ -263,8 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(settings.threads)
     try:
         result = run(settings)
-    except ResumeError as error:
-        print(error, file=sys.stderr)
+    except (ResumeError, harness.WrongResultError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last point written", file=sys.stderr)

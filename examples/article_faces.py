@@ -571,7 +571,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted while reading", file=sys.stderr)
         return INTERRUPTED
     settings = study_settings(arguments, data, folds, parameters)
-    runs = open_runs(parser, arguments.json, settings, resume=arguments.resume)
+    runs = open_runs(
+        parser, arguments.json, settings, resume=arguments.resume, tabulate=format_table
+    )
     if not arguments.quiet:
         print(
             f"{settings['images']}: {len(data.images):,} images of {len(data.classes)} classes; "

@@ -222,8 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "test_images": len(data.test_images),
         "images_sha256": digest(data.train_images, data.test_images),
     }
-    runs = open_runs(parser, arguments.json, settings, resume=arguments.resume)
     named = variants(arguments.as_published)
+    runs = open_runs(
+        parser, arguments.json, settings, resume=arguments.resume,
+        tabulate=lambda found: (rows(found, named), missing_runs(found, "loss")),
+    )  # fmt: skip
     jobs = [
         make_job(name, named[name], data, seed, arguments)
         for seed, name in product(arguments.seeds, arguments.losses)

@@ -45,6 +45,7 @@ from study.command import (
     default_device,
     learning_rate,
     real_number,
+    thread_count,
     usable_device,
     whole_number,
     writable_file,
@@ -141,6 +142,8 @@ class Training:
         self.criterion.load_state_dict(state["criterion"])
         self.network_optimizer.load_state_dict(state["network_optimizer"])
         self.progress = Progress(**state["progress"])
+        if not (isinstance(self.progress.losses, list) and isinstance(self.progress.seconds, list)):
+            raise TypeError("losses and seconds are not lists")
 
 
 def prepare(arguments: argparse.Namespace) -> Training:
@@ -296,7 +299,8 @@ def run_training(
     training = prepare(arguments)
     saved = runs.load_checkpoint(key)
     if saved is not None:
-        training.restore(saved)
+        with runs.restoring():
+            training.restore(saved)
     elif runs.checkpoint_path is not None and runs.checkpoint_path.exists():
         raise StoreError(
             f"{runs.checkpoint_path} is of a run with another --loss or --seed: repeat the command "
@@ -479,6 +483,10 @@ def comparison_report(run: dict[str, Any]) -> str:
     )
 
 
+def describe_run(run: dict[str, Any], settings: dict[str, Any]) -> str:
+    return comparison_report(run) if run["what"] == "comparison" else report(run, settings)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options] (--help lists them)",
@@ -502,7 +510,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--weight-lr", type=real_number(0, 1e6), metavar="LR",
         help="of SGD, for the class weights; default: batch / scale",
     )  # fmt: skip
-    add("--threads", type=count, metavar="N", help="on a CPU; default: as PyTorch chooses")
+    add("--threads", type=thread_count, metavar="N", help="on a CPU; default: as PyTorch chooses")
     add("--device", type=usable_device, help="cpu, cuda or cuda:INDEX; default: a GPU if any")
     add("--json", type=writable_file, metavar="FILE", help="keep the result here")
     add(
@@ -580,7 +588,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "noise": NOISE,
         "device": str(arguments.device),
     }
-    runs = open_runs(parser, arguments.json, settings, resume=arguments.resume)
+    runs = open_runs(
+        parser, arguments.json, settings, resume=arguments.resume,
+        tabulate=lambda found: [describe_run(run, settings) for run in found],
+    )  # fmt: skip
     key, comparison_key = (
         {"what": what, "loss": arguments.loss, "seed": arguments.seed}
         for what in ("training", "comparison")
@@ -606,13 +617,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 kept = "nothing is kept without --json" if runs.path is None else "--resume goes on"
                 print(f"interrupted after {done}; {kept}", file=sys.stderr)
                 return INTERRUPTED
-        print(report(run, runs.settings))
+        print(describe_run(run, runs.settings))
         if arguments.compare_eager:
             comparison = runs.find(comparison_key)
             if comparison is None:
                 training = training or prepare(arguments)
                 comparison = runs.add(comparison_key, compare(training, arguments))
-            print(comparison_report(comparison))
+            print(describe_run(comparison, runs.settings))
     except StoreError as error:
         parser.error(str(error))
     except DivergedError as error:

@@ -285,9 +285,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--limit", type=whole_number(2), metavar="N", help="mnist: the first N training images")
     add("--image-size", type=whole_number(32, 1024), metavar="PIXELS", help="folder; default: 64")
     add("--test-share", type=real_number(0, 0.9), metavar="SHARE", help="folder; default: 0.2")
-    count = whole_number(4)
-    add("--classes", type=count, metavar="C", help="synthetic; default: 1000")
-    add("--per-class", type=whole_number(1), metavar="N", help="synthetic; default: 8")
+    classes, per_class = whole_number(4, 10**7), whole_number(1, 10**6)
+    add("--classes", type=classes, metavar="C", help="synthetic; default: 1000")
+    add("--per-class", type=per_class, metavar="N", help="synthetic; default: 8")
     scale = real_number(0, 1000)
     scales, margins = (" ".join(f"{value:g}" for value in grid) for grid in (SCALES, MARGINS))
     add("--scales", type=scale, nargs="+", metavar="S", default=SCALES, help=f"default: {scales}")
@@ -383,7 +383,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "test_images": len(task.test),
         "images_sha256": digest(tasks(0).train, tasks(0).test),
     }
-    runs = open_runs(parser, arguments.json, settings, resume=arguments.resume)
+    runs = open_runs(
+        parser, arguments.json, settings, resume=arguments.resume,
+        tabulate=lambda found: (rows(found), [run["seed"] for run in found]),
+    )  # fmt: skip
     check_seeds(parser, runs.runs, arguments)
     grid = product(arguments.seeds, sorted({*arguments.scales, fixed}), arguments.margins)
     jobs = [make_job(scale, margin, seed, task_of, arguments) for seed, scale, margin in grid]

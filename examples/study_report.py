@@ -9,9 +9,10 @@ Reads examples/results, where the runs of the study are kept, and replaces what 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +23,7 @@ import article_mnist
 import scale_sweep
 from study import figures, published
 from study.measure import mean_and_interval
-from study.store import StoreError, read_study
+from study.store import MISFITS, StoreError, read_study, reason
 from study.tables import markdown_table, number, spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -423,11 +424,29 @@ PICTURES: dict[str, Callable[[Path], None]] = {
 }
 
 
+@contextlib.contextmanager
+def making(what: str) -> Iterator[None]:
+    """Say what couldn't be made where results hold values of another kind.
+
+    Raises:
+        ReportError: the block raised one of MISFITS.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    except MISFITS as error:
+        raise ReportError(
+            f"{what}: {reason(error)}: a file in {RESULTS} is not what its script writes; run that "
+            "script again"
+        ) from error
+
+
 def fill(text: str) -> str:
     """Replace what stands between the marks of each table.
 
     Raises:
-        ReportError: a mark names no table.
+        ReportError: a mark names no table, or results are of another kind.
         StoreError: the results of a table can't be read.
     """
 
@@ -435,7 +454,8 @@ def fill(text: str) -> str:
         name = match["name"]
         if name not in TABLES:
             raise ReportError(f"no table {name!r}; there are {', '.join(TABLES)}")
-        return f"{match[1]}{TABLES[name]()}\n{match[3]}"
+        with making(f"table {name}"):
+            return f"{match[1]}{TABLES[name]()}\n{match[3]}"
 
     return BLOCK.sub(replace, text)
 
@@ -458,7 +478,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     path.write_text(after, encoding="utf-8")
         if not arguments.check:
             for picture in sorted(pictures):
-                PICTURES[picture](ROOT / "docs" / "images" / picture)
+                with making(picture):
+                    PICTURES[picture](ROOT / "docs" / "images" / picture)
     except (ReportError, StoreError) as error:
         parser.error(str(error))
     if arguments.check and stale:

@@ -8,9 +8,11 @@ weights of a margin loss (`criterion.weight`) are trained together with the netw
 optimiser: they live in the criterion, so an optimiser over `model.parameters()` alone would leave
 them at the random directions they started from.
 
-Margin losses are judged by their embeddings: 1-nearest-neighbour by cosine similarity, the gallery
-being the training set. Training accuracy leaves the queried image itself out of the gallery; with
-it in, it would be 100 % whatever was learned. Cross-entropy is judged by the arg max of its logits.
+Every loss is judged in two ways. "1-NN" is by the embeddings: the class of the nearest training
+image, by cosine. On the training images it leaves the queried image itself out; with it in, it
+would be 100 % whatever was learned. "arg max" is by the class weights: the class of the largest
+logit, without a margin. The one tells how an embedding serves to compare images, also of classes
+never seen; the other how network and class weights serve as a classifier.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from study.command import default_device, learning_rate, usable_device, versions
 from study.criteria import LinearCrossEntropy
 from study.measure import DivergedError, arg_max_accuracy, embed, nearest_neighbour_accuracy
 from study.store import write_text
+from study.tables import number, plus_minus, text_table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -76,6 +79,16 @@ LOSSES: dict[str, Callable[[int, int], nn.Module]] = {
     "cross_entropy": LinearCrossEntropy,
 }
 MARGIN_UNITS = {"arcface": "rad", "cosface": "cos"}  # an angle, an offset of the cosine
+ACCURACIES = {  # of `Result`, and how the table calls them
+    "test_nearest": "test 1-NN %",
+    "test_arg_max": "test arg max %",
+    "train_nearest": "train 1-NN %",
+    "train_arg_max": "train arg max %",
+}
+LEGEND = (
+    "1-NN: class of the nearest training image, by the cosine of embeddings (train: other images)",
+    "arg max: class of the largest logit, by the class weights and without a margin",
+)
 
 
 @dataclass(frozen=True)
@@ -86,8 +99,10 @@ class Result:
     seed: int
     scale: float | None
     margin: float | None
-    train_accuracy: float
-    test_accuracy: float
+    test_nearest: float
+    test_arg_max: float
+    train_nearest: float
+    train_arg_max: float
     seconds_per_epoch: float
     epoch_losses: list[float]
 
@@ -110,14 +125,12 @@ def run(name: str, data: Digits, seed: int, settings: argparse.Namespace) -> Res
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
             start = time.perf_counter()
-    train_accuracy, test_accuracy = evaluate(model, criterion, data)
     return Result(
         loss=name,
         seed=seed,
         scale=getattr(criterion, "scale", None),
         margin=getattr(criterion, "margin", None),
-        train_accuracy=train_accuracy,
-        test_accuracy=test_accuracy,
+        **evaluate(model, criterion, data),
         seconds_per_epoch=statistics.median(seconds),
         epoch_losses=epoch_losses,
     )
@@ -144,19 +157,16 @@ def train(
         yield total.item() / count
 
 
-def evaluate(model: nn.Module, criterion: nn.Module, data: Digits) -> tuple[float, float]:
-    """Measure training and test accuracy in %."""
-    train, test = embed(model, data.train_images), embed(model, data.test_images)
-    if isinstance(criterion, LinearCrossEntropy):
-        return (
-            arg_max_accuracy(criterion, train, data.train_labels),
-            arg_max_accuracy(criterion, test, data.test_labels),
-        )
-    gallery = (train, data.train_labels)
-    return (
-        nearest_neighbour_accuracy(*gallery, *gallery, leave_one_out=True),
-        nearest_neighbour_accuracy(test, data.test_labels, *gallery),
-    )
+def evaluate(model: nn.Module, criterion: nn.Module, data: Digits) -> dict[str, float]:
+    """Measure the accuracies of a result, in %, by both measures whatever the loss."""
+    train = embed(model, data.train_images), data.train_labels
+    test = embed(model, data.test_images), data.test_labels
+    return {
+        "test_nearest": nearest_neighbour_accuracy(*test, *train),
+        "test_arg_max": arg_max_accuracy(criterion, *test),
+        "train_nearest": nearest_neighbour_accuracy(*train, *train, leave_one_out=True),
+        "train_arg_max": arg_max_accuracy(criterion, *train),
+    }
 
 
 def summarise(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -165,7 +175,7 @@ def summarise(results: Sequence[Result]) -> list[dict[str, Any]]:
     for name in dict.fromkeys(result.loss for result in results):
         runs = [result for result in results if result.loss == name]
         row = {"loss": name, "scale": runs[0].scale, "margin": runs[0].margin, "runs": len(runs)}
-        for key in ("train_accuracy", "test_accuracy"):
+        for key in ACCURACIES:
             values = [getattr(result, key) for result in runs]
             row[key] = statistics.fmean(values)
             row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
@@ -175,36 +185,20 @@ def summarise(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def format_table(results: Sequence[Result]) -> str:
-    """Lay the results out as text, one line for each loss."""
-
-    def number(value: float | None, decimals: int = 2) -> str:
-        return "-" if value is None else f"{value:.{decimals}f}"
-
-    def accuracy(row: dict[str, Any], key: str) -> str:
-        deviation = row[f"{key}_std"]
-        return number(row[key]) + (f" ± {number(deviation)}" if row["runs"] > 1 else "")
-
-    header = ("loss", "scale", "margin", "train %", "test %", "s/epoch", "runs")
+    """Lay the results out as text, one line for each loss, and say what the columns are."""
+    header = ("loss", "scale", "margin", *ACCURACIES.values(), "s/epoch", "runs")
     rows = [
         (
             row["loss"],
             number(row["scale"]),
             f"{number(row['margin'])} {MARGIN_UNITS.get(row['loss'], '')}".rstrip(),
-            accuracy(row, "train_accuracy"),
-            accuracy(row, "test_accuracy"),
+            *(plus_minus(row[key], row[f"{key}_std"]) for key in ACCURACIES),
             number(row["seconds_per_epoch"], 3),
             str(row["runs"]),
         )
         for row in summarise(results)
     ]
-    lines = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    ]
-    text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(text)
+    return "\n".join([text_table(header, rows), *LEGEND])
 
 
 def describe_run(

@@ -905,3 +905,20 @@ def test_network_of_the_arguments() -> None:
     assert output.shape == (2, 7)
     assert output.dtype == torch.float32
     assert network.precision == "bf16"
+
+
+def test_a_run_that_lacks_something_is_named_before_training(
+    people: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "faces.json"
+    arguments = ["--losses", "fixed_adacos", "--json", str(path), "--seeds", "0"]
+    assert run_main(people, *arguments) == 0
+    capsys.readouterr()
+    path.write_text(path.read_text().replace('"eer"', '"e"'))
+    count = count_epochs(monkeypatch)
+    message = f"{path}: not what its script writes, 'eer' is missing: name another file"
+    assert_refused(capsys, lambda: run_main(people, *arguments, "1", "--resume"), message)
+    assert not count

@@ -549,3 +549,111 @@ def test_a_damaged_checkpoint_is_an_error(
     options = ["--losses", "fixed_adacos", "--json", str(tmp_path / "runs.json"), "--resume"]
     assert run_main(mnist, *options) == 1
     assert "runs.json.checkpoint: can't be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"hello",
+        b"{}",
+        b"\x80\x02.",
+        b"\x80\x02h\x05.",
+        b"\x80",
+        b"\n",
+        bytes(100),
+        b"PK\x03\x04",
+    ],
+)
+def test_a_checkpoint_of_junk_is_named(
+    mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    path = tmp_path / "runs.json.checkpoint"
+    path.write_bytes(content)
+    options = ["--losses", "fixed_adacos", "--json", str(tmp_path / "runs.json"), "--resume"]
+    assert run_main(mnist, *options) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {path}: can't be read (")
+    assert error.endswith("); remove it to train this run from its beginning")
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ((), [1], "not a checkpoint of a study"),
+        (("key",), None, "not a checkpoint of a study"),
+        (("settings",), [1], "not a checkpoint of a study"),
+        (("state",), None, "not a checkpoint of a study"),
+        (("state",), {}, "not the state of this run (KeyError: 'progress')"),
+        (("state", "progress"), None, "not the state of this run (TypeError: "),
+        (("state", "progress"), {"losses": 3}, "not the state of this run (TypeError: "),
+        (("state", "progress"), {"epochs": []}, "not the state of this run (TypeError: "),
+        (("state", "network"), {}, "not the state of this run (RuntimeError: "),
+        (("state", "criterion"), [], "not the state of this run (TypeError: "),
+        (("state", "optimizer"), {}, "not the state of this run (KeyError: "),
+        (("state", "order"), 5, "not the state of this run (TypeError: "),
+        (("state", "random"), [], "not the state of this run (IndexError: "),
+    ],
+    ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_checkpoint_of_another_shape_is_named(
+    mnist: Path,
+    begun: Path,
+    capsys: pytest.CaptureFixture[str],
+    part: tuple[str, ...],
+    value: Any,
+    message: str,
+) -> None:
+    path = begun.with_name("begun.json.checkpoint")
+    content = {"whole": torch.load(path, weights_only=True)}
+    holder: Any = content
+    for name in ("whole", *part)[:-1]:
+        holder = holder[name]
+    holder[("whole", *part)[-1]] = value
+    torch.save(content["whole"], path)
+    assert run_main(mnist, "--losses", "arcface", "--json", str(begun), "--resume") == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {path}: {message}")
+    assert error.endswith("; remove it to train this run from its beginning")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda content: "", "can't be read (JSONDecodeError: "),
+        (lambda content: "\0\0", "can't be read (JSONDecodeError: "),
+        (lambda content: "[" * 100_000, "can't be read (RecursionError: "),
+        (lambda content: json.dumps({**content, "runs": [1]}), "not the results of a study"),
+        (lambda content: json.dumps({**content, "runs": [{}]}), "'loss' is missing"),
+        (lambda content: json.dumps(content).replace("seconds", "s"), "'seconds' is missing"),
+        (
+            lambda content: json.dumps(content).replace(
+                '"test_nearest": ', '"test_nearest": "%", "": '
+            ),
+            "not what its script writes (TypeError: ",
+        ),
+    ],
+)
+def test_a_file_of_junk_is_named_before_training(
+    mnist: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Any], str],
+    message: str,
+) -> None:
+    path = tmp_path / "runs.json"
+    options = ["--losses", "fixed_adacos", "--json", str(path), "--seeds", "0"]
+    assert run_main(mnist, *options) == 0
+    path.write_text(spoil(json.loads(path.read_text())))
+    before = path.read_text()
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        run_main(mnist, *options, "1", "--resume")
+    captured = capsys.readouterr()
+    error = captured.err.splitlines()[-1]
+    assert f"error: {path}: " in error
+    assert message in error
+    assert "name another file" in error
+    assert captured.out == ""
+    assert path.read_text() == before

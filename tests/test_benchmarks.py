@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_margin import functional
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
 HAS_PEAK = Path("/proc/self/clear_refs").exists()
@@ -71,7 +73,8 @@ def test_cpu_run_writes_times_ratios_and_environment(cpu_result) -> None:
     assert result["shape"] == {"n": 8, "c": 200, "d": 16}
     lower_bounds = {"lce", "lce_chunked"} if HAS_LCE else set()
     ours = {"ours", "ours_bf16", "ours_autocast"}
-    assert set(result["results"]) == ours | lower_bounds | {"careful", "usual", "products"}
+    eager = {"careful", "careful_bf16", "usual"}
+    assert set(result["results"]) == ours | lower_bounds | eager | {"products"}
     for key, row in result["results"].items():
         assert len(row["seconds"]) == 3
         assert sorted(row["seconds"])[1] == row["median_s"] > 0
@@ -85,6 +88,7 @@ def test_cpu_run_writes_times_ratios_and_environment(cpu_result) -> None:
             "ours_over_products": medians["ours"] / medians["products"],
             "ours_over_ours_bf16": medians["ours"] / medians["ours_bf16"],
             "ours_over_ours_autocast": medians["ours"] / medians["ours_autocast"],
+            "careful_bf16_over_ours_bf16": medians["careful_bf16"] / medians["ours_bf16"],
         }
     )
     environment = result["environment"]
@@ -450,7 +454,7 @@ def test_json_is_replaced_whole_or_not_at_all(
 def test_memory_run_counts_and_enforces_its_limit(tmp_path: Path) -> None:
     path = tmp_path / "memory.json"
     sizes = ["--n", "256", "--c", "40000", "--d", "64"]
-    done = run("-m", "benchmarks.memory", *sizes, "--limit-mib=-999", "--json", str(path))
+    done = run("-m", "benchmarks.memory", *sizes, "--limit-mib", "0", "--json", str(path))
     assert done.returncode == 1
     assert "above the limit" in done.stderr
     result = json.loads(path.read_text())
@@ -560,6 +564,22 @@ def test_scaling_does_not_mix_versions(
     path.write_text(json.dumps({"environment": environment, "points": []}))
     assert scaling.main([*SCALING, "--json", str(path), "--resume"]) == 1
     assert "another torch (1.0, now " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "7", '{"environment": {}}', '{"environment": {}, "points": [{"n": 1}]}',
+     '{"environment": [1], "points": []}', '{"environment": {}, "points": 3}', "\udcff"],
+)  # fmt: skip
+def test_scaling_names_a_file_it_can_not_resume(
+    load, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    path = tmp_path / "scaling.json"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    assert load("scaling").main([*SCALING, "--json", str(path), "--resume"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path} holds no points of this benchmark (")
+    assert "start anew without --resume, or name another file" in error
 
 
 def test_scaling_needs_a_file_to_resume(load) -> None:
@@ -769,6 +789,34 @@ def test_report_names_the_file_it_can_not_use(
     assert not (tmp_path / "docs").exists()
 
 
+def test_report_names_the_result_that_lacks_something(
+    load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = {"benchmark": "cpu, x", "environment": {"cpu": "a", "threads": 1}, "shape": {}}
+    (tmp_path / "lacking.json").write_text(json.dumps(result))
+    arguments = ["--results", str(tmp_path), "--docs", str(tmp_path / "docs")]
+    assert load("report").main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: lacking.json can't be reported (KeyError(")
+    assert "measure again, or remove the file" in error
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"benchmarks": [{}]}', '{"benchmarks": []}', '{"benchmarks": 1}',
+     '{"benchmarks": [{"extra_info": {"contender": "ours", "environment": {}}, "stats": {}}]}'],
+)  # fmt: skip
+def test_report_names_a_file_of_cases_it_can_not_use(
+    load, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(content)
+    folders = ["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]
+    assert load("report").main([*folders, "--bench", str(path)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {path}: ")
+    assert not (tmp_path / "results").exists()
+
+
 def test_report_refuses_an_empty_folder(load, tmp_path: Path) -> None:
     report = load("report")
     assert report.main(["--results", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 1
@@ -783,3 +831,111 @@ def test_committed_report_is_that_of_the_committed_results(load) -> None:
     assert document.read_text(encoding="utf-8") == built.text(), "stale: make bench-report"
     images = ROOT / "docs" / report.IMAGES
     assert [name for name in built.charts if not (images / name).is_file()] == []
+
+
+# --- the command lines ----------------------------------------------------------------------------
+
+SMALL, LEAST_1, LEAST_2 = "0 -1 x 1.5", "of at least 1", "of at least 2"
+THREADS = ("--threads", f"{SMALL} 1025", "from 1 to 1024")
+OPTIONS: dict[str, list[tuple[str, str, str]]] = {
+    "cpu": [
+        *((option, f"{SMALL} 1", LEAST_2) for option in ("--n", "--c", "--d")),
+        ("--rounds", SMALL, LEAST_1),
+        THREADS,
+    ],
+    "memory": [
+        ("--n", SMALL, LEAST_1),
+        ("--c", f"{SMALL} 1", LEAST_2),
+        ("--d", SMALL, LEAST_1),
+        ("--chunk", SMALL, LEAST_1),
+        ("--limit-mib", "-1 nan x", "from 0 to 1e+09"),
+        THREADS,
+    ],
+    "scaling": [
+        *((option, f"{SMALL} 1", LEAST_2) for option in ("--n", "--c", "--d")),
+        *((option, f"{SMALL} 1 8,1 8, ,", LEAST_2) for option in ("--classes", "--rows")),
+        ("--seconds", "-1 nan inf x", "from 0 to 86400"),
+        THREADS,
+    ],
+    "roofline": [
+        ("--n", SMALL, LEAST_1),
+        ("--c", f"{SMALL} 1", LEAST_2),
+        ("--d", SMALL, LEAST_1),
+    ],
+    "gpu": [("--minutes", "0 -1 nan inf x", "from 0.1 to 1440")],
+    "kernels": [("--dims", f"{SMALL} 8 100 16384", "a power of 2")],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "bounds"),
+    [
+        (command, option, value, bounds)
+        for command, options in OPTIONS.items()
+        for option, values, bounds in options
+        for value in values.split()
+    ],
+)
+def test_numbers_out_of_bounds_are_one_line_errors(
+    load, capsys: pytest.CaptureFixture[str], command: str, option: str, value: str, bounds: str
+) -> None:
+    if command == "kernels":
+        pytest.importorskip("triton", reason="Triton is not installed")
+    with pytest.raises(SystemExit) as caught:
+        load(command).main([f"{option}={value}"])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    given = value.split(",")[-1] if "," in value else value
+    assert error.startswith(f"python -m benchmarks.{command}: error: argument {option}: expected a")
+    assert bounds in error
+    assert error.endswith(f"got {given!r}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss", "fixed_adacos", "--c", "2"], "--loss fixed_adacos needs --c 3 or more"),
+        (["--chunk", "5"], "--chunk is for --contender lce_chunked"),
+    ],
+)
+def test_memory_options_that_do_not_go_together(
+    load, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        load("memory").main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["cpu", "scaling"])
+def test_a_wrong_result_ends_the_command_in_a_sentence(
+    load, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """With two columns the remedy is a larger problem."""
+    right = functional.arcface
+
+    def wrong(*args: Any, backend: str = "auto", **options: Any) -> Tensor:
+        factor = 1.0 if backend == "reference" else 1.01
+        return factor * right(*args, backend=backend, **options)
+
+    monkeypatch.setattr(functional, "arcface", wrong)
+    sizes = ["--n", "2", "--c", "10", "--d", "2", "--no-memory"]
+    more = {
+        "cpu": ["--rounds", "1", "--no-compile"],
+        "scaling": ["--rows", "2", "--classes", "10", "--seconds", "0"],
+    }
+    assert load(command).main([*sizes, *more[command]]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: fused_margin: relative error above 2e-05 in ")
+    assert error.endswith("N=2, D=2 leave few digits to compare: try N >= 8 and D >= 16")
+
+
+def test_kernels_say_that_triton_is_missing() -> None:
+    code = """
+import runpy, sys
+sys.modules["triton"] = None
+runpy.run_module("benchmarks.kernels", run_name="__main__")
+"""
+    done = run("-c", code)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: Triton compiles the kernels and isn't installed; ")
+    assert "Traceback" not in done.stderr

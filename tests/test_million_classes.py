@@ -476,6 +476,55 @@ def test_a_damaged_checkpoint_is_refused(
     assert f"{checkpoint}: can't be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02."])
+def test_a_checkpoint_of_junk_is_named(
+    interrupted: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    checkpoint = interrupted.with_name("result.json.checkpoint")
+    checkpoint.write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        run_main("--json", str(interrupted), "--resume")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {checkpoint}: can't be read (" in error
+    assert error.endswith("); remove it to train this run from its beginning")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("network", {}), ("criterion", 1), ("network_optimizer", {}), ("progress", {"losses": 3})],
+)
+def test_a_checkpoint_of_another_shape_is_named(
+    interrupted: Path, capsys: pytest.CaptureFixture[str], name: str, value: Any
+) -> None:
+    checkpoint = interrupted.with_name("result.json.checkpoint")
+    content = torch.load(checkpoint, weights_only=True)
+    content["state"][name] = value
+    torch.save(content, checkpoint)
+    with pytest.raises(SystemExit, match="2"):
+        run_main("--json", str(interrupted), "--resume")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {checkpoint}: not the state of this run (" in error
+    assert error.endswith("); remove it to train this run from its beginning")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "can't be read"), ("7", "not the results"), (None, "'losses' is missing")],
+)
+def test_a_file_of_junk_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
+) -> None:
+    path = tmp_path / "result.json"
+    assert run_main("--json", str(path)) == 0
+    path.write_text(path.read_text().replace('"losses"', '"l"') if content is None else content)
+    with pytest.raises(SystemExit, match="2"):
+        run_main("--json", str(path), "--resume")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {path}: " in error
+    assert message in error
+    assert "name another file" in error
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 
@@ -636,7 +685,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--seed", "-1"], "--seed: expected a whole number of at least 0, got '-1'"),
         (["--lr", "0"], "--lr: expected a number above 0, at most 10, got '0'"),
         (["--weight-lr", "nan"], "--weight-lr: expected a number above 0, at most 1e+06"),
-        (["--threads", "0"], "--threads: expected a whole number of at least 1, got '0'"),
+        (["--threads", "0"], "--threads: expected a whole number from 1 to 1024, got '0'"),
+        (["--threads", "100000"], "--threads: expected a whole number from 1 to 1024"),
         (["--device", "tpu"], "--device: expected cpu, cuda or cuda:INDEX, got 'tpu'"),
         (["--json", "no/such/folder/result.json"], "--json: can't write 'no/such/folder/"),
         (["--resume"], "--resume needs --json FILE"),

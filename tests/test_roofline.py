@@ -187,12 +187,10 @@ def test_cpu_forms_again_what_it_does_not_keep(roofline: ModuleType, shapes: Mod
     small, large = shapes.SHAPES["voxceleb2"], shapes.SHAPES["glint360k"]
     for shape in (small, large):
         ncd = shape.num_rows * shape.num_classes * shape.dim
-        kept = _cpu.kept_classes(
-            torch.empty(shape.num_rows, shape.dim, device="meta"),
-            torch.empty(shape.num_classes, shape.dim, device="meta"),
-            torch.float32,
-            _ops.DEFAULT_BUDGET,
-        )
+        x = torch.empty(shape.num_rows, shape.dim, device="meta")
+        w = torch.empty(shape.num_classes, shape.dim, device="meta")
+        num_bytes = int(_cpu.kept_bytes(x, w, _ops.DEFAULT_BUDGET))
+        kept = _cpu.kept_classes(x, w, torch.float32, num_bytes)
         work = roofline.work(shape, dtypes, "cpu", backward=True)
         expected = 8 * ncd - 2 * ncd * kept / shape.num_classes
         assert work.flops["ieee"] == pytest.approx(expected)

@@ -70,6 +70,48 @@ def test_every_point_of_the_grid(tmp_path: Path, data: str, classes: int) -> Non
 
 
 @pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (None, "", "can't be read (JSONDecodeError: "),
+        ('"eer": ', '"e": ', "'eer' is missing"),
+        ('"seed": ', '"s": ', "'seed' is missing"),
+        ('"nearest": ', '"nearest": "%", "n": ', "not what its script writes (TypeError: "),
+    ],
+)
+def test_a_file_of_junk_is_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    before: str | None,
+    after: str,
+    message: str,
+) -> None:
+    path = tmp_path / "sweep.json"
+    data = ["--data", "synthetic", "--classes", "5"]
+    run_main(path, *data)
+    path.write_text(after if before is None else path.read_text().replace(before, after))
+    with pytest.raises(SystemExit, match="2"):
+        run_main(path, *data, "--resume")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {path}: " in error
+    assert message in error
+    assert "name another file" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--classes", "3"), ("--classes", "10000001"), ("--per-class", "0"), ("--threads", "1025")],
+)
+def test_numbers_out_of_bounds_are_errors(
+    capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        scale_sweep.main(["--data", "synthetic", option, value])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option}: expected a whole number from " in error
+    assert error.endswith(f"got '{value}'")
+
+
+@pytest.mark.parametrize(
     ("labels", "each"),
     [(torch.arange(10).repeat(900), 200), (torch.arange(6000).repeat_interleave(3), 2)],
     ids=["many images", "many classes"],
@@ -203,7 +245,7 @@ def test_synthetic_identities() -> None:
         (["--data", "synthetic", "--root", "."], "--root is not for --data synthetic"),
         (["--data", "folder", "--root", "nowhere"], "nowhere: no such folder"),
         (["--data", "mnist", "--root", "nowhere"], "nowhere: no such folder"),
-        (["--data", "synthetic", "--classes", "3"], "of at least 4"),
+        (["--data", "synthetic", "--classes", "3"], "from 4 to 10000000"),
         (["--data", "synthetic", "--scales", "0"], "above 0"),
         (["--data", "synthetic", "--margins", "4"], "expected radians from 0 to pi"),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -235,6 +236,38 @@ def test_an_unknown_table_and_missing_results_are_errors(
     with pytest.raises(SystemExit):
         study_report.main([])
     assert "no table 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (None, "", "mnist.json: can't be read (JSONDecodeError"),
+        ('"test_nearest":', '"other":', "mnist.json: not what its script writes, 'test_nearest'"),
+        ('"experiment"', '"e"', "mnist.json: not what its script writes, 'experiment' is missing"),
+        ('"test_nearest": ', '"test_nearest": "%", "": ', "error: table mnist: TypeError: "),
+    ],
+)
+def test_results_of_another_kind_are_named(
+    miniature: Path,
+    results: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    before: str | None,
+    after: str,
+    message: str,
+) -> None:
+    folder = tmp_path / "spoiled"
+    shutil.copytree(results, folder)
+    path = folder / "mnist.json"
+    path.write_text(after if before is None else path.read_text().replace(before, after))
+    monkeypatch.setattr(study_report, "RESULTS", folder)
+    (miniature / "docs" / "study.md").write_text("<!-- table mnist -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="2"):
+        study_report.main([])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error
+    assert "run its script again" in error or "run that script again" in error
 
 
 def test_tables_of_the_documents_are_what_the_committed_results_give() -> None:

@@ -43,6 +43,7 @@ def real_number(above: float, at_most: float) -> Callable[[str], float]:
 
 
 learning_rate = real_number(0, 10)
+thread_count = whole_number(1, 1024)  # torch crashes where it can't start them all
 
 
 def usable_device(text: str) -> torch.device:

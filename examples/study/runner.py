@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .command import default_device, learning_rate, usable_device, whole_number, writable_file
+from .command import (
+    default_device,
+    learning_rate,
+    thread_count,
+    usable_device,
+    whole_number,
+    writable_file,
+)
 from .measure import DivergedError
-from .store import Runs, StoreError
+from .store import Runs, StoreError, reading
 from .training import Progress, Recipe, fit
 
 INTERRUPTED, FAILED = 130, 1  # exit codes
@@ -97,7 +104,10 @@ def run_job(runs: Runs, job: Job, bar: tqdm[Any]) -> None:
     """
     training = job.prepare()
     saved = runs.load_checkpoint(job.key)
-    progress = Progress(**saved["progress"]) if saved is not None else Progress()
+    progress = Progress()
+    if saved is not None:
+        with runs.restoring():
+            progress = Progress.restored(saved["progress"])
     bar.update(len(progress.losses))
     for progress in fit(
         training.network,
@@ -108,6 +118,7 @@ def run_job(runs: Runs, job: Job, bar: tqdm[Any]) -> None:
         training.recipe,
         training.seed,
         resume_from=saved,
+        restoring=runs.restoring,
         checkpoint=lambda state: runs.save_checkpoint(job.key, state),
     ):
         bar.set_postfix_str(f"loss {progress.losses[-1]:.4f}", refresh=False)
@@ -144,7 +155,7 @@ def add_run_arguments(
         help="of the network in training (bf16: autocast); loss and measuring are fp32; "
         "default: %(default)s",
     )  # fmt: skip
-    add("--threads", type=count, metavar="N", help="on a CPU; default: as PyTorch chooses")
+    add("--threads", type=thread_count, metavar="N", help="on a CPU; default: as PyTorch chooses")
     add("--device", type=usable_device, help="cpu, cuda or cuda:INDEX; default: a GPU if any")
     add("--json", type=writable_file, metavar="FILE", help="keep every finished run here")
     add("--resume", action="store_true", help="go on with the runs in the --json FILE")
@@ -185,10 +196,21 @@ def check_run_arguments(parser: argparse.ArgumentParser, arguments: argparse.Nam
 
 
 def open_runs(
-    parser: argparse.ArgumentParser, path: Path | None, settings: dict[str, Any], *, resume: bool
+    parser: argparse.ArgumentParser,
+    path: Path | None,
+    settings: dict[str, Any],
+    *,
+    resume: bool,
+    tabulate: Callable[[list[dict[str, Any]]], object],
 ) -> Runs:
-    """Open the file of results, or end with an error that says why not."""
+    """Open the file of results, or end with an error that says why not.
+
+    `tabulate` is what will be done with the runs at the end: better that it fails now.
+    """
     try:
-        return Runs(path, settings, resume=resume)
+        runs = Runs(path, settings, resume=resume)
+        with reading(path):
+            tabulate(runs.runs)
     except StoreError as error:
         parser.error(str(error))
+    return runs

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import pickle
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,49 @@ from .command import versions
 DECISIVE = ("fused_margin", "torch")  # versions that all runs of a file must have been made with
 
 
+# What reading values of another kind than expected can raise.
+MISFITS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
 class StoreError(ValueError):
     """A file of results can't be used: it exists, is damaged, or holds another study's runs."""
+
+
+class Entry(dict[str, Any]):
+    """An object in a file of results; it names the file if it lacks what is asked for."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, name: str) -> Any:
+        raise StoreError(
+            f"{self.path}: not what its script writes, {name!r} is missing: name another file, or "
+            "remove this one and run its script again"
+        )
+
+
+@contextlib.contextmanager
+def reading(path: Path | None) -> Iterator[None]:
+    """Turn what values of another kind raise into an error that names their file.
+
+    Raises:
+        StoreError: the block raised one of MISFITS.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    except MISFITS as error:
+        raise StoreError(
+            f"{path}: not what its script writes ({reason(error)}): name another file, or remove "
+            "this one and run its script again"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """The kind of an error and the first line it says; some say nothing."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def write_text(path: Path, text: str) -> None:
@@ -170,13 +210,34 @@ class Runs:
             return None
         try:
             saved = torch.load(path, weights_only=True)
-        except (OSError, RuntimeError, EOFError, struct.error, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
-            raise StoreError(f"{path}: can't be read ({reason}); remove it") from error
-        if not isinstance(saved, dict) or not {"key", "settings", "versions"} <= saved.keys():
-            raise StoreError(f"{path}: not a checkpoint of a study; remove it")
+        except Exception as error:  # a damaged pickle can fail in any way
+            raise StoreError(
+                f"{path}: can't be read ({reason(error)}); remove it to train this run from its "
+                "beginning"
+            ) from error
+        parts = ("key", "settings", "versions", "state")
+        if not isinstance(saved, dict) or not all(isinstance(saved.get(p), dict) for p in parts):
+            raise StoreError(
+                f"{path}: not a checkpoint of a study; remove it to train this run from its "
+                "beginning"
+            )
         self._compare(path, saved)
         return saved["state"] if saved["key"] == dict(key) else None
+
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Turn what a state of another kind raises into an error that names the checkpoint.
+
+        Raises:
+            StoreError: the block raised one of MISFITS, or a RuntimeError.
+        """
+        try:
+            yield
+        except (*MISFITS, RuntimeError) as error:  # the latter by load_state_dict
+            raise StoreError(
+                f"{self.checkpoint_path}: not the state of this run ({reason(error)}); remove it "
+                "to train this run from its beginning"
+            ) from error
 
 
 def _brief(value: Any) -> str:
@@ -188,7 +249,14 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: can't be read ({error})") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> StoreError:
+    return StoreError(
+        f"{path}: can't be read ({reason(error)}); name another file, or remove this one and run "
+        "its script again"
+    )
 
 
 def read_study(path: Path) -> dict[str, Any]:
@@ -202,12 +270,14 @@ def read_study(path: Path) -> dict[str, Any]:
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise StoreError(f"{path}: can't be read ({error})") from error
+        content = json.loads(text, object_hook=lambda found: Entry(path, found))
+    except (ValueError, RecursionError) as error:
+        raise unreadable(path, error) from error
     kinds = {"settings": dict, "versions": dict, "runs": list}
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(name), kind) for name, kind in kinds.items()
+    if (
+        not isinstance(content, dict)
+        or not all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+        or not all(isinstance(run, dict) for run in content["runs"])
     ):
         raise StoreError(f"{path}: not the results of a study; name another file")
     return content

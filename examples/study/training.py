@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -77,6 +78,18 @@ class Progress:
     seconds: list[float] = dataclasses.field(default_factory=list)
     cosines: list[dict[str, list[int]]] = dataclasses.field(default_factory=list)
 
+    @classmethod
+    def restored(cls, saved: dict[str, Any]) -> Progress:
+        """Make it of what `dataclasses.asdict` made of one.
+
+        Raises:
+            TypeError: it isn't that.
+        """
+        progress = cls(**saved)
+        if not all(isinstance(values, list) for values in vars(progress).values()):
+            raise TypeError("progress is not made of lists")
+        return progress
+
 
 def fit(
     network: nn.Module,
@@ -88,9 +101,12 @@ def fit(
     seed: int,
     *,
     resume_from: Any | None = None,
+    restoring: Callable[[], AbstractContextManager[None]] = nullcontext,
     checkpoint: Callable[[Any], None] = lambda state: None,
 ) -> Iterator[Progress]:
     """Train; yield the progress after every epoch, when `checkpoint` has been given the state.
+
+    `resume_from` is such a state; it is read inside of `restoring`.
 
     The seed decides the order of the images, dropout and mirroring. A run that goes on from a
     checkpoint gives the same bits as one that was never interrupted.
@@ -106,12 +122,13 @@ def fit(
     torch.manual_seed(seed)
     progress = Progress()
     if resume_from is not None:
-        network.load_state_dict(resume_from["network"])
-        criterion.load_state_dict(resume_from["criterion"])
-        optimizer.load_state_dict(resume_from["optimizer"])
-        order.set_state(resume_from["order"])
-        restore_random_state(resume_from["random"])
-        progress = Progress(**resume_from["progress"])
+        with restoring():
+            network.load_state_dict(resume_from["network"])
+            criterion.load_state_dict(resume_from["criterion"])
+            optimizer.load_state_dict(resume_from["optimizer"])
+            order.set_state(resume_from["order"])
+            restore_random_state(resume_from["random"])
+            progress = Progress.restored(resume_from["progress"])
     elif recipe.record_cosines:
         progress.cosines.append(cosine_histograms(network, criterion, images, labels))
     while len(progress.losses) < recipe.epochs:
