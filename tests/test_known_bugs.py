@@ -424,8 +424,8 @@ def test_gradients_are_finite_at_the_poles(backend: str, sign: float, boundary: 
     given = problem(4, 6, 8)
     for mode in (FP32, FP64):
         x = sign * given.w[given.labels].to(mode.embeddings)
-        w = given.w.to(mode.weight).to(device_of(backend)).requires_grad_()
-        x = x.to(device_of(backend)).requires_grad_()
+        w = given.w.to(device_of(backend), mode.weight, copy=True).requires_grad_()
+        x = x.to(device_of(backend), copy=True).requires_grad_()
         loss = fmf.arcface(
             x, w, given.labels.to(x.device), boundary=boundary, backend=backend, scale=16.0
         )
@@ -440,7 +440,7 @@ def test_small_angles(backend: str) -> None:
     slope = math.cos(margin) + math.cos(angle) * math.sin(margin) / math.sqrt(1e-5)
     for dtype in (torch.float32, torch.float64):
         x = torch.tensor([[math.cos(angle), math.sin(angle)]], dtype=dtype)
-        x = x.to(device_of(backend)).requires_grad_()
+        x = x.to(device_of(backend), copy=True).requires_grad_()
         w = torch.eye(2, dtype=dtype, device=x.device)
         label = torch.zeros(1, dtype=torch.int64, device=x.device)
         # the loss is log(1 + exp(z)), z = s (c_other - psi)

@@ -180,7 +180,7 @@ def test_a_strategy_that_is_not_there() -> None:
 def test_memory_budget(dtype: torch.dtype) -> None:
     """Everything within the budget is kept, and nothing if it doesn't fit."""
     given = problem(9, 41, 5)
-    x, w = given.x.to(DEVICE, dtype), given.w.to(DEVICE, dtype).requires_grad_()
+    x, w = given.x.to(DEVICE, dtype), given.w.to(DEVICE, dtype, copy=True).requires_grad_()
     labels = given.labels.to(DEVICE)
     blocks, size = launch.kept_shape(x, w, dtype, 1 << 30)
     needed = blocks * size
