@@ -374,7 +374,9 @@ def _gradients(
     if torch.is_grad_enabled() or _transforms.is_transformed(d_lse, d_u, grad_loss):
         # with create_graph, or a tangent: to be refused
         gradients = _ops.cosine_lse_backward.default(*args)
-    elif _is_unobserved(saved.x, saved.w, backend):
+    elif _is_unobserved(saved.x, saved.w, backend) and not _transforms.is_batched(
+        d_lse, d_u, grad_loss
+    ):
         gradients = _backward(*args)
     else:
         with torch._C._AutoDispatchBelowAutograd():

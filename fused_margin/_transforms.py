@@ -11,7 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+)
 from torch.autograd import forward_ad
 
 
@@ -27,6 +32,11 @@ def is_transformed(*arguments: Any) -> bool:
         return False
     tensors = (value for value in arguments if isinstance(value, torch.Tensor))
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def is_batched(*tensors: torch.Tensor | None) -> bool:
+    """Whether one is a batch of `torch.autograd.grad`'s own vmap, ``is_grads_batched``."""
+    return any(tensor is not None and is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
 def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
