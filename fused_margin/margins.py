@@ -27,7 +27,7 @@ ALWAYS_ANGULAR = -2.0
 
 
 class Margin(NamedTuple):
-    """Coefficients of eq. 5; floats, or (N,) tensors for one margin per sample."""
+    """Coefficients of eq. 5; numbers, or (N,) tensors for one margin per sample."""
 
     cos: float | torch.Tensor
     sin: float | torch.Tensor
@@ -37,8 +37,11 @@ class Margin(NamedTuple):
 
     @property
     def is_tensor(self) -> bool:
-        """Whether any coefficient is a tensor, so that autograd over N numbers is needed."""
-        return any(isinstance(value, torch.Tensor) for value in self)
+        """Whether any coefficient is an (N,) tensor, so that autograd over N numbers is needed.
+
+        Those of a float margin are 0-d tensors while `torch.compile` traces it.
+        """
+        return any(isinstance(value, torch.Tensor) and value.ndim > 0 for value in self)
 
 
 NO_MARGIN = Margin(1.0, 0.0, NEVER_ANGULAR, 0.0)
@@ -60,6 +63,9 @@ def angular(margin: float | torch.Tensor, boundary: str, grad: str) -> Margin:
         arXiv:1801.07698, eq. 3.
     """
     straight_through = grad == "straight_through"
+    if torch.compiler.is_compiling() and not isinstance(margin, torch.Tensor):
+        # Dynamo keeps a float symbolic in a product, and in torch 2.11 not in math.cos
+        margin = torch.ones((), dtype=torch.float64, device="cpu") * margin
     if isinstance(margin, torch.Tensor):
         cos, sin = margin.cos(), margin.sin()
         offset = margin * sin if boundary == "linear" else 1.0 - cos
