@@ -63,11 +63,9 @@ def _backward(
         return gradients * product + product * (w.shape[0] - kept_classes) // w.shape[0]
     from fused_margin._triton import planning
 
-    if kept.numel():
-        return gradients * product
-    config = planning.plan(x, w, compute).config
-    strategy = planning.strategy_for(x.shape[0], w.shape[0], w.shape[1], config, 1, 0)
-    return (2 * gradients if strategy == "fused" else gradients + 1) * product
+    strategy = planning.backward_strategy(x, w, planning.plan(x, w, compute), kept)
+    products = {"kept": gradients, "chunked": gradients + 1, "fused": 2 * gradients}
+    return products[strategy] * product
 
 
 def _nearest_classes(w_shape: torch.Size, *args: Any, **kwargs: Any) -> int:

@@ -79,6 +79,19 @@ def test_triton(strategy: str, expected: float) -> None:
     assert products == expected
 
 
+@needs_triton
+def test_triton_with_a_budget_that_does_not_suffice() -> None:
+    """Nothing is kept, and the products are those of a call without a budget."""
+    x, w, labels = _leaves(device_of("triton"))
+
+    def products(budget: int | None) -> float:
+        return _products(
+            lambda: fmf.arcface(x, w, labels, backend="triton", memory_budget=budget).backward()
+        )
+
+    assert products(1) == products(None) > products(1 << 20) == 3.0
+
+
 def test_regularizer() -> None:
     w = torch.randn(C, D)
     with FlopCounterMode(display=False) as counter:

@@ -54,6 +54,13 @@ class Targets(NamedTuple):
         else:
             block[self.classes, self.rows] = values[self.rows]
 
+    def add(self, matrix: torch.Tensor, values: torch.Tensor) -> None:
+        """Add ``values``, (T, D), to the rows of an (N, D) matrix that have a target."""
+        if self.rows is None:
+            matrix.add_(values)
+        else:
+            matrix.index_add_(0, self.rows, values)
+
 
 def find_targets(labels: torch.Tensor, num_classes: int) -> Targets:
     """The labels, (N,) int64, that lie in [0, C)."""

@@ -18,7 +18,6 @@ from fused_margin._cpu.rows import (
     Problem,
     RowGradients,
     Rows,
-    Targets,
     embeddings,
     measure,
     project,
@@ -124,7 +123,8 @@ def backward(
     if needs.x or needs.scale:
         v = _multiply(scaled.t(), w.values, dtype, torch.empty_like(x.values))
         if not is_exact:
-            _add_targets(v, of_target, w, targets)
+            factors = targets.of(of_target) * w.inverse[targets.classes]
+            targets.add(v, w.values[targets.classes] * factors[:, None])
         radial = project(x, v)
         if needs.scale:
             of_others = radial.double().numpy() - g.u * swept.u.numpy()
@@ -132,13 +132,3 @@ def backward(
         if needs.x:
             d_x = v.to(problem.x.dtype)
     return Gradients(d_x, d_w, d_scale)
-
-
-def _add_targets(v: torch.Tensor, factors: torch.Tensor, w: Rows, targets: Targets) -> None:
-    """Add factors * w_hat of each row's target, (N, D), to v."""
-    classes = targets.classes
-    added = w.values[classes] * (targets.of(factors) * w.inverse[classes])[:, None]
-    if targets.rows is None:
-        v.add_(added)
-    else:
-        v.index_add_(0, targets.rows, added)

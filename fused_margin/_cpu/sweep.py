@@ -199,8 +199,9 @@ def backward(
     a_per_unit = rounded(a / (problem.scale * LOG2_E), accumulate)
     g_u, u = g.u, swept.u.numpy()
     if problem.targets.rows is not None:
-        g_u = np.zeros_like(g_u)
-        g_u[problem.targets.rows.numpy()] = problem.targets.of(torch.from_numpy(g.u)).numpy()
+        found = problem.targets.rows.numpy()
+        g_u = np.zeros_like(g.u)
+        g_u[found] = g.u[found]
     gu_u = rounded(g_u * u, accumulate)
     inv_x = x.inverse.double().numpy()
     # rows of d_w_hat: of the other classes, and of the target's, (N, D)
@@ -257,24 +258,13 @@ def backward(
     d_x = d_scale = None
     if v is not None:
         v.mul_(rounded(a * inv_x, accumulate)[:, None])
-        _add_targets(v, rounded(g_u * inv_x, accumulate), problem, swept.inv_w)
+        targets = problem.targets
+        rows = shrink_huge(w[targets.classes].to(accumulate), swept.inv_w[targets.classes])
+        factors = targets.of(rounded(g_u * inv_x, accumulate)) * rows.inverse
+        targets.add(v, rows.values * factors[:, None])
         radial = project(x, v)  # sum_k G_nk c_nk
         if needs.scale:
             d_scale = torch.from_numpy(radial.double().numpy() - g_u * u).sum() / problem.scale
         if needs.x:
             d_x = v.to(problem.x.dtype)
     return Gradients(d_x, d_w, d_scale)
-
-
-def _add_targets(
-    v: torch.Tensor, factors: torch.Tensor, problem: Problem, inv_w: torch.Tensor
-) -> None:
-    """Add factors * w_hat of each row's target, (N, D), to v."""
-    targets = problem.targets
-    rows = problem.w[targets.classes].to(v.dtype)
-    rows = shrink_huge(rows, inv_w[targets.classes])
-    added = rows.values * (targets.of(factors) * rows.inverse)[:, None]
-    if targets.rows is None:
-        v.add_(added)
-    else:
-        v.index_add_(0, targets.rows, added)

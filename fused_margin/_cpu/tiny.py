@@ -14,14 +14,14 @@ import torch
 
 from fused_margin._arguments import Gradients, Needs, Swept
 from fused_margin._cpu.rows import (
-    HUGE,
     Problem,
     RowGradients,
     embeddings,
     inverse_norms,
+    project,
     rounded,
+    shrink_huge,
 )
-from fused_margin._numerics import CLAMPED_INVERSE_NORM
 
 # Up to this many multiplications a call is this module's.
 MULTIPLICATIONS = 1 << 18
@@ -42,16 +42,23 @@ def _entries(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Probabilities(NamedTuple):
-    """exp(s c - lse), (C, N), 0 at the targets; lse (eq. 2) and u (eq. 1), (N,). All fp64."""
+    """What `forward` finds, all fp64.
+
+    Attributes:
+        p: exp(s c - lse), (C, N), 0 at the targets.
+        lse: (eq. 2), (N,). u: (eq. 1), (N,). inv_x: inverse norms, (N,). inv_w: likewise, (C,).
+    """
 
     p: np.ndarray
     lse: np.ndarray
     u: np.ndarray
+    inv_x: np.ndarray
+    inv_w: np.ndarray
 
 
-def _probabilities(
-    problem: Problem, x: torch.Tensor, w: torch.Tensor, inv_x: np.ndarray, inv_w: np.ndarray
-) -> _Probabilities:
+def _probabilities(problem: Problem) -> _Probabilities:
+    x, w = embeddings(problem).double(), problem.w.double()
+    inv_x, inv_w = inverse_norms(x), inverse_norms(w)
     entries = _entries(problem)
     z = torch.mm(w, x.t()).numpy()
     z *= inv_w[:, None]
@@ -66,14 +73,12 @@ def _probabilities(
     total = np.add.reduce(p, axis=0)
     p /= total
     lse += np.log(total)
-    return _Probabilities(p, lse, u)
+    return _Probabilities(p, lse, u, inv_x, inv_w)
 
 
 def forward(problem: Problem, num_kept: int, num_bytes: int) -> Swept:
     """lse and u, and in ``num_bytes`` the probabilities, unless none are to be kept."""
-    x, w = embeddings(problem).double(), problem.w.double()
-    inv_x, inv_w = inverse_norms(x), inverse_norms(w)
-    p, lse, u = _probabilities(problem, x, w, inv_x, inv_w)
+    p, lse, u, inv_x, inv_w = _probabilities(problem)
     if num_kept:
         kept = p.astype(np.float32).reshape(-1).view(np.uint8)
     else:
@@ -91,45 +96,30 @@ def backward(
     g: RowGradients, problem: Problem, swept: Swept, num_kept: int, needs: Needs
 ) -> Gradients:
     """Vector-Jacobian product of `forward` (eq. 7 to 9), for gradients ``g`` of lse and u."""
-    inv_x, inv_w = swept.inv_x.numpy(), swept.inv_w.numpy()
-    smallest = 1.0 / HUGE[torch.float32]
-    # fp64 only if the range of fp32 wouldn't do
-    is_huge = (inv_x < smallest).any() or (inv_w < smallest).any()
-    dtype = torch.float64 if is_huge else torch.float32
-    x, w = embeddings(problem).to(dtype), problem.w.to(dtype)
-    if is_huge:
-        inv_x, inv_w = inverse_norms(x), inverse_norms(w)
+    x = shrink_huge(embeddings(problem), swept.inv_x)
+    w = shrink_huge(problem.w.to(problem.accumulate), swept.inv_w)
+    inv_x, inv_w = x.inverse.numpy(), w.inverse.numpy()
     if num_kept:
         num_rows, num_classes, _ = problem.sizes
         p = swept.kept.numpy().view(np.float32).reshape(num_classes, num_rows)
     else:
-        p = _probabilities(problem, x.double(), w.double(), inverse_norms(x), inverse_norms(w)).p
+        p = _probabilities(problem).p
     entries = _entries(problem)
     # G / (||x|| ||w||), so that the products take x and W as they are
     scaled = p * (g.lse * inv_x * problem.scale)
     scaled[entries] = (g.u * inv_x)[entries[1]]
     scaled *= inv_w[:, None]
-    factors = rounded(scaled, dtype)
+    factors = rounded(scaled, problem.accumulate)
     d_x = d_w = d_scale = None
     if needs.w:
-        q = torch.mm(factors, x)
-        _project(w, inv_w, q)
+        q = torch.mm(factors, x.values)
+        project(w, q)
         d_w = q.to(problem.w.dtype)
     if needs.x or needs.scale:
-        v = torch.mm(factors.t(), w)
-        radial = _project(x, inv_x, v)
+        v = torch.mm(factors.t(), w.values)
+        radial = project(x, v).numpy()
         if needs.scale:
             d_scale = torch.from_numpy(radial - g.u * swept.u.numpy()).sum() / problem.scale
         if needs.x:
             d_x = v.to(problem.x.dtype)
     return Gradients(d_x, d_w, d_scale)
-
-
-def _project(rows: torch.Tensor, inverse: np.ndarray, gradient: torch.Tensor) -> np.ndarray:
-    """Take the radial part out of q / ||r|| (eq. 8), in place; returns q . r_hat, (R,)."""
-    radial = torch.linalg.vecdot(gradient, rows).numpy()
-    # below the clamp of the norm there is no projection
-    square = np.where(inverse < CLAMPED_INVERSE_NORM, inverse * inverse, 0.0)
-    factor = rounded(square * radial, gradient.dtype)
-    gradient.addcmul_(rows, factor[:, None], value=-1.0)
-    return radial

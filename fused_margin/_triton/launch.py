@@ -23,12 +23,12 @@ from fused_margin._triton.forward import forward_kernel
 from fused_margin._triton.planning import (
     TRITON_DTYPE,
     Plan,
+    backward_strategy,
     keeps,
     kept_parts,
     kept_shape,
     plan,
     power_of_two,
-    strategy_for,
 )
 from fused_margin.margins import NO_MARGIN, Margin
 
@@ -209,7 +209,7 @@ def backward(
     need_scale: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """d_x, d_w, d_scale of ``fused_margin::cosine_lse_backward``; None where not needed."""
-    (num_rows, dim), num_classes = x.shape, w.shape[0]
+    num_rows, dim = x.shape
     device = x.device
     d_x = torch.empty(x.shape, dtype=x.dtype, device=device) if need_x else None
     d_w = torch.empty(w.shape, dtype=w.dtype, device=device) if need_w else None
@@ -225,10 +225,8 @@ def backward(
     rows = Rows(
         _label_dtype(labels), d_lse, d_u, lse, u, inv_x, grad_loss, count, scale, scale_tensor
     )
-    # what was kept goes through the chunks; whether anything is kept was the forward's to decide
-    strategy = "kept" if keeps(kept) else strategy_for(num_rows, num_classes, dim, p.config, 1, 0)
     with guard(x):
-        if strategy == "fused":
+        if backward_strategy(x, w, p, kept) == "fused":  # what was kept goes through the chunks
             partial = _fused(p, rows, x, w, inv_w, d_x, d_w, need_scale=need_scale)
         else:
             partial = _chunked(p, rows, x, w, inv_w, kept, d_x, d_w, need_scale=need_scale)

@@ -240,6 +240,13 @@ def keeps(kept: Tensor) -> bool:
     return kept.shape[1] > NOTHING
 
 
+def backward_strategy(x: Tensor, w: Tensor, p: Plan, kept: Tensor) -> str:
+    """Which backward follows a forward: whether anything is kept was the forward's to decide."""
+    if keeps(kept):
+        return "kept"
+    return strategy_for(x.shape[0], w.shape[0], x.shape[1], p.config, kept_bytes=1, budget=0)
+
+
 def kept_parts(kept: Tensor, num_rows: int, p: Plan) -> tuple[Tensor, Tensor, int]:
     """The entries and the shifts in ``kept``, and the classes of a block."""
     blocks, size = kept.shape
