@@ -5,10 +5,11 @@
     python -m benchmarks.gpu --out rehearsal --device cpu        # a dry run of tiny shapes
 
 For CUDA and ROCm devices. In this order: correctness (a quarter of the time at most), the
-strategies of the backward against each other, launches of small shapes, the rivals that are
-installed, other dtypes, and tile candidates. A short table comes last on stdout; DIR/gpu.json has
-everything, and is written whole after every step, so that an interrupted run keeps what it has.
-Where matplotlib is installed, charts are drawn next to it.
+strategies of the backward against each other, steps of small shapes, the kernels of a step, the
+rivals that are installed, other dtypes, and tile candidates. A short table comes last on stdout;
+DIR/gpu.json has everything, and is written whole after every step, so that an interrupted run keeps
+what it has. Where matplotlib is installed, charts are
+drawn next to it.
 
 A floor (`benchmarks.roofline`) is that of the strategy on this device, with rates measured in the
 same run; for a rival, that of the strategy which this package takes. Times are by the device's own
@@ -213,15 +214,12 @@ def table(result: Result) -> str:
                 for name, row in details["rows"].items()
                 for what, value in row.items()
             }
-            counts = [
-                "unknown" if details.get(f"launches_{way}") is None
-                else str(sum(details[f"launches_{way}"].values()))
-                for way in ("forward", "backward")
-            ]  # fmt: skip
             each = ", ".join(f"{what.removesuffix('_ms')} {us}" for what, us in times.items())
-            lines.append(
-                f"{key}: launches forward {counts[0]}, backward {counts[1]}; microseconds: {each}"
-            )
+            lines.append(f"{key}: microseconds: {each}")
+        if key.startswith("kernels/") and details.get("step"):
+            found = sorted(details["step"].items(), key=lambda item: -item[1]["ms"])
+            each = ", ".join(f"{name[:30]} {row['ms']:.3f} ({row['count']})" for name, row in found)
+            lines.append(f"{key}: ms (launches): {each}")
     checks = [details for details in steps.values() if details.get("is_check")]
     done = sum(details.get("status") == "done" for details in checks)
     failed = failures(result)

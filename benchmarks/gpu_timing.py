@@ -1,8 +1,7 @@
-"""Meters of a GPU and of a CPU: times, peak memory and launches of one call; interleaved rounds."""
+"""Meters of a GPU and of a CPU: times, peak memory and kernels of one call; interleaved rounds."""
 
 from __future__ import annotations
 
-import collections
 import gc
 import random
 import statistics
@@ -34,8 +33,11 @@ class Meter(Protocol):
         """Bytes by which one call raises the allocated memory at its peak; None if unknown."""
         ...
 
-    def launches(self, call: Call) -> dict[str, int] | None:
-        """How many kernels, memsets and copies one call runs on the device, by name."""
+    def kernels(self, call: Call) -> dict[str, dict[str, float]] | None:
+        """How often one call runs each kernel, memset and copy (count), and for how long (ms).
+
+        The profiler that finds out slows down every later launch of the process.
+        """
         ...
 
     def free(self) -> int | None:
@@ -44,6 +46,10 @@ class Meter(Protocol):
 
     def is_usable(self) -> bool:
         """Whether the device still works: after some errors a process can't use it any more."""
+        ...
+
+    def is_undisturbed(self) -> bool:
+        """Whether times are still to be trusted: no profiler has run in this process."""
         ...
 
 
@@ -60,13 +66,16 @@ class CpuMeter:
     def peak(self, call: Call) -> int | None:
         return None
 
-    def launches(self, call: Call) -> dict[str, int] | None:
+    def kernels(self, call: Call) -> dict[str, dict[str, float]] | None:
         return None
 
     def free(self) -> int | None:
         return None
 
     def is_usable(self) -> bool:
+        return True
+
+    def is_undisturbed(self) -> bool:
         return True
 
 
@@ -101,24 +110,25 @@ class CudaMeter:
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - before
 
-    def launches(self, call: Call) -> dict[str, int] | None:
+    def kernels(self, call: Call) -> dict[str, dict[str, float]] | None:
         if not self._has_profiled:  # what starts the profiler may miss the first kernels
             self._has_profiled = True
             self._profile(self._flush.zero_)
         return self._profile(call)
 
-    def _profile(self, call: Call) -> dict[str, int]:
+    def _profile(self, call: Call) -> dict[str, dict[str, float]]:
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         torch.cuda.synchronize(self.device)
-        with torch.profiler.profile(activities=activities) as profile:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             call()
             torch.cuda.synchronize(self.device)
-        on_device = (
-            event.name
-            for event in profile.events() or ()
-            if event.device_type.name == "CUDA"  # ROCm's too
-        )
-        return dict(collections.Counter(on_device))
+        found: dict[str, dict[str, float]] = {}
+        for event in profile.events() or ():
+            if event.device_type.name == "CUDA":  # ROCm's too
+                row = found.setdefault(event.name, {"count": 0, "ms": 0.0})
+                row["count"] += 1
+                row["ms"] += event.device_time / 1e3
+        return found
 
     def free(self) -> int | None:
         torch.cuda.empty_cache()
@@ -130,6 +140,9 @@ class CudaMeter:
         except RuntimeError:
             return False
         return True
+
+    def is_undisturbed(self) -> bool:
+        return not self._has_profiled
 
 
 def back_to_back(call: Call, device: torch.device, repeats: int) -> float:

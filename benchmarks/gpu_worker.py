@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import baselines, gpu_checks, gpu_timing, harness, roofline
 from benchmarks.gpu_checks import MODES, Mode
 from benchmarks.shapes import SHAPES, Shape
@@ -34,6 +32,7 @@ OTHER_SHAPES = ("glint360k", "sop", "voxceleb2")
 # The fused strategy is for small D, which none of the large shapes has.
 SMALL_DIM = Shape("ms1m_d128", 256, 85_742, 128, "ms1m with a smaller embedding")
 LAUNCH_BOUND_SHAPES = ("mnist", "faces16")
+PROFILED_SHAPES = ("mnist", "ms1m", "glint360k", "webface42m", "llm")
 OTHER_MODES = ("tf32", "bf16", "bf16-weight", "fp16", "fp32")
 SLOW = 20.0  # a contender this many times slower than the fastest is timed once
 DRY_ROUNDS = 3
@@ -64,7 +63,8 @@ class Step:
     """One entry of the result.
 
     ``call`` fills in the entry. ``limit``: seconds after which the step is given up. ``at_least``:
-    seconds that must be left to begin. A failed check makes the command fail.
+    seconds that must be left to begin. A failed check makes the command fail. A step that runs the
+    profiler takes no times that it would disturb; those after it are left to another process.
     """
 
     key: str
@@ -72,6 +72,7 @@ class Step:
     limit: float = 60.0
     at_least: float = 3.0
     is_check: bool = False
+    runs_profiler: bool = False
 
 
 def _first_line(error: BaseException) -> str:
@@ -127,11 +128,14 @@ class Run:
         """Do a step that has no entry yet, or enter why it is skipped.
 
         Returns:
-            whether the device can still be used.
+            whether this process can go on: not if the device can't be used any more, or if the
+            step wants times and the profiler has run, in which case the step is not begun.
         """
         steps = self.result["steps"]
         if step.key in steps:
             return True
+        if not step.runs_profiler and not self.meter.is_undisturbed():
+            return False
         left = min(self.left(), self.left_for_checks()) if step.is_check else self.left()
         details: Details = {"is_check": step.is_check}
         steps[step.key] = details
@@ -380,25 +384,35 @@ def compare_baselines(run: Run, details: Details, name: str, mode_name: str) -> 
     run.time_all(details, problem, mode, makers)
 
 
+def profile_kernels(run: Run, details: Details, name: str, mode_name: str) -> None:
+    """Launches and device time of each kernel, in one forward and in one step."""
+    shape, mode = run.shape(name), MODES[mode_name]
+    strategy = gpu_checks.chosen_strategy(shape, mode, run.device)
+    details |= {"shape": dataclasses.asdict(shape), "mode": mode_name, "strategy": strategy}
+    work = roofline.work(shape, mode.dtypes, strategy, backward=True)
+    if reason := run.misfit(shape, mode, work.memory):
+        details |= {"status": "skipped", "message": reason}
+        return
+    problem = mode.problem(shape.num_rows, shape.num_classes, shape.dim, run.device)
+    ours = gpu_checks.bind(problem, mode, None)
+    for _ in range(2):  # compiles, and warms up
+        ours.clear()
+        ours.step()
+    ours.clear()
+    details["forward"] = run.meter.kernels(ours.forward)
+    details["step"] = run.meter.kernels(ours.step)
+    if details["step"] is None:
+        details |= NEEDS_GPU
+
+
 def launch_bound(run: Run, details: Details, name: str, mode_name: str) -> None:
-    """Launches of forward and backward, and the time of a step that is little else."""
+    """The time of a step that is little but launches, alone and replayed from a graph."""
     shape, mode = run.shape(name), MODES[mode_name]
     details |= {"shape": dataclasses.asdict(shape), "mode": mode_name}
     problem = mode.problem(shape.num_rows, shape.num_classes, shape.dim, run.device)
     ours = gpu_checks.bind(problem, mode, None)
     details["relative_errors"] = gpu_checks.gate(problem, ours, mode.dtypes.operand)
     details["rows"] = {}
-
-    def forward() -> torch.Tensor:
-        with ours.autocast():
-            return ours.compute_loss()
-
-    with gpu_checks.forced(None, mode):
-        details["launches_forward"] = run.meter.launches(forward)
-        loss = forward()
-        # with the gradient of the loss given, since autograd would launch a kernel to fill it
-        upstream = torch.ones_like(loss)
-        details["launches_backward"] = run.meter.launches(lambda: loss.backward(upstream))
     repeats = 5 if run.result["dry_run"] else 200
     rows = details["rows"]
     contenders = {"ours": ours, "careful": baselines.careful(problem)}
@@ -412,10 +426,11 @@ def launch_bound(run: Run, details: Details, name: str, mode_name: str) -> None:
         step_ms = 1e3 * gpu_timing.back_to_back(step, run.device, repeats)
         rows[key] = {"forward_ms": forward_ms, "step_ms": step_ms}
         run.save()
-    if run.on_gpu:
-        graph, _ = gpu_checks.capture(ours)
-        replay_ms = 1e3 * gpu_timing.back_to_back(graph.replay, run.device, repeats)
-        rows["ours"]["graph_replay_ms"] = replay_ms
+        if run.on_gpu:
+            graph, _ = gpu_checks.capture(contender)
+            replay_ms = 1e3 * gpu_timing.back_to_back(graph.replay, run.device, repeats)
+            rows[key]["graph_replay_ms"] = replay_ms
+            run.save()
 
 
 def tiles(run: Run, details: Details, name: str, mode_name: str) -> None:
@@ -490,11 +505,13 @@ def plan(run: Run) -> list[Step]:
 
     def measure(kind: str, function: Callable[..., None], name: str, mode: str) -> Step:
         limits = {"strategies": 90.0, "baselines": 150.0, "small": 45.0, "tiles": 90.0}
+        limits["kernels"] = 45.0
         return Step(
             f"{kind}/{name}/{mode}",
             lambda details: function(run, details, name, mode),
             limit=limits[kind],
             at_least=0.5 if run.result["dry_run"] else 10.0,
+            runs_profiler=kind == "kernels",
         )
 
     steps = [
@@ -515,6 +532,8 @@ def plan(run: Run) -> list[Step]:
         for mode in (main, "fp32")
         for name in LAUNCH_BOUND_SHAPES
     ]
+    # together: one process is lost to them
+    steps += [measure("kernels", profile_kernels, name, main) for name in PROFILED_SHAPES]
     steps += [measure("baselines", compare_baselines, name, main) for name in MAIN_SHAPES]
     steps.append(measure("strategies", compare_strategies, SMALL_DIM.name, main))
     for name in OTHER_SHAPES:
@@ -538,7 +557,7 @@ def work(
     run = Run(path, meter, now)
     for step in plan(run):
         if not run.do(step):
-            harness.progress("the device is lost to this process; another one goes on")
+            harness.progress("another process goes on")
             return RESTART
     return 0
 

@@ -64,6 +64,9 @@ TYPES = {
     "tf32": ("fp32", "fp32", "fp32", "fp32", "fp32", "tf32", "tf32"),
     "ieee": ("fp32", "fp32", "fp32", "fp32", "fp32", "ieee", "ieee"),
     "fp64": ("fp64", "fp64", "fp64", "fp64", "fp64", "ieee", "ieee"),
+    # on request: embeddings and weight that differ
+    "bf16+fp64": ("bf16", "fp64", "fp64", "fp64", "fp64", "ieee", "ieee"),
+    "fp64+bf16": ("fp64", "bf16", "fp64", "fp64", "fp64", "ieee", "ieee"),
 }
 # instructions of the matrix units: NVIDIA's warp-group, warp and fp64 products, Blackwell's, AMD's
 MATRIX = re.compile(r"\b(HGMMA|HMMA|DMMA|UTCHMMA|UTC\w*MMA|v_mfma\w*|v_smfma\w*)")
@@ -72,6 +75,11 @@ CUDA_LOADS = re.compile(r"\bLDG(?:STS)?\.([\w.]+)")  # to registers, or straight
 HIP_LOADS = re.compile(r"\b(?:global|buffer|flat)_load_(\w+)")
 CUDA_WIDTHS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 HIP_WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
+
+
+def _products(operands: str) -> str:
+    """The type of the products, of `configs.OPERANDS`."""
+    return "fp64" if "+" in operands else operands
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ class Row:
         # IEEE fp32 has no matrix unit on NVIDIA; fp64 has none on consumer parts, and Triton emits
         # no fp64 matrix instruction for sm_100
         without_fp64 = ("sm_86", "sm_100")
-        is_fp64 = self.operands == "fp64"
+        is_fp64 = _products(self.operands) == "fp64"
         has_unit = self.operands != "ieee" and not (is_fp64 and self.architecture in without_fp64)
         if has_unit and not self.matrix and self.kernel not in WITHOUT_PRODUCT:
             found.append("misses the matrix unit")
@@ -133,7 +141,7 @@ def _kernels(
     A name with a word after the kernel's is a variant with other flags.
     """
     x, w, g, acc, compute, precision, gradient_precision = TYPES[operands]
-    config = configs.config(configs.family(*_target(architecture)), operands)
+    config = configs.config(configs.family(*_target(architecture)), _products(operands))
     pointers = {
         "x_ptr": f"*{x}", "w_ptr": f"*{w}", "d_x_ptr": f"*{x}", "d_w_ptr": f"*{w}",
         "g_ptr": f"*{g}", "kept_ptr": f"*{g}", "labels_ptr": "*i64", "targets_ptr": "*i64",
@@ -406,18 +414,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the report; 1 if a default is unfit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--architectures", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--operands", nargs="+", choices=TYPES, default=list(TYPES))
+    parser.add_argument("--operands", nargs="+", choices=TYPES, default=list(configs.OPERANDS))
     parser.add_argument("--dims", nargs="+", type=_dim, metavar="D", default=list(DIMS))
     parser.add_argument("--json", metavar="FILE", help="also write the rows here")
     options = parser.parse_args(arguments)
     rows = []
-    columns = f"{'kernel':29} {'arch':7} {'type':5} {'D':>5} {'regs':>4} {'spill':>5} {'shared':>7}"
+    columns = f"{'kernel':29} {'arch':7} {'type':9} {'D':>5} {'regs':>4} {'spill':>5} {'shared':>7}"
     print(f"{columns} {'warps':>5}  matrix instructions; global loads")
     for row in report(options.architectures, options.operands, options.dims):
         rows.append(row)
         problems = "; ".join(row.problems())
         print(
-            f"{row.kernel:29} {row.architecture:7} {row.operands:5} {row.dim:5} {row.registers:4}"
+            f"{row.kernel:29} {row.architecture:7} {row.operands:9} {row.dim:5} {row.registers:4}"
             f" {row.spill_bytes:5} {row.shared_bytes:7} {row.occupancy:5.0%}"
             f"  {row.matrix or '-'}; {row.loads}" + (f"  <-- {problems}" if problems else ""),
             flush=True,

@@ -18,6 +18,7 @@ from helpers import (
     MODES,
     Loss,
     Mode,
+    Result,
     assert_close,
     check_loss,
     problem,
@@ -129,7 +130,9 @@ def test_tf32() -> None:
         torch.set_float32_matmul_precision(precision)
     expected = yardstick(ARCFACE, given, FP32, reduction="none")
     unit = sizes(ARCFACE, given, FP32, reduction="none")
-    assert_close(actual, expected, eager, unit, FP32)
+    # the matrix unit cuts off what Triton hands it, which errs twice as far as rounding
+    twice = Result(*(want + 2.0 * (got - want) for got, want in zip(eager, expected, strict=True)))
+    assert_close(actual, expected, twice, unit, FP32)
 
 
 def test_reference_runs_on_a_gpu() -> None:
@@ -220,8 +223,10 @@ def test_side_stream() -> None:
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            loss = fmf.arcface(x, w, labels)
-            results.append((loss, torch.autograd.grad(loss, (x, w))))
+            # leaves of its own: those of another stream would make autograd wait for that one
+            leaves = x.detach().requires_grad_(), w.detach().requires_grad_()
+            loss = fmf.arcface(*leaves, labels)
+            results.append((loss, torch.autograd.grad(loss, leaves)))
     torch.cuda.synchronize()
     for loss, parts in results:
         assert torch.equal(loss, expected)

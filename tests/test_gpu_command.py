@@ -493,3 +493,32 @@ def test_plan_on_a_gpu(b: SimpleNamespace, new_file: Path) -> None:
     positions = [keys.index(key) for key in order]
     assert positions == sorted(positions)
     assert all(step.is_check == step.key.startswith("check/") for step in steps)
+
+
+def test_times_are_not_taken_after_the_profiler_has_run(
+    b: SimpleNamespace, new_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It slows down later launches, so another process takes what comes after the kernels."""
+    keep_steps(b, monkeypatch, "kernels/ms1m", "kernels/mnist", "baselines/ms1m/autocast")
+
+    class Profiling(b.gpu_timing.CpuMeter):
+        has_profiled = False
+
+        def kernels(self, call: Callable[[], object]) -> dict[str, dict[str, float]]:
+            self.has_profiled = True
+            call()
+            forward, finish = {"count": 1, "ms": 0.5}, {"count": 2, "ms": 2.0}
+            return {"forward_kernel": forward, "finish_kernel": finish}
+
+        def is_undisturbed(self) -> bool:
+            return not self.has_profiled
+
+    assert b.gpu_worker.work(new_file, Profiling()) == b.gpu_worker.RESTART
+    steps = steps_of(new_file)
+    assert set(steps) == {f"kernels/{name}/autocast-bf16" for name in ("mnist", "ms1m")}
+    assert {details["status"] for details in steps.values()} == {"done"}
+    assert b.gpu_worker.work(new_file, Profiling()) == 0
+    assert steps_of(new_file)["baselines/ms1m/autocast-bf16"]["status"] == "done"
+    table = b.gpu.table(json.loads(new_file.read_text()))
+    found = "finish_kernel 2.000 (2), forward_kernel 0.500 (1)"
+    assert f"kernels/ms1m/autocast-bf16: ms (launches): {found}" in table.splitlines()

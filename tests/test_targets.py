@@ -28,12 +28,16 @@ WITH_PRODUCTS = {
 WITHOUT_PRODUCTS = {"gradient_kernel, kept", "finish_kernel"}
 
 
-def _compile(architectures: tuple[str, ...], directory: Path) -> list[dict]:
+def _compile(architectures: tuple[str, ...], directory: Path, *options: str) -> list[dict]:
     file = directory / f"{architectures[0]}.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.kernels", "--json", str(file), "--architectures"]
+    command = [sys.executable, "-m", "benchmarks.kernels", *options, "--json", str(file)]
     run = subprocess.run(
-        [*command, *architectures], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, "--architectures", *architectures],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert file.exists(), run.stdout + run.stderr
     return json.loads(file.read_text())
@@ -116,6 +120,19 @@ def test_partials_are_stored_before_the_releasing_atomic(rows: list[dict]) -> No
 def test_shared_memory_fits(rows: list[dict]) -> None:
     limits = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
     assert not _names([r for r in rows if r["shared_bytes"] > limits[r["architecture"]]])
+
+
+def test_operands_of_different_widths_compile(tmp_path: Path) -> None:
+    """Triton's fp64 product takes no operand that was loaded with 16 bits, unless it can't tell."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    types = ("bf16+fp64", "fp64+bf16")
+    mixed = _compile(("sm_80", "sm_90"), tmp_path, "--dims", "64", "--operands", *types)
+    assert {(r["architecture"], r["operands"]) for r in mixed} == {
+        (a, o) for a in ("sm_80", "sm_90") for o in types
+    }
+    assert not _names([r for r in mixed if r["spill_bytes"]])
+    with_products = [r for r in mixed if r["kernel"] in WITH_PRODUCTS]
+    assert not _names([r for r in with_products if "DMMA" not in r["matrix"]])
 
 
 _NARROW = """

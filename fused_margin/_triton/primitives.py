@@ -23,6 +23,10 @@ def cast(x, DTYPE: tl.constexpr):
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)
+    if tl.float64 == DTYPE and x.dtype.primitive_bitwidth == 16:
+        # Triton lays out an operand by the width it was loaded with, and its fp64 product takes
+        # none of 16 bits: a sum of one term hides that width
+        x = tl.sum(x.to(tl.float64)[:, :, None], axis=2)
     return x.to(DTYPE)
 
 
