@@ -47,10 +47,9 @@ def _product_dtype(problem: Problem) -> torch.dtype:
 def _multiply(
     a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, out: torch.Tensor
 ) -> torch.Tensor:
-    """A B in ``out``, in their own dtype; the operands rounded to ``dtype``."""
-    if dtype is a.dtype:
-        return torch.mm(a, b, out=out)
-    return out.copy_(torch.mm(a.to(dtype), b.to(dtype)))
+    """A B in ``out``; the operands rounded to ``dtype``."""
+    a, b = a.to(dtype), b.to(dtype)
+    return torch.mm(a, b, out=out) if dtype is out.dtype else out.copy_(torch.mm(a, b))
 
 
 def _exponentials(
@@ -110,10 +109,12 @@ def backward(
         targets.put(scaled, of_target)
     scaled.mul_(w.inverse[:, None])
 
+    operand = scaled.to(dtype)  # once for both products
+
     d_x = d_w = d_scale = None
     if needs.w:
         q = gradient_memory.empty(*w.values.shape, dtype=e.dtype)
-        _multiply(scaled, x.values, dtype, q)
+        _multiply(operand, x.values, dtype, q)
         if not is_exact:
             # as p -> 1 the target outweighs all others: it stays out of a rounded product
             x_target = targets.of(x.values * of_target[:, None])
@@ -121,7 +122,7 @@ def backward(
         project(w, q)
         d_w = q.to(problem.w.dtype)
     if needs.x or needs.scale:
-        v = _multiply(scaled.t(), w.values, dtype, torch.empty_like(x.values))
+        v = _multiply(operand.t(), w.values, dtype, torch.empty_like(x.values))
         if not is_exact:
             factors = targets.of(of_target) * w.inverse[targets.classes]
             targets.add(v, w.values[targets.classes] * factors[:, None])
