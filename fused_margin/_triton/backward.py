@@ -19,11 +19,13 @@ from fused_margin._triton.primitives import (
     CLAMPED,
     IGNORED,
     cast,
-    cosine_tile,
     dot,
     load_scale,
+    quarters,
     used_rows,
 )
+
+QUARTERED = tl.constexpr(64)  # columns from which on a tile is finished in quarters
 
 
 @triton.jit
@@ -109,11 +111,81 @@ def _kept_gradient_tile(kept, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse,
 
 
 @triton.jit
+def _products(
+    operand_ptr, w_ptr, offs_n, offs_c, mask_x, mask_c, inv_x, inv_w,
+    stride_on, stride_od, stride_wc, stride_wd, D,
+    NORMALIZE_FIRST: tl.constexpr, ACC: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """w . x of one tile, (BLOCK_C, BLOCK_N); with NORMALIZE_FIRST the cosines.
+
+    W comes first in the product, so that a tile cast on the fly can go from registers into the
+    matrix unit. fp16 operands are normalised before the cast (NORMALIZE_FIRST), since fp16 lacks
+    the exponents for raw ones.
+    """
+    tile = tl.zeros([BLOCK_C, BLOCK_N], ACC)
+    w_rows = w_ptr + offs_c.to(tl.int64)[:, None] * stride_wc
+    x_rows = operand_ptr + offs_n.to(tl.int64)[None, :] * stride_on
+    for k in range(0, D, BLOCK_K):
+        offs_d = k + tl.arange(0, BLOCK_K)
+        mask_d = offs_d < D
+        offs_d = offs_d.to(tl.int64)
+        w = tl.load(w_rows + offs_d[None, :] * stride_wd, mask=mask_c[:, None] & mask_d[None, :],
+                    other=0.0)  # (BLOCK_C, BLOCK_K)  # fmt: skip
+        x = tl.load(x_rows + offs_d[:, None] * stride_od, mask=mask_d[:, None] & mask_x[None, :],
+                    other=0.0)  # (BLOCK_K, BLOCK_N)  # fmt: skip
+        if NORMALIZE_FIRST:
+            w = w.to(ACC) * inv_w[:, None]
+            x = x.to(ACC) * inv_x[None, :]
+        tile = dot(cast(w, COMPUTE), cast(x, COMPUTE), tile, PRECISION)
+    return tile
+
+
+@triton.jit
+def _finish_gradient(
+    tile, labels_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr, lse_ptr, u_ptr, inv_x_ptr,
+    kept_ptr, shift_ptr, g_ptr, row_radial_ptr, s, inv_w, offs_local, offs_c, mask_c, first_row, N,
+    stride_label, stride_grad,
+    HAS_GRAD: tl.constexpr, HAS_COUNT: tl.constexpr, KEPT_BLOCK: tl.constexpr,
+    IS_ONLY: tl.constexpr, NORMALIZE_FIRST: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Stores G / (||x|| ||w||) of a part of a tile; returns sum_n G c of its rows per class."""
+    offs_n = first_row + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    mask = mask_c[:, None] & mask_n[None, :]
+    labels, _, g_lse, g_u, lse, u, inv_x = _row_quantities(
+        labels_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr, lse_ptr, u_ptr, inv_x_ptr,
+        offs_n, mask_n, stride_label, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N,
+    )  # fmt: skip
+    if KEPT_BLOCK:
+        kept = tl.load(kept_ptr + offs_c.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask,
+                       other=0.0).to(ACC)  # fmt: skip
+        shift = tl.load(shift_ptr + (offs_c // KEPT_BLOCK).to(tl.int64)[:, None] * N
+                        + offs_n[None, :], mask=mask, other=0.0)  # fmt: skip
+        g, cos = _kept_gradient_tile(kept, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
+    else:
+        cos = tile
+        if not NORMALIZE_FIRST:
+            cos = cos * inv_w[:, None] * inv_x[None, :]
+        g, cos = _gradient_tile(cos, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
+    if IS_ONLY:
+        row_radial = tl.sum(g * cos, axis=0)  # (BLOCK_N,)
+        tl.store(row_radial_ptr + offs_n, row_radial, mask=mask_n)
+    radial = tl.sum(g * cos, axis=1)
+    g = g * (inv_w[:, None] * inv_x[None, :])
+    tl.store(g_ptr + offs_local.to(tl.int64)[:, None] * N + offs_n[None, :],
+             cast(g, g_ptr.dtype.element_ty), mask=mask)  # fmt: skip
+    return radial
+
+
+@triton.jit
 def gradient_kernel(
-    x_ptr, w_ptr, labels_ptr, scale_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr,
+    operand_ptr, w_ptr, labels_ptr, scale_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr,
     lse_ptr, u_ptr, inv_x_ptr, inv_w_ptr, kept_ptr, shift_ptr, g_ptr, radial_ptr, row_radial_ptr,
-    scale: tl.float64, first_class, num_classes, N, D,
-    stride_xn, stride_xd, stride_wc, stride_wd, stride_label, stride_grad,
+    scale: tl.float64, first_class, num_classes, N, D, num_row_blocks,
+    stride_on, stride_od, stride_wc, stride_wd, stride_label, stride_grad,
     HAS_SCALE_TENSOR: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_COUNT: tl.constexpr,
     KEPT_BLOCK: tl.constexpr, IS_ONLY: tl.constexpr, ACC: tl.constexpr, COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr, NORMALIZE_FIRST: tl.constexpr,
@@ -122,44 +194,43 @@ def gradient_kernel(
     """G / (||x|| ||w||) of one tile into the chunk (num_classes, N), and sum_n G c per class.
 
     With IS_ONLY also sum_k G c per row, (class blocks, N). KEPT_BLOCK is the block of classes that
-    shared a shift in the forward, 0 if nothing was kept.
+    shared a shift in the forward, 0 if nothing was kept. Row blocks come first, so that those of a
+    block of classes find its rows of W in the L2 cache.
     """
-    pid_n = tl.program_id(1)
-    offs_local = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid_n, pid_c = tl.program_id(0) % num_row_blocks, tl.program_id(0) // num_row_blocks
+    offs_local = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_local < num_classes
     offs_c = first_class + offs_local
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    mask = mask_c[:, None] & mask_n[None, :]
     s = load_scale(scale, scale_ptr, HAS_SCALE_TENSOR, ACC)
-    labels, mask_x, g_lse, g_u, lse, u, inv_x = _row_quantities(
-        labels_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr, lse_ptr, u_ptr, inv_x_ptr,
-        offs_n, mask_n, stride_label, stride_grad, HAS_GRAD, HAS_COUNT, ACC, BLOCK_N,
-    )  # fmt: skip
     inv_w = tl.load(inv_w_ptr + offs_c, mask=mask_c, other=0.0)
-    if KEPT_BLOCK:
-        kept = tl.load(kept_ptr + offs_c.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask,
-                       other=0.0).to(ACC)  # fmt: skip
-        shift = tl.load(shift_ptr + (offs_c // KEPT_BLOCK).to(tl.int64)[:, None] * N
-                        + offs_n[None, :], mask=mask, other=0.0)  # fmt: skip
-        g, cos = _kept_gradient_tile(kept, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
-    else:
-        cos, inv_w = cosine_tile(
-            x_ptr, w_ptr, offs_n, offs_c, mask_x, mask_c, inv_x, inv_w,
-            stride_xn, stride_xd, stride_wc, stride_wd, D, False, NORMALIZE_FIRST,
+    tile = tl.zeros([BLOCK_C, BLOCK_N], ACC)
+    if not KEPT_BLOCK:
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        _, mask_x = _row_labels(labels_ptr, offs_n, offs_n < N, stride_label, HAS_GRAD)
+        inv_x = tl.zeros([BLOCK_N], ACC)
+        if NORMALIZE_FIRST:
+            inv_x = tl.load(inv_x_ptr + offs_n, mask=mask_x, other=0.0)
+        tile = _products(
+            operand_ptr, w_ptr, offs_n, offs_c, mask_x, mask_c, inv_x, inv_w,
+            stride_on, stride_od, stride_wc, stride_wd, D, NORMALIZE_FIRST,
             ACC, COMPUTE, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K,
-        )  # (BLOCK_C, BLOCK_N)  # fmt: skip
-        g, cos = _gradient_tile(cos, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
-    num_row_blocks = tl.num_programs(1)
-    radial = tl.sum(g * cos, axis=1)  # (BLOCK_C,)
-    tl.store(radial_ptr + offs_local.to(tl.int64) * num_row_blocks + pid_n, radial, mask=mask_c)
+        )  # fmt: skip
+    row_radial = row_radial_ptr
     if IS_ONLY:
-        row_radial = tl.sum(g * cos, axis=0)  # (BLOCK_N,)
-        tl.store(row_radial_ptr + tl.program_id(0).to(tl.int64) * N + offs_n, row_radial,
-                 mask=mask_n)  # fmt: skip
-    g = g * (inv_w[:, None] * inv_x[None, :])
-    tl.store(g_ptr + offs_local.to(tl.int64)[:, None] * N + offs_n[None, :],
-             cast(g, g_ptr.dtype.element_ty), mask=mask)  # fmt: skip
+        row_radial += pid_c.to(tl.int64) * N
+    PARTS: tl.constexpr = 4 if BLOCK_N >= QUARTERED else 1
+    parts = (tile,)
+    if PARTS == 4:
+        parts = quarters(tile, BLOCK_C, BLOCK_N)
+    radial = tl.zeros([BLOCK_C], ACC)
+    for i in tl.static_range(PARTS):
+        radial += _finish_gradient(
+            parts[i], labels_ptr, grad_ptr, count_ptr, d_lse_ptr, d_u_ptr, lse_ptr, u_ptr,
+            inv_x_ptr, kept_ptr, shift_ptr, g_ptr, row_radial, s, inv_w, offs_local, offs_c,
+            mask_c, pid_n * BLOCK_N + i * (BLOCK_N // PARTS), N, stride_label, stride_grad,
+            HAS_GRAD, HAS_COUNT, KEPT_BLOCK, IS_ONLY, NORMALIZE_FIRST, ACC, BLOCK_N // PARTS,
+        )  # fmt: skip
+    tl.store(radial_ptr + offs_local.to(tl.int64) * num_row_blocks + pid_n, radial, mask=mask_c)
 
 
 @triton.jit
@@ -196,6 +267,12 @@ def weight_kernel(
     OPERAND: tl.constexpr = g_ptr.dtype.element_ty
     g_rows = g_ptr + offs_local.to(tl.int64)[:, None] * N
     x_columns = x_ptr + offs_d.to(tl.int64)[None, :] * stride_xd
+    radial = tl.zeros([BLOCK_C], ACC)
+    for i in range(0, num_row_blocks):
+        radial += tl.load(radial_ptr + offs_local.to(tl.int64) * num_row_blocks + i, mask=mask_c,
+                          other=0.0)  # fmt: skip
+    offs_c = (first_class + offs_local).to(tl.int64)
+    inv_w = tl.load(inv_w_ptr + offs_c, mask=mask_c, other=0.0)
     tile = tl.zeros([BLOCK_C, BLOCK_D], ACC)
     offs_n = tl.arange(0, BLOCK_K)
     _, mask_x = _row_labels(labels_ptr, offs_n, offs_n < N, stride_label, HAS_GRAD)
@@ -210,16 +287,17 @@ def weight_kernel(
         tile = dot(g, cast(x, OPERAND), tile, PRECISION)
         offs_n += BLOCK_K
         _, mask_x = _row_labels(labels_ptr, offs_n, offs_n < N, stride_label, HAS_GRAD)
-    radial = tl.zeros([BLOCK_C], ACC)
-    for i in range(0, num_row_blocks):
-        radial += tl.load(radial_ptr + offs_local.to(tl.int64) * num_row_blocks + i, mask=mask_c,
-                          other=0.0)  # fmt: skip
-    offs_c = (first_class + offs_local).to(tl.int64)
-    inv_w = tl.load(inv_w_ptr + offs_c, mask=mask_c, other=0.0)
-    mask = mask_c[:, None] & mask_d[None, :]
-    w = tl.load(w_ptr + offs_c[:, None] * stride_wc + offs_d.to(tl.int64)[None, :] * stride_wd,
-                mask=mask, other=0.0)  # fmt: skip
-    _store_d_w(d_w_ptr, tile, w, radial, inv_w, offs_c, offs_d[None, :], mask, D, ACC)
+    PARTS: tl.constexpr = 4 if BLOCK_D >= QUARTERED else 1
+    parts = (tile,)
+    if PARTS == 4:
+        parts = quarters(tile, BLOCK_C, BLOCK_D)
+    WIDTH: tl.constexpr = BLOCK_D // PARTS
+    for i in tl.static_range(PARTS):
+        offs_d = pid_d * BLOCK_D + i * WIDTH + tl.arange(0, WIDTH)
+        mask = mask_c[:, None] & (offs_d < D)[None, :]
+        w = tl.load(w_ptr + offs_c[:, None] * stride_wc + offs_d.to(tl.int64)[None, :] * stride_wd,
+                    mask=mask, other=0.0)  # fmt: skip
+        _store_d_w(d_w_ptr, parts[i], w, radial, inv_w, offs_c, offs_d[None, :], mask, D, ACC)
 
 
 @triton.jit
@@ -255,22 +333,36 @@ def embeddings_kernel(
                     other=0.0)  # (BLOCK_K, BLOCK_D)  # fmt: skip
         tile = dot(g, cast(w, OPERAND), tile, PRECISION)
     rows = offs_n.to(tl.int64)
-    mask = mask_n[:, None] & mask_d[None, :]
+    radial = tl.zeros([BLOCK_N], ACC)  # sum_k G_nk c_nk
+    inv_x = tl.zeros([BLOCK_N], ACC)
+    mask_x = mask_n
     if IS_ONLY:
-        radial = tl.zeros([BLOCK_N], ACC)  # sum_k G_nk c_nk
         for j in range(0, num_class_blocks):
             radial += tl.load(row_radial_ptr + tl.cast(j, tl.int64) * N + offs_n, mask=mask_n,
                               other=0.0)  # fmt: skip
         inv_x = tl.load(inv_x_ptr + offs_n, mask=mask_n, other=0.0)
         _, mask_x = _row_labels(labels_ptr, offs_n, mask_n, stride_label, HAS_GRAD)
-        x = tl.load(x_ptr + rows[:, None] * stride_xn + offs_d.to(tl.int64)[None, :] * stride_xd,
-                    mask=mask_x[:, None] & mask_d[None, :], other=0.0)  # fmt: skip
-        _store_d_x(d_x_ptr, tile, x, radial, inv_x, rows, offs_d[None, :], mask, D, ACC)
-    else:
-        partial = partial_ptr + (split.to(tl.int64) * N + rows)[:, None] * D + offs_d[None, :]
-        if not IS_FIRST:
-            tile += tl.load(partial, mask=mask, other=0.0)
-        tl.store(partial, tile, mask=mask)
+    PARTS: tl.constexpr = 4 if BLOCK_D >= QUARTERED else 1
+    parts = (tile,)
+    if PARTS == 4:
+        parts = quarters(tile, BLOCK_N, BLOCK_D)
+    WIDTH: tl.constexpr = BLOCK_D // PARTS
+    for i in tl.static_range(PARTS):
+        offs_d = tl.program_id(1) * BLOCK_D + i * WIDTH + tl.arange(0, WIDTH)
+        mask_d = offs_d < D
+        mask = mask_n[:, None] & mask_d[None, :]
+        if IS_ONLY:
+            x = tl.load(
+                x_ptr + rows[:, None] * stride_xn + offs_d.to(tl.int64)[None, :] * stride_xd,
+                mask=mask_x[:, None] & mask_d[None, :], other=0.0,
+            )  # fmt: skip
+            _store_d_x(d_x_ptr, parts[i], x, radial, inv_x, rows, offs_d[None, :], mask, D, ACC)
+        else:
+            partial = partial_ptr + (split.to(tl.int64) * N + rows)[:, None] * D + offs_d[None, :]
+            part = parts[i]
+            if not IS_FIRST:
+                part += tl.load(partial, mask=mask, other=0.0)
+            tl.store(partial, part, mask=mask)
 
 
 @triton.jit

@@ -107,6 +107,24 @@ def _hopper(config: Config) -> Config:
     return replace(config, fused=tuple((w, replace(x, columns=64)) for w, x in config.fused))
 
 
+# Large tiles, whose operands come from L2 fewer times; with these a program fills a multiprocessor.
+_HOPPER_BF16 = replace(
+    _hopper(_HALF),
+    forward=Tile(256, 128, 32, 8, 4),
+    gradient=Tile(128, 128, 64, 8, 3),
+    weight=Tile(128, 256, 64, 8, 3),
+    embeddings=Tile(256, 128, 64, 8, 3),
+)
+_HOPPER_TF32 = replace(
+    _TF32,
+    forward=Tile(128, 128, 32, 8, 3),
+    gradient=Tile(128, 128, 32, 8, 3),
+    weight=Tile(128, 256, 32, 8, 3),
+    embeddings=Tile(256, 128, 32, 8, 3),
+)
+_HOPPER_FP16 = replace(_HOPPER_TF32, forward=Tile(256, 128, 32, 8, 3), fused=_hopper(_FP16).fused)
+
+
 def _amd(config: Config) -> Config:
     """64 KiB of shared memory; fused tiles larger than 32 x 32 spill."""
     dims = (w.inner for w, _ in config.fused)
@@ -117,20 +135,33 @@ def _amd(config: Config) -> Config:
 
 
 _DEFAULT = {"bf16": _HALF, "fp16": _FP16, "tf32": _TF32, "ieee": _SMALL, "fp64": _SMALL}
-_HOPPER = _DEFAULT | {operand: _hopper(_DEFAULT[operand]) for operand in ("bf16", "fp16")}
+_AMPERE = _DEFAULT | {
+    "bf16": replace(_HALF, forward=Tile(128, 128, 32, 8, 3), gradient=Tile(128, 128, 32, 8, 3)),
+    "fp16": replace(_FP16, forward=Tile(64, 128, 64, 8, 2)),  # with 32 dimensions 8 bytes spilled
+}
+_ADA = {operand: _shallow(config, 2) for operand, config in _DEFAULT.items()}
+_HOPPER = _DEFAULT | {"bf16": _HOPPER_BF16, "fp16": _HOPPER_FP16, "tf32": _HOPPER_TF32}
 _TABLE: dict[str, dict[str, Config]] = {
-    "sm_80": _DEFAULT,
-    # 99 KiB of shared memory
-    "sm_86": {operand: _shallow(config, 2) for operand, config in _DEFAULT.items()},
-    "sm_90": _HOPPER,
-    # with 64 x 128 cosines, 8 to 16 bytes spilled
-    "sm_100": _HOPPER
+    "sm_80": _AMPERE,
+    # 99 KiB of shared memory; these three spilled 8 bytes with the tiles of the others
+    "sm_86": _ADA
     | {
-        operand: _small_cosines(_HOPPER[operand], Tile(64, 64, 64, 8, 3))
-        for operand in ("bf16", "fp16", "tf32")
-    }
-    # with two stages, 8 bytes spilled where cosines are kept
-    | {"fp64": replace(_SMALL, forward=Tile(64, 64, 16, 8, 1))},
+        "bf16": replace(_ADA["bf16"], forward=Tile(128, 128, 32, 8, 2)),
+        "fp16": replace(_ADA["fp16"], gradient=Tile(128, 128, 32, 8, 2)),
+        "tf32": replace(_ADA["tf32"], weight=Tile(64, 128, 32, 8, 2)),
+    },
+    "sm_90": _HOPPER,
+    # with more rows of cosines they spill
+    "sm_100": {
+        "bf16": replace(
+            _HOPPER_BF16, forward=Tile(128, 128, 64, 8, 3), gradient=Tile(64, 128, 64, 8, 3)
+        ),
+        "fp16": _small_cosines(_hopper(_FP16), Tile(64, 64, 64, 8, 3)),
+        "tf32": _small_cosines(_TF32, Tile(64, 64, 64, 8, 3)),
+        "ieee": _SMALL,
+        # with two stages, 8 bytes spilled where cosines are kept
+        "fp64": replace(_SMALL, forward=Tile(64, 64, 16, 8, 1)),
+    },
     "gfx942": {operand: _amd(config) for operand, config in _DEFAULT.items()}
     # with 64 dimensions a step, 52 bytes spilled; with 8 warps, 36 where cosines are kept
     | {

@@ -19,8 +19,9 @@ from fused_margin._triton.backward import (
     gradient_kernel,
     weight_kernel,
 )
-from fused_margin._triton.forward import forward_kernel
+from fused_margin._triton.forward import rows_kernel, sweep_kernel
 from fused_margin._triton.planning import (
+    LAUNCH_BOUND,
     TRITON_DTYPE,
     Plan,
     backward_strategy,
@@ -35,12 +36,15 @@ from fused_margin.margins import NO_MARGIN, Margin
 Tensor = torch.Tensor
 
 # Bytes of the chunk of G that the backward keeps at a time, and of all partials of d_x.
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 64 << 20
 PARTIAL_BYTES = 64 << 20
+# Most rows of a tile in a sweep that keeps its exponentials: with more the tile spills.
+KEPT_ROWS = 128
 # Rows and columns that a program of `finish_kernel` works on at a time.
 FINISH_ROWS, FINISH_COLUMNS = 16, 128
-# For tests: the order in which the interpreter runs the splits of the forward sweep.
-ROTATION = 0
+# Splits that `rows_kernel` merges at a time, and rows: few, and more where there are many.
+MERGED_SPLITS = 16
+MERGED_ROWS, MERGED_ROWS_OF_MANY, MANY_ROWS = 32, 256, 4096
 
 
 def guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -75,11 +79,12 @@ def _forward(
     tile = p.config.forward
     kept = torch.empty(kept_shape(x, w, compute, budget), dtype=torch.uint8, device=x.device)
     entries, shifts, kept_block = kept_parts(kept, num_rows, p) if keeps(kept) else (None, None, 0)
-    block_n = power_of_two(num_rows, tile.rows)
+    block_n = power_of_two(num_rows, sweep_rows(tile, keeps(kept)))
     block_c = kept_block or power_of_two(num_classes, tile.columns)
     block_k = power_of_two(dim, tile.inner)
     row_blocks, class_blocks = triton.cdiv(num_rows, block_n), triton.cdiv(num_classes, block_c)
-    splits = min(class_blocks, max(1, p.programs // max(row_blocks, 1)))
+    # one program of each row block is for its target cosines
+    splits = min(class_blocks, max(1, p.programs // max(row_blocks, 1) - 1))
     blocks_per_split = triton.cdiv(class_blocks, splits)
     splits = triton.cdiv(class_blocks, blocks_per_split)
 
@@ -100,24 +105,48 @@ def _forward(
     else:
         m = NO_MARGIN if margin is None else margin
         labels = _label_dtype(labels)
-        counters = torch.zeros(row_blocks + 1, dtype=torch.int32, device=x.device)
+        partial = rows(splits, 2, num_rows)
+        operand = _operand(x, num_classes, p)
+        merged_rows = MERGED_ROWS if num_rows <= MANY_ROWS else MERGED_ROWS_OF_MANY
+        rows_per_program = merged_rows if loss is None else num_rows
         with guard(x):
-            forward_kernel[(row_blocks, splits)](
-                x, w, labels, scale_tensor, rows(splits, 2, num_rows), counters,
-                lse, u, inv_x, inv_w, row_loss, loss, d_lse, d_u, count, targets,
-                entries, shifts,
-                scale, m.cos, m.sin, m.threshold, m.offset, ignore_index,
-                num_rows, num_classes, dim, *x.stride(), *w.stride(), labels.stride(0),
-                blocks_per_split, splits, ROTATION,
-                HAS_SCALE_TENSOR=scale_tensor is not None, HAS_MARGIN=margin is not None,
-                STRAIGHT_THROUGH=m.straight_through, REDUCTION=reduction,
+            sweep_kernel[(row_blocks, splits + 1)](
+                x, operand, w, labels, scale_tensor, partial, u, inv_x, inv_w, entries, shifts,
+                scale, ignore_index, num_rows, num_classes, dim,
+                *x.stride(), *operand.stride(), *w.stride(), labels.stride(0), blocks_per_split,
+                HAS_SCALE_TENSOR=scale_tensor is not None, SOME_IGNORED=margin is not None,
                 KEEP=keeps(kept), **p.constants(),
                 BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_K=block_k, **_options(tile),
+            )  # fmt: skip
+            rows_kernel[(triton.cdiv(num_rows, rows_per_program),)](
+                partial, labels, u, lse, row_loss, loss, d_lse, d_u, count, targets,
+                scale, m.cos, m.sin, m.threshold, m.offset,
+                ignore_index, num_rows, num_classes, splits, rows_per_program, labels.stride(0),
+                HAS_MARGIN=margin is not None, STRAIGHT_THROUGH=m.straight_through,
+                REDUCTION=reduction, ACC=TRITON_DTYPE[p.accumulate],
+                BLOCK_S=power_of_two(splits, MERGED_SPLITS),
+                BLOCK_N=power_of_two(num_rows, merged_rows), num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     swept = Swept(lse, u, inv_x, inv_w, kept)
     if margin is None:
         return swept
     return row_loss if loss is None else loss, d_lse, d_u, count, targets, *swept
+
+
+def sweep_rows(tile: configs.Tile, keeps: bool) -> int:
+    """Rows of a tile of the sweep: half of the largest where it also holds what it keeps."""
+    return min(tile.rows, KEPT_ROWS) if keeps else tile.rows
+
+
+def _operand(x: Tensor, num_classes: int, p: Plan) -> Tensor:
+    """x as the sweep multiplies it: cast once where each tile of the classes would cast it again.
+
+    fp16 operands are normalised first, in the tile; a step that is bound by its launches has none
+    to spare.
+    """
+    if p.normalize_first or x.shape[0] * num_classes <= LAUNCH_BOUND:
+        return x
+    return x.to(p.compute)
 
 
 def cosine_lse(
@@ -332,7 +361,7 @@ def _chunked(
     dw_c, dw_d = power_of_two(chunk, dw_tile.rows), power_of_two(dim, dw_tile.columns)
     needs_v = d_x is not None or need_scale
     splits = _splits(
-        triton.cdiv(2 * p.programs, dx_blocks[0] * dx_blocks[1]),
+        p.programs // (dx_blocks[0] * dx_blocks[1]),
         triton.cdiv(chunk, 4 * dx_tile.inner),
         num_rows * dim * p.accumulate.itemsize,
     )
@@ -341,18 +370,19 @@ def _chunked(
     class_blocks = triton.cdiv(num_classes, block_c)
     row_radial = rows_of(class_blocks, num_rows) if is_only else None
 
+    operand = _operand(x, num_classes, p)
     for first in range(0, num_classes, chunk):
         length = min(chunk, num_classes - first)
-        gradient_kernel[(triton.cdiv(length, block_c), row_blocks)](
-            x, w, *rows.pointers, inv_w, entries, shifts, g, radial, row_radial,
-            rows.scale, first, length, num_rows, dim,
-            *x.stride(), *w.stride(), rows.labels.stride(0), rows.stride_grad,
+        # one axis: the others of a CUDA grid end at 65,535
+        gradient_kernel[(triton.cdiv(length, block_c) * row_blocks,)](
+            operand, w, *rows.pointers, inv_w, entries, shifts, g, radial, row_radial,
+            rows.scale, first, length, num_rows, dim, row_blocks,
+            *operand.stride(), *w.stride(), rows.labels.stride(0), rows.stride_grad,
             **rows.flags, KEPT_BLOCK=kept_block, IS_ONLY=is_only, **p.constants(),
             BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_K=power_of_two(dim, tile.inner),
             **_options(tile),
         )  # fmt: skip
         if d_w is not None:
-            # one axis: the others of a CUDA grid end at 65,535
             weight_kernel[(triton.cdiv(dim, dw_d) * triton.cdiv(length, dw_c),)](
                 x, w, rows.labels, g, radial, inv_w, d_w,
                 first, length, num_rows, dim, row_blocks,

@@ -73,43 +73,19 @@ def row_inverse_norm(ptr, offs, mask, stride_row, stride_d, D, ACC: tl.constexpr
 
 
 @triton.jit
-def cosine_tile(
-    x_ptr, w_ptr, offs_n, offs_c, mask_n, mask_c, inv_x, inv_w,
-    stride_xn, stride_xd, stride_wc, stride_wd, D,
-    FIND_NORM: tl.constexpr, NORMALIZE_FIRST: tl.constexpr, ACC: tl.constexpr,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Cosines of one tile, (BLOCK_C, BLOCK_N), and the inverse norms of its classes, (BLOCK_C,).
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile, (ROWS, COLUMNS / 2) each."""
+    left, right = tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+    return left, right
 
-    W comes first in the product, so that a tile cast on the fly can go from registers into the
-    matrix unit. With FIND_NORM the norms come out of the same pass over W. fp16 operands are
-    normalised before the cast (NORMALIZE_FIRST), since fp16 lacks the exponents for raw ones.
-    """
-    tile = tl.zeros([BLOCK_C, BLOCK_N], ACC)
-    sum_squares = tl.zeros([BLOCK_C], ACC)
-    w_rows = w_ptr + offs_c.to(tl.int64)[:, None] * stride_wc
-    x_rows = x_ptr + offs_n.to(tl.int64)[None, :] * stride_xn
-    for k in range(0, D, BLOCK_K):
-        offs_d = k + tl.arange(0, BLOCK_K)
-        mask_d = offs_d < D
-        offs_d = offs_d.to(tl.int64)
-        w = tl.load(w_rows + offs_d[None, :] * stride_wd, mask=mask_c[:, None] & mask_d[None, :],
-                    other=0.0)  # (BLOCK_C, BLOCK_K)  # fmt: skip
-        x = tl.load(x_rows + offs_d[:, None] * stride_xd, mask=mask_d[:, None] & mask_n[None, :],
-                    other=0.0)  # (BLOCK_K, BLOCK_N)  # fmt: skip
-        if FIND_NORM:
-            w_wide = w.to(ACC)
-            sum_squares += tl.sum(w_wide * w_wide, axis=1)
-        if NORMALIZE_FIRST:
-            w = w.to(ACC) * inv_w[:, None]
-            x = x.to(ACC) * inv_x[None, :]
-        tile = dot(cast(w, COMPUTE), cast(x, COMPUTE), tile, PRECISION)
-    if FIND_NORM:
-        inv_w = inverse_norm(sum_squares)
-    if not NORMALIZE_FIRST:
-        tile = tile * inv_w[:, None] * inv_x[None, :]
-    return tile, inv_w
+
+@triton.jit
+def quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The quarters of a tile from left to right: one at a time, an epilogue fits in registers."""
+    left, right = halves(tile, ROWS, COLUMNS)
+    first, second = halves(left, ROWS, COLUMNS // 2)
+    third, fourth = halves(right, ROWS, COLUMNS // 2)
+    return first, second, third, fourth
 
 
 @triton.jit
