@@ -497,7 +497,34 @@ def on_gpu(report: Report, results: Sequence[Result]) -> None:
         for key, step in result.data["steps"].items():
             if key.startswith("baselines/") and "rows" in step:
                 _gpu_comparison(report, result, key, step)
+        _gpu_kernels(report, result)
         report.add(provenance(result, "python -m benchmarks.gpu --out DIR"))
+
+
+def _gpu_kernels(report: Report, result: Result) -> None:
+    """Device time of each kernel in a step."""
+    steps = {
+        key.partition("/")[2]: step["step"]
+        for key, step in result.data["steps"].items()
+        if key.startswith("kernels/") and step.get("step")
+    }
+    if not steps:
+        return
+    report.add("### Kernels of a step, ms (launches)")
+    names = dict.fromkeys(
+        name for step in steps.values() for name in step if name.endswith("_kernel")
+    )
+    lines = [
+        [
+            f"`{name}`",
+            *(
+                f"{number(step[name]['ms'])} ({step[name]['count']})" if name in step else "–"
+                for step in steps.values()
+            ),
+        ]
+        for name in names
+    ]
+    report.table(["", *(key.partition("/")[0] for key in steps)], lines)
 
 
 def _gpu_comparison(report: Report, result: Result, key: str, step: Mapping[str, Any]) -> None:

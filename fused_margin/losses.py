@@ -72,7 +72,19 @@ class _MarginSoftmaxLoss(nn.Module):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        self._scale = _module_scale(value)
+        scale = _validate.scale(value, torch.device("cpu"))
+        assert isinstance(scale, float)
+        self._scale = scale
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module, but what would make a hyperparameter a parameter is refused."""
+        if name in ("scale", "margin") and isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"a module takes its {name} as a number, float({name}), and isn't given a tensor;"
+                f" for a learnable {name} call the function in fused_margin.functional, to which"
+                f" the {name} may be a tensor"
+            )
+        super().__setattr__(name, value)
 
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Scaled cosines s cos(theta), without margin.
@@ -329,14 +341,3 @@ class NormalizedSoftmaxLoss(_MarginSoftmaxLoss):
         return functional.normalized_softmax(
             embeddings, self.weight, labels, self.scale, **self._options()
         )
-
-
-def _module_scale(value: float) -> float:
-    if isinstance(value, torch.Tensor):
-        raise TypeError(
-            "a module takes its scale as a number, float(scale); for a learnable scale pass a 0-d"
-            " parameter to the functional form"
-        )
-    scale = _validate.scale(value, torch.device("cpu"))
-    assert isinstance(scale, float)
-    return scale

@@ -223,6 +223,28 @@ def test_large_norms(backend: str, dtype: torch.dtype, power: int, which: str) -
     _compare(backend, dtype, factors_x, factors_w, 1e-5 if dtype is torch.float32 else 1e-11)
 
 
+@pytest.mark.parametrize("which", ["embeddings", "weight"])
+@pytest.mark.parametrize(
+    ("dtype", "norm"), [(torch.float32, 1e20), (torch.float64, 1e160)], ids=str
+)
+def test_the_kernels_give_nan_where_squares_overflow(
+    dtype: torch.dtype, norm: float, which: str
+) -> None:
+    """Not the finite loss of a row of zeros; the other rows keep theirs if an embedding is huge."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    device = device_of("triton")
+    x, w = torch.randn(6, 8, dtype=dtype), torch.randn(5, 8, dtype=dtype)
+    labels = torch.tensor([1, 2, 3, 4, 1, 2])
+    (x if which == "embeddings" else w)[0] *= norm
+    leaves = [tensor.to(device).requires_grad_() for tensor in (x, w)]
+    loss = fmf.arcface(*leaves, labels.to(device), backend="triton", reduction="none")
+    expected = [True] + [which == "weight"] * 5
+    assert loss.isnan().tolist() == expected
+    d_x, d_w = torch.autograd.grad(loss.sum(), leaves)
+    assert d_x.isnan().any(dim=1).tolist() == expected
+    assert bool(d_w.isnan().any())
+
+
 @pytest.mark.parametrize("power", [36, 50, 60])
 @each_backend
 def test_small_gradients_of_large_rows(backend: str, power: int) -> None:

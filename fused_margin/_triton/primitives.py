@@ -52,9 +52,11 @@ def log1p(e):
 
 @triton.jit
 def inverse_norm(sum_squares):
-    """1 / max(sqrt(sum_squares), eps)."""
+    """1 / max(sqrt(sum_squares), eps); NaN, not 0, where the squares overflowed."""
     # a bare constant is fp32 in `maximum`, even beside fp64
-    return 1.0 / tl.maximum(tl.sqrt(sum_squares), tl.full([1], NORM_EPS, sum_squares.dtype))
+    eps = tl.full([1], NORM_EPS, sum_squares.dtype)
+    inverse = 1.0 / tl.maximum(tl.sqrt(sum_squares), eps)
+    return tl.where(sum_squares == float("inf"), float("nan"), inverse)
 
 
 @triton.jit
