@@ -28,13 +28,14 @@ from helpers import (
     device_of,
     problem,
     run,
+    yardstick,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fused_margin.functional as fmf
 from fused_margin import _cpu
-from fused_margin._cpu import backend, memory, products, rows, single, sweep
+from fused_margin._cpu import backend, memory, products, rows, single, sweep, tiny
 
 SETTINGS = settings(max_examples=20, derandomize=True, deadline=None, database=None)
 TRITON_SETTINGS = settings(SETTINGS, max_examples=5)
@@ -347,6 +348,22 @@ def test_where_a_shift_is_needed(num_classes: int, dtype: torch.dtype, limit: fl
     scale = limit - math.log(num_classes)
     assert not products.needs_shift(scale - 0.5, num_classes, dtype)
     assert products.needs_shift(scale + 0.5, num_classes, dtype)
+
+
+@pytest.mark.skipif(not _cpu.has_bf16_products(), reason="this CPU multiplies bf16 in fp32")
+def test_only_large_products_are_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one block, below LOWERED multiplications, bf16 inputs are multiplied as fp32 ones are."""
+    before, mode = problem(9, 41, 5), HALF_MODES[1]
+    monkeypatch.setattr(tiny, "MULTIPLICATIONS", -1)
+
+    def error() -> float:
+        value = run(ARCFACE, before, mode, "cpu", **NONE).value
+        return float((value - yardstick(ARCFACE, before, mode, **NONE).value).abs().max())
+
+    monkeypatch.setattr(single, "LOWERED", 9 * 41 * 5 + 1)
+    assert error() < 1e-4
+    monkeypatch.setattr(single, "LOWERED", 9 * 41 * 5)
+    assert error() > 1e-3
 
 
 def test_memory_is_lent_to_one_tensor_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
