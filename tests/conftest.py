@@ -50,6 +50,7 @@ def _cpu_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(single, "LOGITS", -1)
     if request.node.get_closest_marker("cpu_single") is not None:
         monkeypatch.setattr(tiny, "MULTIPLICATIONS", -1)
+        monkeypatch.setattr(single, "LOWERED", 0)
 
 
 @pytest.fixture

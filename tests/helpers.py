@@ -41,6 +41,7 @@ BACKENDS = (
     pytest.param("triton", marks=needs_triton),
 )
 FUSED_BACKENDS = BACKENDS[1:]
+CPU_BACKENDS = BACKENDS[1:4]
 
 
 def device_of(backend: str) -> torch.device:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import FUSED_BACKENDS as EVERY_WAY
 from helpers import device_of, needs_triton
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -263,6 +264,24 @@ def test_opcheck_backward(backend: str, needs: tuple[bool, bool, bool]) -> None:
         torch.float32, backend, lse, u, inv_x, inv_w, kept, *needs,
     )  # fmt: skip
     torch.library.opcheck(OPS.cosine_lse_backward.default, arguments)
+
+
+@pytest.mark.parametrize("scale", [9.0, 800.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", EVERY_WAY)
+def test_outputs_are_as_the_fakes_say(backend: str, dtype: torch.dtype, scale: float) -> None:
+    """Their dtypes and strides, by which compiled code reads them, with transposed inputs too."""
+    x, w, labels = _arguments(backend, dtype)
+    x, w = (part.detach().t().contiguous().t() for part in (x, w))
+    numbers = torch.tensor([scale], dtype=torch.float64)
+    arguments = (x, w, labels, numbers, None, dtype, backend, 1 << 20)
+    torch.library.opcheck(OPS.cosine_lse.default, arguments, test_utils="test_faketensor")
+    swept = OPS.cosine_lse(*arguments)
+    arguments = (
+        torch.randn_like(swept[0]), torch.randn_like(swept[1]), None, None, x, w, labels, numbers,
+        None, dtype, backend, *swept, True, True, False,
+    )  # fmt: skip
+    torch.library.opcheck(OPS.cosine_lse_backward.default, arguments, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)

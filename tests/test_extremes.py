@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, FUSED_BACKENDS, device_of, eager_cosine_lse
+from helpers import BACKENDS, CPU_BACKENDS, FUSED_BACKENDS, device_of, eager_cosine_lse
 
 import fused_margin.functional as fmf
 from fused_margin import margins, regularizers
@@ -68,6 +68,19 @@ def test_target_cosines_stay_within_one(backend: str, theta: float, dtype: torch
         assert float(u.abs().max()) <= 1.0
         assert float((u - math.cos(theta)).abs().max()) <= 4.0 * torch.finfo(dtype).eps
         assert bool((u.acos() + 0.5).cos().isfinite().all())
+
+
+@pytest.mark.parametrize("factor", [2.0, -2.0])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_target_cosines_stay_within_one_in_fp64(backend: str, factor: float) -> None:
+    """The margin takes them so, whatever the inputs' dtype."""
+    w, labels = torch.randn(60, 64), torch.arange(60)
+    numbers = torch.tensor([64.0], dtype=torch.float64)
+    _, u, *_ = torch.ops.fused_margin.cosine_lse(
+        factor * w, w, labels, numbers, None, torch.float32, backend, 0
+    )
+    assert u.dtype is torch.float64
+    assert float(u.abs().max()) <= 1.0
 
 
 @each_backend
@@ -421,6 +434,20 @@ def test_gradients_are_bounded_at_huge_scales(backend: str, scale: float) -> Non
     for leaf, gradient in zip((x, w), torch.autograd.grad(loss, (x, w)), strict=True):
         bound = 2.0 * 700 * scale / float(leaf.detach().norm(dim=1).min())
         assert float(gradient.norm(dim=1).max()) <= bound
+
+
+@pytest.mark.parametrize("scale", [1e5, 1e8, 1e10])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_equal_classes_share_a_gradient_at_huge_scales(backend: str, scale: float) -> None:
+    """Each of four has a quarter, though s cos + log 4 rounds to s cos."""
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(2, 8)
+    labels = torch.zeros(3, dtype=torch.int64)
+
+    def gradient(w: Tensor) -> Tensor:
+        lse, _ = fmf.cosine_lse(x, w, labels, scale, backend=backend)
+        return torch.autograd.grad(lse.sum(), x)[0]
+
+    assert _relative(gradient(w[[0, 1, 1, 1, 1]]), gradient(w).double()) <= 1e-5
 
 
 @pytest.mark.parametrize("scale", [83.0, 88.0])

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import device_of, needs_triton
+from helpers import CPU_BACKENDS, device_of, needs_triton
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,17 +25,23 @@ def _products(call: object) -> float:
     return counter.get_total_flops() / (2 * N * C * D)
 
 
-def _leaves(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x = torch.randn(N, D, device=device, requires_grad=True)
-    w = torch.randn(C, D, device=device, requires_grad=True)
+def _leaves(
+    device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(N, D, dtype=dtype, device=device, requires_grad=True)
+    w = torch.randn(C, D, dtype=dtype, device=device, requires_grad=True)
     return x, w, torch.randint(C, (N,), device=device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    ("budget", "expected"), [(None, 3.0), (N * C * 4, 3.0), (N * C * 4 - 1, 4.0), (0, 4.0)]
+    ("cosines", "expected"), [(None, 3.0), (N * C, 3.0), (N * C - 1, 4.0), (0, 4.0)]
 )
-def test_cpu(budget: int | None, expected: float) -> None:
-    x, w, labels = _leaves(torch.device("cpu"))
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_cpu(backend: str, cosines: int | None, expected: float, dtype: torch.dtype) -> None:
+    """What the forward keeps is not formed again; the budget is for ``cosines`` of them."""
+    x, w, labels = _leaves(torch.device(backend), dtype)
+    budget = None if cosines is None else cosines * dtype.itemsize
 
     def step() -> None:
         fmf.arcface(x, w, labels, memory_budget=budget).backward()

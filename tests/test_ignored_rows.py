@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BACKENDS, device_of
+from helpers import BACKENDS, CPU_BACKENDS, device_of
 
 import fused_margin.functional as fmf
 
@@ -95,3 +95,21 @@ def test_a_row_without_target_is_not_ignored(backend: str) -> None:
     assert not bool(u.any())
     got = torch.autograd.grad(lse.sum(), (x, w))
     torch.testing.assert_close(got, torch.autograd.grad(logits.logsumexp(1).sum(), (x, w)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["reference", *CPU_BACKENDS])
+def test_an_infinite_gradient_where_there_is_no_cosine(backend: str, dtype: torch.dtype) -> None:
+    """A row without target has u = 0, a constant, whose gradient reaches nothing."""
+    x, w, labels = _leaves(backend, dtype)
+    labels[IGNORED] = -1
+    scale = torch.tensor(20.0, requires_grad=True)
+    lse, u = fmf.cosine_lse(x, w, labels, scale, backend=backend)
+
+    def gradients(of_nothing: float) -> tuple[torch.Tensor, ...]:
+        upstream = torch.ones_like(u)
+        upstream[IGNORED] = of_nothing
+        total = (lse, u), (x, w, scale), (torch.ones_like(lse), upstream)
+        return torch.autograd.grad(*total, retain_graph=True)
+
+    torch.testing.assert_close(gradients(float("inf")), gradients(0.0))

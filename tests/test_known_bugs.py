@@ -14,6 +14,7 @@ from helpers import (
     ARCFACE,
     BACKENDS,
     COSFACE,
+    CPU_BACKENDS,
     FP32,
     FP64,
     HALF_MODES,
@@ -180,6 +181,18 @@ def test_target_gradient_near_certainty(backend: str, mode: Any) -> None:
         assert float(relative.max()) < 4.0 * 16.0 * eps
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_target_gradient_of_a_hard_row_is_not_rounded(backend: str) -> None:
+    """At p -> 1 it outweighs all others: it stays out of a product of bf16."""
+    given = problem(1, 5, 40)
+    label = int(given.labels)
+    given = dataclasses.replace(given, x=given.x - 9.0 * given.w[label])
+    (mode,) = (mode for mode in HALF_MODES if mode.name == "bf16_master_fp32")
+    actual, expected = run(COSFACE, given, mode, backend), yardstick(COSFACE, given, mode)
+    difference = actual.d_w[label] - expected.d_w[label]
+    assert float(difference.norm() / expected.d_w[label].norm()) < 1e-5
+
+
 # --- what autograd asks for -----------------------------------------------------------------------
 
 
@@ -194,6 +207,19 @@ def test_frozen_embeddings_or_weight(backend: str, name: str) -> None:
     torch.testing.assert_close((d_x, d_w), both)
     frozen = call(x.detach(), w.detach(), labels, backend=backend)
     assert not frozen.requires_grad
+
+
+@each_backend
+def test_frozen_embeddings_and_weight(backend: str) -> None:
+    x, w, labels = _leaves(backend)
+    scale = torch.tensor(20.0, device=x.device, requires_grad=True)
+
+    def total(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        lse, u = fmf.cosine_lse(x, w, labels, scale, backend=backend)
+        return (lse - 3.0 * u).sum()
+
+    alone = torch.autograd.grad(total(x.detach(), w.detach()), scale)
+    torch.testing.assert_close(alone, torch.autograd.grad(total(x, w), (scale, x, w))[:1])
 
 
 @each_loss

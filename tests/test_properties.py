@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from typing import Any
 
@@ -27,13 +28,14 @@ from helpers import (
     device_of,
     problem,
     run,
+    yardstick,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fused_margin.functional as fmf
 from fused_margin import _cpu
-from fused_margin._cpu import backend, memory, single, sweep
+from fused_margin._cpu import backend, memory, products, rows, single, sweep, tiny
 
 SETTINGS = settings(max_examples=20, derandomize=True, deadline=None, database=None)
 TRITON_SETTINGS = settings(SETTINGS, max_examples=5)
@@ -239,6 +241,24 @@ def test_block_size_changes_nothing(
         _close(got, want)
 
 
+def test_labels_past_the_last_class_are_in_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A last block that is not full ends at C, not where a full one would."""
+    x, w = problem(9, 10, 5).leaves(FP64)
+    labels = torch.arange(6, 15)
+
+    def results() -> tuple[torch.Tensor, ...]:
+        lse, u = fmf.cosine_lse(x, w, labels, 20.0)
+        gradients = torch.autograd.grad(lse.sum() + 3.0 * u.sum(), (x, w))
+        return lse.detach(), u.detach(), *gradients
+
+    expected = results()
+    monkeypatch.setattr(single, "LOGITS", -1)
+    for name in ("MIN_BLOCK", "MAX_BLOCK"):
+        monkeypatch.setattr(sweep, name, 4)
+    for got, want in zip(results(), expected, strict=True):
+        _close(got, want)
+
+
 def test_blocks_shrink_to_their_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep.block_size(256, 10**6, 128, 4) == 2048
     assert sweep.block_size(10**6, 10**6, 128, 4) == sweep.MIN_BLOCK
@@ -262,6 +282,32 @@ def test_what_is_kept_stays_within_its_budget() -> None:
         assert kept(256, 10**6, torch.bfloat16) == 2 * kept(256, 10**6, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("cosines", "formed"), [(0, 5), (9 * 10 - 1, 5), (9 * 20, 3), (9 * 41 - 1, 1), (9 * 41, 0)]
+)
+def test_what_is_kept_is_not_formed_again(
+    monkeypatch: pytest.MonkeyPatch, cosines: int, formed: int
+) -> None:
+    """Of 5 blocks of 41 classes; without d_w the backward forms no product but of cosines."""
+    calls: list[Any] = []
+    multiply = sweep.multiply_transposed
+
+    def counting(*operands: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        calls.append(out)
+        return multiply(*operands, out=out)
+
+    monkeypatch.setattr(sweep, "multiply_transposed", counting)
+    monkeypatch.setattr(single, "LOGITS", -1)
+    for name in ("MIN_BLOCK", "MAX_BLOCK"):
+        monkeypatch.setattr(sweep, name, 10)
+    before = problem(9, 41, 5)
+    x, w = before.leaves(FP32)
+    loss = fmf.arcface(x, w.detach(), before.labels, memory_budget=4 * cosines)
+    assert len(calls) == 5
+    loss.backward()
+    assert len(calls) == 5 + formed
+
+
 @pytest.mark.parametrize("kept_bytes", [0, 33 * 100 * 4, 1 << 20], ids="keeps {} bytes".format)
 @pytest.mark.parametrize("mode_name", ["fp32", "bf16", "bf16_master_fp32"])
 def test_blocks_in_lower_precision(
@@ -274,6 +320,50 @@ def test_blocks_in_lower_precision(
     monkeypatch.setattr(sweep, "MIN_BLOCK", 16)
     monkeypatch.setattr(sweep, "MAX_BLOCK", 16)
     check_loss(ARCFACE, problem(33, 257, 64), mode, "cpu", **NONE)
+
+
+@pytest.mark.parametrize("widened", [1, 10, 20], ids="{} elements".format)
+@pytest.mark.parametrize("ignored", [0, 4], ids="{} ignored rows".format)
+def test_steps_of_the_target_cosines_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, ignored: int, widened: int
+) -> None:
+    """A row at a time where not even one fits, and a last step of fewer rows than others."""
+    before = problem(9, 41, 5)
+    labels = before.labels.clone()
+    labels[:ignored] = -100
+    before = dataclasses.replace(before, labels=labels)
+    expected = run(ARCFACE, before, FP64, "cpu", **NONE)
+    monkeypatch.setattr(rows, "WIDENED", widened)
+    actual = run(ARCFACE, before, FP64, "cpu", **NONE)
+    for got, want in zip(actual, expected, strict=True):
+        _close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 84.3), (torch.float64, 674.0)], ids=str
+)
+@pytest.mark.parametrize("num_classes", [2, 10**6])
+def test_where_a_shift_is_needed(num_classes: int, dtype: torch.dtype, limit: float) -> None:
+    """Where s + ln C leaves too little room for cosines that rounding puts above 1."""
+    scale = limit - math.log(num_classes)
+    assert not products.needs_shift(scale - 0.5, num_classes, dtype)
+    assert products.needs_shift(scale + 0.5, num_classes, dtype)
+
+
+@pytest.mark.skipif(not _cpu.has_bf16_products(), reason="this CPU multiplies bf16 in fp32")
+def test_only_large_products_are_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one block, below LOWERED multiplications, bf16 inputs are multiplied as fp32 ones are."""
+    before, mode = problem(9, 41, 5), HALF_MODES[1]
+    monkeypatch.setattr(tiny, "MULTIPLICATIONS", -1)
+
+    def error() -> float:
+        value = run(ARCFACE, before, mode, "cpu", **NONE).value
+        return float((value - yardstick(ARCFACE, before, mode, **NONE).value).abs().max())
+
+    monkeypatch.setattr(single, "LOWERED", 9 * 41 * 5 + 1)
+    assert error() < 1e-4
+    monkeypatch.setattr(single, "LOWERED", 9 * 41 * 5)
+    assert error() > 1e-3
 
 
 def test_memory_is_lent_to_one_tensor_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +385,34 @@ def test_memory_is_lent_to_one_tensor_at_a_time(monkeypatch: pytest.MonkeyPatch)
     larger = lender.empty(1000, 131, dtype=torch.float64)
     assert larger.shape == (1000, 131)
     assert not lender.released, "a piece of another size is given up"
+
+
+def test_which_memory_is_lent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the same size, and up to twice as much: more would be held for nothing."""
+    monkeypatch.setattr(memory, "REUSED_BYTES", 1)
+    lender = memory.Lender()
+
+    def lent(size: int) -> Any:
+        lender.empty(size, dtype=torch.uint8)
+        (piece,) = lender.released
+        return piece
+
+    first = lent(100)
+    assert lent(100) is first
+    assert lent(50) is first
+    second = lent(49)
+    assert second is not first
+    assert lent(49) is second
+
+
+@pytest.mark.parametrize("name", ["kept_memory", "gradient_memory", "work_memory"])
+def test_memory_put_aside_is_given_back(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(memory, "REUSED_BYTES", 1)
+    lender = getattr(memory, name)
+    lender.empty(8, dtype=torch.float32)
+    assert lender.released
+    _cpu.empty_cache()
+    assert not lender.released
 
 
 def test_gradients_are_lent_memory(monkeypatch: pytest.MonkeyPatch) -> None:

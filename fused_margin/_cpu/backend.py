@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 from fused_margin._arguments import Gradients, Needs, Swept
@@ -71,4 +72,9 @@ def forward(problem: Problem, budget: int) -> Swept:
 def backward(g: RowGradients, problem: Problem, swept: Swept, needs: Needs) -> Gradients:
     """Vector-Jacobian product of `forward`, for gradients ``g`` of lse and u."""
     num_kept = kept_classes(problem.x, problem.w, problem.compute, swept.kept.shape[0])
+    if problem.targets.rows is not None:  # elsewhere u is the number 0, whatever its gradient
+        found = problem.targets.rows.numpy()
+        g_u = np.zeros_like(g.u)
+        g_u[found] = g.u[found]
+        g = g._replace(u=g_u)
     return _way(problem).backward(g, problem, swept, num_kept, needs)

@@ -122,7 +122,9 @@ def backward(
         project(w, q)
         d_w = q.to(problem.w.dtype)
     if needs.x or needs.scale:
-        v = _multiply(operand.t(), w.values, dtype, torch.empty_like(x.values))
+        # contiguous whatever x's strides, as the operator's fake promises
+        v = x.values.new_empty(*x.values.shape)
+        _multiply(operand.t(), w.values, dtype, v)
         if not is_exact:
             factors = targets.of(of_target) * w.inverse[targets.classes]
             targets.add(v, w.values[targets.classes] * factors[:, None])

@@ -198,10 +198,6 @@ def backward(
     minus_lse = minus_lse[None, :]
     a_per_unit = rounded(a / (problem.scale * LOG2_E), accumulate)
     g_u, u = g.u, swept.u.numpy()
-    if problem.targets.rows is not None:
-        found = problem.targets.rows.numpy()
-        g_u = np.zeros_like(g.u)
-        g_u[found] = g.u[found]
     gu_u = rounded(g_u * u, accumulate)
     inv_x = x.inverse.double().numpy()
     # rows of d_w_hat: of the other classes, and of the target's, (N, D)
