@@ -80,9 +80,8 @@ class _MarginSoftmaxLoss(nn.Module):
         """As for any module, but what would make a hyperparameter a parameter is refused."""
         if name in ("scale", "margin") and isinstance(value, torch.Tensor):
             raise TypeError(
-                f"a module takes its {name} as a number, float({name}), and isn't given a tensor;"
-                f" for a learnable {name} call the function in fused_margin.functional, to which"
-                f" the {name} may be a tensor"
+                f"a module takes its {name} as a number, float({name}); a tensor, for one that is"
+                f" learnable, goes to the functional form"
             )
         super().__setattr__(name, value)
 

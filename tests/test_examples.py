@@ -484,3 +484,15 @@ def test_bad_settings_are_one_line_errors(
     usage, error = capsys.readouterr().err.splitlines()
     assert usage.startswith("usage:")
     assert message in error
+
+
+@pytest.mark.parametrize("script", ["article_faces", "scale_sweep", "study_report"])
+def test_without_the_extra_a_sentence_says_so(script: str) -> None:
+    code = f"import runpy, sys; sys.modules['PIL'] = None; runpy.run_path('{script}.py')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, '.'); {code}"],
+        cwd=EXAMPLES, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "pip install '.[examples]'" in done.stderr

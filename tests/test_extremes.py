@@ -249,11 +249,11 @@ def test_the_kernels_give_nan_where_squares_overflow(
     x, w = torch.randn(6, 8, dtype=dtype), torch.randn(5, 8, dtype=dtype)
     labels = torch.tensor([1, 2, 3, 4, 1, 2])
     (x if which == "embeddings" else w)[0] *= norm
-    leaves = [tensor.to(device).requires_grad_() for tensor in (x, w)]
-    loss = fmf.arcface(*leaves, labels.to(device), backend="triton", reduction="none")
+    x, w = (tensor.to(device).requires_grad_() for tensor in (x, w))
+    loss = fmf.arcface(x, w, labels.to(device), backend="triton", reduction="none")
     expected = [True] + [which == "weight"] * 5
     assert loss.isnan().tolist() == expected
-    d_x, d_w = torch.autograd.grad(loss.sum(), leaves)
+    d_x, d_w = torch.autograd.grad(loss.sum(), (x, w))
     assert d_x.isnan().any(dim=1).tolist() == expected
     assert bool(d_w.isnan().any())
 

@@ -785,3 +785,21 @@ def test_triton_refuses_cpu_tensors_when_it_compiles(monkeypatch: pytest.MonkeyP
 def test_resolution(monkeypatch: pytest.MonkeyPatch, name: str, device: str, expected: str) -> None:
     monkeypatch.setattr(_validate, "has_triton", lambda: True)
     assert _validate.backend(name, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    "make", [torch.tensor, lambda value: torch.nn.Parameter(torch.tensor(value))]
+)
+@pytest.mark.parametrize("name", ["scale", "margin"])
+def test_a_module_has_no_tensor_for_a_number(
+    name: str, make: Callable[[float], torch.Tensor]
+) -> None:
+    """A parameter would go past the check into the state, where no number may replace it."""
+    with pytest.raises(TypeError, match=rf"{name}.* number.*functional form"):
+        fm.ArcFaceLoss(10, 4, **{name: make(0.3)})  # pyright: ignore[reportArgumentType]
+    criterion = fm.ArcFaceLoss(10, 4)
+    with pytest.raises(TypeError, match=rf"{name}.* number.*functional form"):
+        setattr(criterion, name, make(0.3))
+    setattr(criterion, name, 0.3)
+    assert f"{name}=0.3" in repr(criterion)
+    assert list(criterion.state_dict()) == ["weight"]

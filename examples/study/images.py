@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+import sys
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -13,9 +14,13 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
+
+try:
+    from PIL import Image, ImageOps
+    from tqdm import tqdm
+except ImportError as missing:
+    sys.exit(f"error: {missing}; the examples need the extra: pip install '.[examples]'")
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".pgm", ".ppm", ".bmp", ".webp", ".tif", ".tiff")
 # By content, whatever the name says; Pillow has formats that start other programs.

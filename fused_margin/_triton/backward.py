@@ -519,9 +519,8 @@ def finish_kernel(
         )
         g_u = tl.load(d_u_ptr + offs_n, mask=mask_x, other=0.0) * factor
         u = tl.load(u_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
-        # u is 0 without a target, where g_u may be infinite
-        of_target = tl.where(u == 0.0, 0.0, g_u * u)
-        tl.store(d_scale_ptr + offs_n, (radial - of_target) / s, mask=mask_n)
+        g_u = tl.where(u == 0.0, 0.0, g_u)  # infinite, maybe, where there is no target
+        tl.store(d_scale_ptr + offs_n, (radial - g_u * u) / s, mask=mask_n)
     if NEED_X:
         inv_x = tl.load(inv_x_ptr + offs_n, mask=mask_n, other=0.0)
         for d in range(0, D, BLOCK_D):
