@@ -187,7 +187,7 @@ def _kernels(
         ("sweep_kernel, keeping", {"KEEP": True}),
     ):
         constants = cosine | blocks(tile, "BLOCK_N", "BLOCK_C") | flags | {"SOME_IGNORED": True}
-        constants["BLOCK_N"] = sweep_rows(tile, flags["KEEP"])
+        constants["BLOCK_N"] = sweep_rows(tile, bool(flags["KEEP"]))
         yield name, forward.sweep_kernel, swept, constants, options(tile)
     constants = {
         "stride_label": 1, "HAS_MARGIN": True, "STRAIGHT_THROUGH": False, "REDUCTION": "mean",
