@@ -59,7 +59,7 @@ from fused_margin import _cpu, _ops
 from fused_margin._cpu import single, sweep
 
 # The backward's chunk of G, and all its partials of d_x (`fused_margin._triton.launch`).
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 64 << 20
 PARTIAL_BYTES = 64 << 20
 # Partials come from about two tiles of d_x for each multiprocessor of a large GPU.
 PARTIAL_TILES, PARTIAL_TILE = 264, 128 * 128

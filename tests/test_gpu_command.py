@@ -511,7 +511,7 @@ def test_times_are_not_taken_after_the_profiler_has_run(
             self.has_profiled = True
             call()
             forward, finish = {"count": 1, "ms": 0.5}, {"count": 2, "ms": 2.0}
-            return {"forward_kernel": forward, "finish_kernel": finish}
+            return {"sweep_kernel": forward, "finish_kernel": finish}
 
         def is_undisturbed(self) -> bool:
             return not self.has_profiled
@@ -523,5 +523,5 @@ def test_times_are_not_taken_after_the_profiler_has_run(
     assert b.gpu_worker.work(new_file, Profiling()) == 0
     assert steps_of(new_file)["baselines/ms1m/autocast-bf16"]["status"] == "done"
     table = b.gpu.table(json.loads(new_file.read_text()))
-    found = "finish_kernel 2.000 (2), forward_kernel 0.500 (1)"
+    found = "finish_kernel 2.000 (2), sweep_kernel 0.500 (1)"
     assert f"kernels/ms1m/autocast-bf16: ms (launches): {found}" in table.splitlines()
