@@ -38,6 +38,8 @@ __all__ = ["Tuned", "tune"]
 
 FUSED = ("fused_weight", "fused_embeddings")  # in the order of `Config.fused`
 WARM_UPS, REPEATS = 2, 7
+# Rows and columns of the candidates for products of tiles; the fused kernels have their own.
+TILES = ((64, 128), (128, 128), (256, 128), (128, 64), (64, 64), (64, 256), (128, 256))
 TOLERANCE = {"bf16": 2e-2, "fp16": 5e-3, "tf32": 5e-3, "ieee": 1e-4, "fp64": 1e-9}
 
 
@@ -74,7 +76,7 @@ def _candidates(
     has_matrix_unit = operands in ("bf16", "fp16", "tf32")
     wide = [
         configs.Tile(rows, columns, inner, warps, stages)
-        for rows, columns in ((64, 128), (128, 128), (128, 64), (64, 64), (64, 256), (128, 256))
+        for rows, columns in TILES
         for warps, stages in ((8, 3), (4, 3), (8, 4), (4, 4), (8, 2), (8, 1), (4, 1))
         for inner in (64, 32)
         if has_matrix_unit or rows * columns * inner <= 64 * 64 * 32
