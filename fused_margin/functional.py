@@ -13,6 +13,7 @@ for the backward (``memory_budget``).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +28,19 @@ __all__ = [
     "cosine_lse",
     "fixed_adacos",
     "fixed_adacos_scale",
+    "margin_softmax",
     "normalized_softmax",
 ]
+
+
+Psi = margins.Margin | Callable[[torch.Tensor], torch.Tensor]
 
 
 def _margin_softmax(
     embeddings: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
-    margin: margins.Margin,
+    psi: Psi,
     scale: float | torch.Tensor,
     reduction: str,
     ignore_index: int,
@@ -48,10 +53,11 @@ def _margin_softmax(
     memory_budget = _validate.memory_budget(memory_budget)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
-    if not (isinstance(scale, torch.Tensor) or margin.is_tensor or backend == "reference"):
+    is_fused = isinstance(psi, margins.Margin) and not psi.is_tensor and backend != "reference"
+    if is_fused and not isinstance(scale, torch.Tensor):
         compute = compute_dtype(embeddings, weight)
         return _ops.margin_ce(
-            embeddings, weight, labels, scale, margin, reduction, ignore_index, compute, backend,
+            embeddings, weight, labels, scale, psi, reduction, ignore_index, compute, backend,
             memory_budget,
         )  # fmt: skip
     labels = _ops.check_labels(labels, weight.shape[0], ignore_index)
@@ -65,7 +71,7 @@ def _margin_softmax(
         lse, u = _ops.cosine_lse(embeddings, weight, labels, scale, compute, backend, memory_budget)
     with torch.autocast(embeddings.device.type, enabled=False):
         # -log sigmoid(t - lse) is the cross-entropy without cancellation (eq. 4)
-        loss = -F.logsigmoid(scale * margins.apply(u, margin) - lse)
+        loss = -F.logsigmoid(scale * _target(psi, u) - lse)
         # a label out of range on a GPU makes its row NaN, in the loss and in the gradients
         poison = torch.where(labels == _ops.INVALID, float("nan"), 1.0).to(loss.dtype)
         loss = (loss * poison).masked_fill(ignored, 0.0)
@@ -76,6 +82,66 @@ def _margin_softmax(
         if reduction == "sum":
             return total
         return total / (~ignored).sum().clamp_min(1)
+
+
+def _target(psi: Psi, u: torch.Tensor) -> torch.Tensor:
+    """psi(u), (N,)."""
+    if isinstance(psi, margins.Margin):
+        return margins.apply(u, psi)
+    value = psi(margins.clamp_cosine(u))
+    if not isinstance(value, torch.Tensor) or value.shape != u.shape:
+        given = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+        raise ValueError(
+            f"psi must return a tensor of its argument's shape, {tuple(u.shape)}; got {given}"
+        )
+    return value
+
+
+def margin_softmax(
+    embeddings: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    psi: Psi,
+    scale: float | torch.Tensor,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> torch.Tensor:
+    r"""Margin softmax with any :math:`\psi`: the loss at the top of this module.
+
+    Args:
+        embeddings: see `arcface`, likewise the arguments not listed.
+        weight: (C, D).
+        labels: (N,).
+        psi: a function of the target cosines, (N,) fp32 or fp64 in [-1, 1], to as many numbers,
+            made of differentiable operators; or one of `margins`, as ``margins.additive(0.35)``.
+            `margins.sine` gives it sin(theta) with a finite slope. What it makes of ignored rows
+            is not looked at. It may close over tensors that are learnt, and over what differs from
+            row to row.
+        scale: s > 0; float, or 0-d floating tensor.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        ignore_index: label of ignored rows.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        memory_budget: bytes to keep for the backward, see `arcface`.
+
+    Returns:
+        0-d loss, or (N,).
+
+    Raises:
+        TypeError: psi can't be called.
+        ValueError: psi returned something else than (N,) numbers.
+    """
+    _validate.tensors(embeddings, weight, labels)
+    if not callable(psi) and not isinstance(psi, margins.Margin):
+        raise TypeError(
+            f"psi must be a function of the target cosines, or one of fused_margin.margins; got"
+            f" {psi!r}. For a number use arcface or cosface"
+        )
+    return _margin_softmax(
+        embeddings, weight, labels, psi, scale, reduction, ignore_index, backend, memory_budget
+    )
 
 
 def arcface(
@@ -287,9 +353,9 @@ def cosine_lse(
 
     .. math:: \ell_n = \log \sum_{k \ne y_n} e^{s\,c_{nk}}, \qquad u_n = c_{n y_n}
 
-    The primitive under every loss: with any margin psi of your own,
-    ``-F.logsigmoid(scale * psi(u) - lse)`` is the softmax cross-entropy, by autograd
-    over N numbers.
+    The primitive under every loss: ``-F.logsigmoid(scale * psi(u) - lse)`` is the softmax
+    cross-entropy with a margin psi, by autograd over N numbers. `margin_softmax` is that with
+    ignored rows, labels out of range and reductions seen to.
 
     Args:
         embeddings: (N, D).
