@@ -53,8 +53,8 @@ def _margin_softmax(
     memory_budget = _validate.memory_budget(memory_budget)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
-    is_fused = isinstance(psi, margins.Margin) and not psi.is_tensor and backend != "reference"
-    if is_fused and not isinstance(scale, torch.Tensor):
+    is_eager = isinstance(scale, torch.Tensor) or backend == "reference"
+    if isinstance(psi, margins.Margin) and not (is_eager or psi.is_tensor):
         compute = compute_dtype(embeddings, weight)
         return _ops.margin_ce(
             embeddings, weight, labels, scale, psi, reduction, ignore_index, compute, backend,
