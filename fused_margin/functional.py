@@ -53,12 +53,12 @@ def _margin_softmax(
     memory_budget = _validate.memory_budget(memory_budget)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
-    is_eager = isinstance(scale, torch.Tensor) or backend == "reference"
-    if isinstance(psi, margins.Margin) and not (is_eager or psi.is_tensor):
+    built_in = psi if isinstance(psi, margins.Margin) and not psi.is_tensor else None
+    if built_in is not None and not isinstance(scale, torch.Tensor) and backend != "reference":
         compute = compute_dtype(embeddings, weight)
         return _ops.margin_ce(
-            embeddings, weight, labels, scale, psi, reduction, ignore_index, compute, backend,
-            memory_budget,
+            embeddings, weight, labels, scale, built_in, reduction, ignore_index, compute,
+            backend, memory_budget,
         )  # fmt: skip
     labels = _ops.check_labels(labels, weight.shape[0], ignore_index)
     ignored = labels == _ops.IGNORED
