@@ -120,7 +120,8 @@ def test_end_to_end(people: Path, tmp_path: Path) -> None:
             sys.executable, "-W", "error", str(EXAMPLES / "article_faces.py"),
             "--images", str(people), *QUICK, "--seeds", "0", "1", "--json", str(path),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # batches too small for a second thread
+        # batches too small for a second thread; MKL's own variable would win
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
         capture_output=True, encoding="utf-8", timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
