@@ -8,8 +8,7 @@ For CUDA and ROCm devices. In this order: correctness (a quarter of the time at 
 strategies of the backward against each other, steps of small shapes, the kernels of a step, the
 rivals that are installed, other dtypes, and tile candidates. A short table comes last on stdout;
 DIR/gpu.json has everything, and is written whole after every step, so that an interrupted run keeps
-what it has. Where matplotlib is installed, charts are
-drawn next to it.
+what it has. Where matplotlib is installed, charts are drawn next to it.
 
 A floor (`benchmarks.roofline`) is that of the strategy on this device, with rates measured in the
 same run; for a rival, that of the strategy which this package takes. Times are by the device's own

@@ -504,8 +504,9 @@ def plan(run: Run) -> list[Step]:
         details |= gpu_checks.run_tests(run.path.parent / "pytest.txt", seconds)
 
     def measure(kind: str, function: Callable[..., None], name: str, mode: str) -> Step:
-        limits = {"strategies": 90.0, "baselines": 150.0, "small": 45.0, "tiles": 90.0}
-        limits["kernels"] = 45.0
+        limits = {
+            "strategies": 90.0, "baselines": 150.0, "small": 45.0, "kernels": 45.0, "tiles": 90.0,
+        }  # fmt: skip
         return Step(
             f"{kind}/{name}/{mode}",
             lambda details: function(run, details, name, mode),

@@ -81,7 +81,7 @@ class _MarginSoftmaxLoss(nn.Module):
         if name in ("scale", "margin") and isinstance(value, torch.Tensor):
             raise TypeError(
                 f"a module takes its {name} as a number, float({name}); a tensor, for one that is"
-                f" learnable, goes to the functional form"
+                " learnable, goes to the functional form"
             )
         super().__setattr__(name, value)
 

@@ -15,6 +15,7 @@ from helpers import (
     FIXED_ADACOS,
     FP32,
     FP64,
+    HALF_MODES,
     MODES,
     Loss,
     Mode,
@@ -289,3 +290,23 @@ def test_few_launches_at_small_c(
     assert forward == ["sweep_kernel", "rows_kernel"]
     # autograd's own gradient of the loss, 1, and nothing else beside the kernels
     assert launches == ["aten.ones_like", *kernels]
+
+
+def test_wide_tiles_and_a_cast_operand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: tiles that are finished in quarters, x cast before the sweep, many rows."""
+    monkeypatch.setattr(launch, "LAUNCH_BOUND", 0)
+    monkeypatch.setattr(launch, "MANY_ROWS", 0)
+    wide = dataclasses.replace(
+        configs.config("interpreter", "bf16"),
+        forward=configs.Tile(64, 64, 16, 1, 1),
+        gradient=configs.Tile(64, 32, 16, 1, 1),
+        weight=configs.Tile(32, 64, 16, 1, 1),
+        embeddings=configs.Tile(32, 64, 16, 1, 1),
+    )
+    for mode in (FP32, HALF_MODES[4]):
+        for num_classes in (40, 150):  # one chunk and split, which writes d_x itself, and several
+            with planning.override("chunked", wide):
+                check_loss(
+                    ARCFACE, problem(70, num_classes, 100), mode, "triton", device=DEVICE,
+                    reduction="none",
+                )  # fmt: skip

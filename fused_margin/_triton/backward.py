@@ -20,12 +20,10 @@ from fused_margin._triton.primitives import (
     IGNORED,
     cast,
     dot,
+    in_parts,
     load_scale,
-    quarters,
     used_rows,
 )
-
-QUARTERED = tl.constexpr(64)  # columns from which on a tile is finished in quarters
 
 
 @triton.jit
@@ -218,10 +216,8 @@ def gradient_kernel(
     row_radial = row_radial_ptr
     if IS_ONLY:
         row_radial += pid_c.to(tl.int64) * N
-    PARTS: tl.constexpr = 4 if BLOCK_N >= QUARTERED else 1
-    parts = (tile,)
-    if PARTS == 4:
-        parts = quarters(tile, BLOCK_C, BLOCK_N)
+    parts = in_parts(tile, BLOCK_C, BLOCK_N)
+    PARTS: tl.constexpr = len(parts)
     radial = tl.zeros([BLOCK_C], ACC)
     for i in tl.static_range(PARTS):
         radial += _finish_gradient(
@@ -287,10 +283,8 @@ def weight_kernel(
         tile = dot(g, cast(x, OPERAND), tile, PRECISION)
         offs_n += BLOCK_K
         _, mask_x = _row_labels(labels_ptr, offs_n, offs_n < N, stride_label, HAS_GRAD)
-    PARTS: tl.constexpr = 4 if BLOCK_D >= QUARTERED else 1
-    parts = (tile,)
-    if PARTS == 4:
-        parts = quarters(tile, BLOCK_C, BLOCK_D)
+    parts = in_parts(tile, BLOCK_C, BLOCK_D)
+    PARTS: tl.constexpr = len(parts)
     WIDTH: tl.constexpr = BLOCK_D // PARTS
     for i in tl.static_range(PARTS):
         offs_d = pid_d * BLOCK_D + i * WIDTH + tl.arange(0, WIDTH)
@@ -342,10 +336,8 @@ def embeddings_kernel(
                               other=0.0)  # fmt: skip
         inv_x = tl.load(inv_x_ptr + offs_n, mask=mask_n, other=0.0)
         _, mask_x = _row_labels(labels_ptr, offs_n, mask_n, stride_label, HAS_GRAD)
-    PARTS: tl.constexpr = 4 if BLOCK_D >= QUARTERED else 1
-    parts = (tile,)
-    if PARTS == 4:
-        parts = quarters(tile, BLOCK_N, BLOCK_D)
+    parts = in_parts(tile, BLOCK_N, BLOCK_D)
+    PARTS: tl.constexpr = len(parts)
     WIDTH: tl.constexpr = BLOCK_D // PARTS
     for i in tl.static_range(PARTS):
         offs_d = tl.program_id(1) * BLOCK_D + i * WIDTH + tl.arange(0, WIDTH)

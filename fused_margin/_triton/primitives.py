@@ -12,6 +12,7 @@ INVALID = tl.constexpr(_arguments.INVALID)
 NOT_ZERO = tl.constexpr(2.0**-100)  # a kept exponent of 0 becomes its negative
 CLAMPED = tl.constexpr(_numerics.CLAMPED_INVERSE_NORM)
 SINE_SQUARED_FLOOR = tl.constexpr(margins.SINE_SQUARED_FLOOR)
+QUARTERED = tl.constexpr(64)  # columns from which on a tile is finished in quarters
 LOG1P_TERMS = tl.constexpr(18)  # q <= 1/3: the first term left out is below 2^-60
 
 
@@ -75,19 +76,25 @@ def row_inverse_norm(ptr, offs, mask, stride_row, stride_d, D, ACC: tl.constexpr
 
 
 @triton.jit
-def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The left and the right half of a tile, (ROWS, COLUMNS / 2) each."""
     left, right = tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
     return left, right
 
 
 @triton.jit
-def quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The quarters of a tile from left to right: one at a time, an epilogue fits in registers."""
-    left, right = halves(tile, ROWS, COLUMNS)
-    first, second = halves(left, ROWS, COLUMNS // 2)
-    third, fourth = halves(right, ROWS, COLUMNS // 2)
-    return first, second, third, fourth
+def in_parts(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A wide tile's quarters from left to right: for one of them an epilogue fits in registers.
+
+    A narrow tile is its only part.
+    """
+    if COLUMNS < QUARTERED:
+        return (tile,)
+    else:
+        left, right = _halves(tile, ROWS, COLUMNS)
+        first, second = _halves(left, ROWS, COLUMNS // 2)
+        third, fourth = _halves(right, ROWS, COLUMNS // 2)
+        return first, second, third, fourth
 
 
 @triton.jit
