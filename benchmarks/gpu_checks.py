@@ -83,14 +83,14 @@ def strategies(device: torch.device) -> tuple[str, ...]:
     return roofline.GPU_STRATEGIES if device.type == "cuda" else ("cpu",)
 
 
-def _config(mode: Mode, device: torch.device) -> Any:
-    configs = importlib.import_module("fused_margin._triton.configs")
-    return configs.config(family(device), mode.dtypes.operand)
+def _tiles(mode: Mode, device: torch.device) -> Any:
+    tiles = importlib.import_module("fused_margin._triton.tiles")
+    return tiles.default(family(device), mode.dtypes.operand)
 
 
 def offers(strategy: str, dim: int, mode: Mode, device: torch.device) -> bool:
     """Whether the package has a strategy for an embedding size and dtypes."""
-    return strategy != "fused" or _config(mode, device).fused_tiles(dim) is not None
+    return strategy != "fused" or _tiles(mode, device).for_fused(dim) is not None
 
 
 def chosen_strategy(shape: Shape, mode: Mode, device: torch.device) -> str:
@@ -99,14 +99,14 @@ def chosen_strategy(shape: Shape, mode: Mode, device: torch.device) -> str:
         return "cpu"
     planning = importlib.import_module("fused_margin._triton.planning")
     sizes = (shape.num_rows, shape.num_classes, shape.dim)
-    return planning.strategy_for(*sizes, _config(mode, device), kept_bytes=1, budget=0)
+    return planning.strategy_for(*sizes, _tiles(mode, device), kept_bytes=1, budget=0)
 
 
 def family(device: torch.device) -> str:
     """The device's architecture family, by which the package chooses tiles and strategies."""
-    configs = importlib.import_module("fused_margin._triton.configs")
+    tiles = importlib.import_module("fused_margin._triton.tiles")
     planning = importlib.import_module("fused_margin._triton.planning")
-    return configs.family(*planning.architecture(device))
+    return tiles.family(*planning.architecture(device))
 
 
 @contextlib.contextmanager

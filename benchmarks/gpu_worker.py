@@ -444,7 +444,7 @@ def tiles(run: Run, details: Details, name: str, mode_name: str) -> None:
         seconds=min(60.0, 0.8 * run.left()), save=False,
     )  # fmt: skip
     details |= {"shape": dataclasses.asdict(shape), "mode": mode_name}
-    details |= {"tiles": tuned.rows, "config": str(tuned.config)}
+    details |= {"tiles": tuned.rows, "chosen": str(tuned.tiles)}
 
 
 def plan(run: Run) -> list[Step]:

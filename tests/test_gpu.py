@@ -94,8 +94,8 @@ def test_strategies(strategy: str, mode: Mode) -> None:
     given = problem(100, 1000, 64)
     with torch.no_grad():
         x, w = given.x.to(CUDA, mode.embeddings), given.w.to(CUDA, mode.weight)
-        config = planning.plan(x, w, mode.autocast or mode.embeddings).config
-    if strategy == "fused" and config.fused_tiles(64) is None:
+        tiles = planning.plan(x, w, mode.autocast or mode.embeddings).tiles
+    if strategy == "fused" and tiles.for_fused(64) is None:
         pytest.skip("no fused tiles for this operand type")
     with planning.override(strategy):
         check_loss(ARCFACE, given, mode, "triton", device=CUDA, reduction="none")

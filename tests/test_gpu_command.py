@@ -447,7 +447,7 @@ def test_tiles(b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, new_file: Pa
 
     def tune(*sizes: int, **options: Any) -> SimpleNamespace:
         calls.append((sizes, options))
-        return SimpleNamespace(rows=[{"kernel": "forward", "milliseconds": 1.0}], config="best")
+        return SimpleNamespace(rows=[{"kernel": "forward", "milliseconds": 1.0}], tiles="best")
 
     monkeypatch.setitem(sys.modules, "fused_margin.tuning", SimpleNamespace(tune=tune))
     run = b.gpu_worker.Run(new_file, b.gpu_timing.CpuMeter())
@@ -461,7 +461,7 @@ def test_tiles(b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, new_file: Pa
         "device": "cpu", "save": False,
     }  # fmt: skip
     assert details["tiles"] == [{"kernel": "forward", "milliseconds": 1.0}]
-    assert details["config"] == "best"
+    assert details["chosen"] == "best"
 
 
 def test_plan_on_a_gpu(b: SimpleNamespace, new_file: Path) -> None:

@@ -477,3 +477,19 @@ def test_small_angles(backend: str) -> None:
         along = sigma * scale * (math.cos(angle) + math.sin(angle) * slope)
         got = float(-d_x[0, 0] * math.sin(angle) + d_x[0, 1] * math.cos(angle))
         assert got == pytest.approx(along, rel=0.01 if dtype is torch.float32 else 1e-9)
+
+
+# sizes of each way through the CPU backend
+@pytest.mark.parametrize("shape", [(8, 10, 16), (64, 300, 64), (64, 20_000, 64)], ids=str)
+def test_inputs_stay_resizable(shape: tuple[int, int, int]) -> None:
+    """FSDP2 frees gathered parameters by resizing their storage, as `Tensor.numpy` forbids."""
+    num_rows, num_classes, dim = shape
+    x, w = torch.randn(num_rows, dim, requires_grad=True), torch.randn(num_classes, dim)
+    w.requires_grad_()
+    labels = torch.randint(num_classes, (num_rows,))
+    grad = torch.rand(num_rows)
+    fmf.arcface(x, w, labels, reduction="none").backward(grad)
+    lse, u = fmf.cosine_lse(x, w, labels, 8.0)
+    torch.autograd.backward((lse, u), (grad, grad))
+    given = {"x": x, "w": w, "labels": labels, "grad": grad}
+    assert [name for name, t in given.items() if not t.untyped_storage().resizable()] == []

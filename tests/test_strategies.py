@@ -31,7 +31,7 @@ import fused_margin.functional as fmf
 from fused_margin import _ops
 
 launch = pytest.importorskip("fused_margin._triton.launch", reason="Triton is not installed")
-from fused_margin._triton import configs, planning  # noqa: E402  # after the check that Triton is there
+from fused_margin._triton import planning, tiles  # noqa: E402  # after the check that Triton is there
 
 pytestmark = pytest.mark.usefixtures("poison")
 STRATEGIES = planning.STRATEGIES
@@ -50,8 +50,8 @@ def strategy(request: pytest.FixtureRequest) -> Iterator[str]:
 def _skip_without_tiles(strategy: str, mode: Mode) -> None:
     x = torch.empty(1, 8, dtype=mode.embeddings, device=DEVICE)
     w = torch.empty(1, 8, dtype=mode.weight, device=DEVICE)
-    config = planning.plan(x, w, mode.autocast or mode.embeddings).config
-    if strategy == "fused" and config.fused_tiles(40) is None:
+    chosen = planning.plan(x, w, mode.autocast or mode.embeddings).tiles
+    if strategy == "fused" and chosen.for_fused(40) is None:
         pytest.skip("this device has no fused tiles for this operand type")
 
 
@@ -106,8 +106,8 @@ def test_several_chunks(monkeypatch: pytest.MonkeyPatch, strategy_name: str) -> 
 
 def test_kept_blocks_may_differ_from_the_backward_s() -> None:
     given = problem(33, 150, 40)
-    base = planning.plan(given.x.to(DEVICE), given.w.to(DEVICE), torch.float64).config
-    tile = dataclasses.replace(base.gradient, columns=16, rows=32)
+    base = planning.plan(given.x.to(DEVICE), given.w.to(DEVICE), torch.float64).tiles
+    tile = dataclasses.replace(base.gradient, c=16, n=32)
     with planning.override("kept", dataclasses.replace(base, gradient=tile)):
         check_loss(ARCFACE, given, FP64, "triton", **NONE)
 
@@ -157,8 +157,8 @@ def test_the_rule() -> None:
         kept: int = 1,
         budget: int = 0,
     ) -> str:
-        config = configs.config("sm_90", operands)
-        return planning.strategy_for(num_rows, num_classes, dim, config, kept, budget)
+        default = tiles.default("sm_90", operands)
+        return planning.strategy_for(num_rows, num_classes, dim, default, kept, budget)
 
     assert chosen(512, 360_232, 512) == "chunked"
     assert chosen(512, 360_232, 64) == "fused"
@@ -297,11 +297,11 @@ def test_wide_tiles_and_a_cast_operand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "LAUNCH_BOUND", 0)
     monkeypatch.setattr(launch, "MANY_ROWS", 0)
     wide = dataclasses.replace(
-        configs.config("interpreter", "bf16"),
-        forward=configs.Tile(64, 64, 16, 1, 1),
-        gradient=configs.Tile(64, 32, 16, 1, 1),
-        weight=configs.Tile(32, 64, 16, 1, 1),
-        embeddings=configs.Tile(32, 64, 16, 1, 1),
+        tiles.default("interpreter", "bf16"),
+        forward=tiles.Tile(64, 64, 16, 1, 1),
+        gradient=tiles.Tile(64, 32, 16, 1, 1),
+        weight=tiles.Tile(16, 32, 64, 1, 1),
+        embeddings=tiles.Tile(32, 16, 64, 1, 1),
     )
     for mode in (FP32, HALF_MODES[4]):
         for num_classes in (40, 150):  # one chunk and split, which writes d_x itself, and several

@@ -21,6 +21,7 @@ WITH_PRODUCTS = {
     "gradient_kernel, only",
     "weight_kernel",
     "embeddings_kernel",
+    "embeddings_kernel, first",
     "embeddings_kernel, only",
     "fused_weight_kernel",
     "fused_embeddings_kernel",

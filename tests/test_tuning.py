@@ -16,7 +16,7 @@ import fused_margin.functional as fmf
 from fused_margin import _validate, tuning
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from fused_margin._triton import configs, launch, planning, tuned  # after the check for Triton
+from fused_margin._triton import launch, planning, tiles, tuned  # after the check for Triton
 
 pytestmark = pytest.mark.skipif(
     not _validate.INTERPRETED, reason="the interpreter's tiles are tuned here, not a GPU's"
@@ -37,9 +37,9 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two candidates for each kernel."""
     candidates = tuning._candidates
 
-    def first_two(config: configs.Config, operands: str, *sizes: int):
+    def first_two(present: tiles.Tiles, operands: str, *sizes: int):
         seen: dict[str, int] = {}
-        for candidate in candidates(config, "bf16", 512, 512, sizes[2]):
+        for candidate in candidates(present, "bf16", 512, 512, sizes[2]):
             seen[candidate[0]] = seen.get(candidate[0], 0) + 1
             if seen[candidate[0]] <= 2:
                 yield candidate
@@ -49,13 +49,13 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "WARM_UPS", 0)
 
 
-def _default() -> configs.Config:
-    return configs.config("interpreter", "ieee")
+def _default() -> tiles.Tiles:
+    return tiles.default("interpreter", "ieee")
 
 
-def _plan() -> configs.Config:
+def _plan() -> tiles.Tiles:
     x, w = torch.randn(3, 5), torch.randn(7, 5)
-    return planning.plan(x, w, torch.float32).config
+    return planning.plan(x, w, torch.float32).tiles
 
 
 @pytest.mark.usefixtures("few")
@@ -74,34 +74,32 @@ def test_every_kernel_is_tuned_and_the_choice_is_used(directory: Path) -> None:
     assert entry["about"]["complete"] is True
     assert entry["about"]["c"] == 7
     assert not list(directory.glob("*.part")), "no temporary file stays"
-    assert _plan() == result.config
+    assert _plan() == result.tiles
     tuned.forget()
-    assert _plan() == result.config, "another process reads the same"
+    assert _plan() == result.tiles, "another process reads the same"
 
 
 OTHER = dataclasses.replace(
-    configs.config("interpreter", "ieee"), forward=configs.Tile(32, 16, 16, 1, 1)
+    tiles.default("interpreter", "ieee"), forward=tiles.Tile(32, 16, 16, 1, 1)
 )
 
 
-def _save(config: configs.Config = OTHER, operands: str = "ieee") -> None:
+def _save(chosen: tiles.Tiles = OTHER, operands: str = "ieee") -> None:
     key = tuned.key("interpreter", operands, torch.float32, torch.float32, 3, 5)
-    tuned.save(key, config, {})
+    tuned.save(key, chosen, {})
 
 
 def test_the_choice_is_for_its_dtypes_and_range() -> None:
     _save()
     assert _plan() == OTHER
 
-    def config(x: torch.Tensor, w: torch.Tensor) -> configs.Config:
-        return planning.plan(x, w, x.dtype).config
+    def used(x: torch.Tensor, w: torch.Tensor) -> tiles.Tiles:
+        return planning.plan(x, w, x.dtype).tiles
 
-    assert config(torch.randn(16, 16), torch.randn(7, 16)) == OTHER
-    assert config(torch.randn(3, 17), torch.randn(7, 17)) == _default(), "another range of D"
-    assert config(torch.randn(17, 5), torch.randn(7, 5)) == _default(), "another range of N"
-    assert config(torch.randn(3, 5).half(), torch.randn(7, 5)) == configs.config(
-        "interpreter", "fp16"
-    )
+    assert used(torch.randn(16, 16), torch.randn(7, 16)) == OTHER
+    assert used(torch.randn(3, 17), torch.randn(7, 17)) == _default(), "another range of D"
+    assert used(torch.randn(17, 5), torch.randn(7, 5)) == _default(), "another range of N"
+    assert used(torch.randn(3, 5).half(), torch.randn(7, 5)) == tiles.default("interpreter", "fp16")
 
 
 def test_entries_of_others_stay() -> None:
@@ -127,23 +125,23 @@ def test_kept_exponentials_do_not_depend_on_the_tuning() -> None:
 @pytest.mark.usefixtures("few")
 def test_a_wrong_candidate_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     default = _default()
-    wrong = configs.Tile(16, 16, 16, 1, 1)
+    wrong = tiles.Tile(16, 16, 16, 1, 1)
     launch_chunked = launch._chunked
 
-    def corrupting(p, rows, x, w, inv_w, kept, d_x, d_w, **options):
-        partial = launch_chunked(p, rows, x, w, inv_w, kept, d_x, d_w, **options)
-        if p.config.gradient == wrong:
-            d_w.mul_(1.5)
+    def corrupting(p, rows, inputs, swept, gradients, needs):
+        partial = launch_chunked(p, rows, inputs, swept, gradients, needs)
+        if p.tiles.gradient == wrong:
+            gradients.w.mul_(1.5)
         return partial
 
-    def candidates(config: configs.Config, operands: str, *sizes: int):
-        for tile in (config.gradient, wrong):
+    def candidates(present: tiles.Tiles, operands: str, *sizes: int):
+        for tile in (present.gradient, wrong):
             yield "gradient", tile
 
     monkeypatch.setattr(launch, "_chunked", corrupting)
     monkeypatch.setattr(tuning, "_candidates", candidates)
     result = tuning.tune(**TINY, device="cpu", save=False)
-    assert result.config.gradient == default.gradient
+    assert result.tiles.gradient == default.gradient
     assert "relative error" in result.rows[1]["error"]
     assert not tuned.cache_file().exists()
 
@@ -152,7 +150,7 @@ def test_a_wrong_candidate_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> N
 def test_time_runs_out() -> None:
     result = tuning.tune(**TINY, device="cpu", seconds=0.0)
     assert not result.complete
-    assert result.config == _default()
+    assert result.tiles == _default()
 
 
 NO_POWER_OF_2: dict[str, Any] = {
@@ -202,18 +200,17 @@ def test_another_user_s_file_is_not_used(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_no_candidate_is_cut_down() -> None:
     """It would be saved without having run."""
-    base = configs.config("sm_90", "bf16")
+    base = tiles.default("sm_90", "bf16")
     for num_rows, num_classes, dim in ((16, 100_000, 512), (512, 10, 512), (512, 100_000, 32)):
         candidates = list(tuning._candidates(base, "bf16", num_rows, num_classes, dim))
         for kernel, tile in candidates:
             present = {base.forward, base.gradient, base.weight, base.embeddings}
-            fused = base.fused_tiles(dim)
+            fused = base.for_fused(dim)
             if tile in present or (fused and tile in fused):
                 continue
-            rows = num_classes if kernel == "weight" else num_rows
-            columns = dim if kernel in ("weight", "embeddings") else num_classes
-            assert tile.rows <= planning.power_of_two(rows, tile.rows)
-            assert tile.columns <= planning.power_of_two(columns, tile.columns)
+            cut = tiles.cut(tile, num_rows, num_classes, dim)
+            for axis in tiles.AXES.get(kernel, ("n", "c"))[:2]:
+                assert getattr(cut, axis) == getattr(tile, axis)
     first = [kernel for kernel, _ in tuning._candidates(base, "bf16", 512, 100_000, 64)][:6]
     assert len(set(first)) == 6, "kernels take turns"
 
