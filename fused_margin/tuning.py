@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -153,6 +153,70 @@ def _timed(device: torch.device, work: Callable[[], Any]) -> float:
     return statistics.median(samples)
 
 
+class _Step(NamedTuple):
+    """A step of ArcFace to be timed, on random numbers."""
+
+    x: torch.Tensor
+    w: torch.Tensor
+    labels: torch.Tensor
+    compute_dtype: torch.dtype
+
+    @classmethod
+    def make(
+        cls,
+        num_rows: int,
+        num_classes: int,
+        dim: int,
+        dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+        device: torch.device,
+    ) -> _Step:
+        """Under the autocast of now."""
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(size: int, dtype: torch.dtype) -> torch.Tensor:
+            made = torch.randn(size, dim, generator=generator, device="cpu")
+            return made.to(device, dtype).requires_grad_()
+
+        w, x = normal(num_classes, weight_dtype), normal(num_rows, dtype)
+        labels = torch.randint(num_classes, (num_rows,), generator=generator, device="cpu")
+        return cls(x, w, labels.to(device), requested_dtype(x, w))
+
+    def forward(self) -> torch.Tensor:
+        """The loss."""
+        margin = margins.angular(0.5, "linear", "exact")
+        return _ops.margin_ce(
+            self.x, self.w, self.labels, 64.0, margin, "mean", -100, self.compute_dtype, "triton",
+            None,
+        )  # fmt: skip
+
+    def run(self) -> tuple[torch.Tensor, ...]:
+        """The loss and its gradients."""
+        loss = self.forward()
+        return loss.detach(), *torch.autograd.grad(loss, (self.x, self.w))
+
+
+def _try(
+    work: _Step, kernel: str, trial: Tiles, expected: tuple[torch.Tensor, ...], tolerance: float
+) -> dict[str, Any]:
+    """``milliseconds`` of a step with other tiles for a kernel, or ``error``."""
+    from fused_margin._triton import planning
+
+    try:
+        with planning.override("fused" if kernel in FUSED else "chunked", trial):
+            worst = max(map(_relative_error, work.run(), expected))
+            if not worst <= tolerance:
+                return {"error": f"relative error {worst:.1e} against the default tiles"}
+            if kernel != "forward":
+                return {"milliseconds": _timed(work.x.device, work.run)}
+            with torch.no_grad():
+                return {"milliseconds": _timed(work.x.device, work.forward)}
+    except torch.AcceleratorError:
+        raise  # the device's state is lost
+    except (*planning.FAILURES, RuntimeError) as error:  # memory, or a pass of the compiler
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
 def tune(
     num_rows: int,
     num_classes: int,
@@ -202,39 +266,18 @@ def tune(
     from fused_margin._triton.launch import guard
 
     deadline = time.monotonic() + seconds
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device="cpu")
-
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(
             torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
         )
-        w = normal(num_classes, embedding_size).to(device, weight_dtype).requires_grad_()
-        x = normal(num_rows, embedding_size).to(device, dtype).requires_grad_()
-        labels = torch.randint(num_classes, (num_rows,), generator=generator, device="cpu")
-        labels = labels.to(device)
-        stack.enter_context(guard(x))
-
-        margin = margins.angular(0.5, "linear", "exact")
-        compute_dtype = requested_dtype(x, w)
-
-        def forward() -> torch.Tensor:
-            return _ops.margin_ce(
-                x, w, labels, 64.0, margin, "mean", -100, compute_dtype, "triton", None
-            )
-
-        def step() -> tuple[torch.Tensor, ...]:
-            loss = forward()
-            return loss.detach(), *torch.autograd.grad(loss, (x, w))
-
-        p = planning.plan(x, w, compute_dtype)
+        work = _Step.make(num_rows, num_classes, embedding_size, dtype, weight_dtype, device)
+        stack.enter_context(guard(work.x))
+        p = planning.plan(work.x, work.w, work.compute_dtype)
         best, rows, complete = p.tiles, [], True
         with planning.override("chunked", best):
-            expected = step()
+            expected = work.run()
         fastest: dict[str, float] = {}
         for kernel, tile in _candidates(best, p.operands, num_rows, num_classes, embedding_size):
             if time.monotonic() > deadline:
@@ -242,33 +285,15 @@ def tune(
                 break
             trial = _with_tile(best, kernel, tile, embedding_size)
             row: dict[str, Any] = {"kernel": kernel, "tile": asdict(tile)}
-            rows.append(row)
-            try:
-                with planning.override("fused" if kernel in FUSED else "chunked", trial):
-                    worst = max(map(_relative_error, step(), expected))
-                    if not worst <= TOLERANCE[p.operands]:
-                        row["error"] = f"relative error {worst:.1e} against the default tiles"
-                        continue
-                    if kernel == "forward":
-                        with torch.no_grad():
-                            row["milliseconds"] = _timed(device, forward)
-                    else:
-                        row["milliseconds"] = _timed(device, step)
-            except torch.AcceleratorError:
-                raise  # the device's state is lost
-            except (*planning.FAILURES, RuntimeError) as error:  # memory, or a pass of the compiler
-                row["error"] = f"{type(error).__name__}: {error}"
-                continue
-            if row["milliseconds"] < fastest.get(kernel, float("inf")):
-                fastest[kernel] = row["milliseconds"]
+            rows.append(row | _try(work, kernel, trial, expected, TOLERANCE[p.operands]))
+            if rows[-1].get("milliseconds", math.inf) < fastest.get(kernel, math.inf):
+                fastest[kernel] = rows[-1]["milliseconds"]
                 best = trial
     saved_as = None
     if save and fastest:
-        about = {
-            "n": num_rows, "c": num_classes, "d": embedding_size,
-            "milliseconds": fastest, "complete": complete,
-        }  # fmt: skip
-        key = tuned.key(*planning.tuned_for(x, w, p))
+        about = {"n": num_rows, "c": num_classes, "d": embedding_size, "complete": complete}
+        about |= {"milliseconds": fastest}
+        key = tuned.key(*planning.tuned_for(work.x, work.w, p))
         saved_as = tuned.save(key, best, about), key
     return Tuned(best, rows, complete, saved_as)
 
