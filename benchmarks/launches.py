@@ -128,8 +128,7 @@ def _variant(launched: Launch) -> str:
         "sweep_kernel": "keeping" if given.get("kept") is not None else "",
         "gradient_kernel": "kept" if given.get("kept") is not None
         else "only" if given.get("chunk") and given["chunk"].row_radial is not None else "",
-        "embeddings_kernel": "only" if given.get("partial_ptr") is None
-        else "first" if launched.keywords.get("IS_FIRST") else "",
+        "embeddings_kernel": "only" if given.get("partial_ptr") is None else "",
     }  # fmt: skip
     word = words.get(name)
     return f"{name}, {word}" if word else name

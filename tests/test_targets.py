@@ -21,7 +21,6 @@ WITH_PRODUCTS = {
     "gradient_kernel, only",
     "weight_kernel",
     "embeddings_kernel",
-    "embeddings_kernel, first",
     "embeddings_kernel, only",
     "fused_weight_kernel",
     "fused_embeddings_kernel",
@@ -148,13 +147,48 @@ for kernel in (narrow, wide):
 """
 
 
-def test_the_offset_check_can_fail(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    script = tmp_path / "narrow.py"
-    script.write_text(_NARROW)
+def _run_without_interpreter(code: str, directory: Path) -> str:
+    script = directory / "script.py"
+    script.write_text(code)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     run = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True
     )
-    assert run.stdout.split() == ["narrow", "False", "wide", "True"]
+    return run.stdout
+
+
+def test_the_offset_check_can_fail(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    printed = _run_without_interpreter(_NARROW, tmp_path)
+    assert printed.split() == ["narrow", "False", "wide", "True"]
+
+
+_BATCHES = """
+import collections
+import json
+
+from benchmarks import kernels, launches
+
+target, variants = kernels.TARGETS["sm_90"], collections.defaultdict(set)
+for num_rows in range(1, 1026):
+    with launches.recorded(target) as found:
+        launches.step(num_rows, 100_003, 512, *launches.TYPES["bf16"][:2])
+    for launch in found:
+        variants[launch.kernel.__name__].add(launches.key(launch, target))
+print(json.dumps({name: len(keys) for name, keys in variants.items()}))
+"""
+
+
+def test_no_compilation_for_another_batch(tmp_path: Path) -> None:
+    """Nor for another chunk: only for a tile's rows, a power of 2 from 16 on."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    counts = json.loads(_run_without_interpreter(_BATCHES, tmp_path))
+    assert counts == {
+        "sweep_kernel": 5,
+        "rows_kernel": 2,
+        "gradient_kernel": 4,
+        "weight_kernel": 3,
+        "embeddings_kernel": 5,
+        "finish_kernel": 1,
+    }

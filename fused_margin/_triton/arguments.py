@@ -10,6 +10,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+# Of a matrix with a column for each row of the batch, rows lie a multiple of this apart, as the
+# compiler knows: loads are wide whatever N is. Of N itself it knows nothing, so that no kernel is
+# compiled again for another batch.
+PITCH = 16
+
+
+def pitch(num_rows: int) -> int:
+    """N up to a multiple of `PITCH`; a formula without cases, as N may be symbolic."""
+    return (num_rows + PITCH - 1) // PITCH * PITCH
+
 
 class Matrix(NamedTuple):
     """(R, D), any strides: a row for each embedding or for each class."""
@@ -68,25 +78,28 @@ class Kept(NamedTuple):
     """What a sweep keeps of its cosines.
 
     Attributes:
-        entries: (C, N), up to whole blocks of classes, in the dtype of G. shifts: (class blocks,
-            N), relative to which they are.
+        entries: (C, pitch), up to whole blocks of classes, in the dtype of G. shifts: (class
+            blocks, pitch), relative to which they are. pitch: N up to a multiple of `PITCH`.
     """
 
     entries: Tensor
     shifts: Tensor
+    pitch: int
 
 
 class Chunk(NamedTuple):
     """What `gradient_kernel` leaves for the two products.
 
     Attributes:
-        g: G / (||x|| ||w||), (K, N). radial: sum_n G c of each class and row block, (K, row
-            blocks). row_radial: sum_k G c of each row, (class blocks, N), where one chunk is all.
+        g: G / (||x|| ||w||), (K, pitch), 0 past N. radial: sum_n G c of each class and row block,
+            (K, row blocks). row_radial: sum_k G c of each row, (class blocks, N), where one chunk
+            is all. pitch: N up to a multiple of `PITCH`.
     """
 
     g: Tensor
     radial: Tensor
     row_radial: Tensor | None
+    pitch: int
 
 
 class Precision(NamedTuple):

@@ -131,18 +131,18 @@ def _products(
 
 @triton.jit
 def _finish_gradient(
-    tile, rows, kept, g_ptr, row_radial_ptr, s, inv_w, offs_local, offs_c, mask_c, first_row, N,
+    tile, rows, kept, chunk, row_radial_ptr, s, inv_w, offs_local, offs_c, mask_c, first_row, N,
     KEPT_BLOCK: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Stores G / (||x|| ||w||) of a part of a tile; returns sum_n G c of its rows per class."""
     offs_n = first_row + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    mask = mask_c[:, None] & mask_n[None, :]
+    mask = mask_c[:, None] & (offs_n < chunk.pitch)[None, :]
     labels, _, g_lse, g_u, lse, u, inv_x = _row_quantities(rows, offs_n, mask_n, P.ACC, BLOCK_N)
     if kept is not None:
-        entries = tl.load(kept.entries + offs_c.to(tl.int64)[:, None] * N + offs_n[None, :],
-                          mask=mask, other=0.0).to(P.ACC)  # fmt: skip
-        shift = tl.load(kept.shifts + (offs_c // KEPT_BLOCK).to(tl.int64)[:, None] * N
+        entries = tl.load(kept.entries + offs_c.to(tl.int64)[:, None] * kept.pitch
+                          + offs_n[None, :], mask=mask, other=0.0).to(P.ACC)  # fmt: skip
+        shift = tl.load(kept.shifts + (offs_c // KEPT_BLOCK).to(tl.int64)[:, None] * kept.pitch
                         + offs_n[None, :], mask=mask, other=0.0)  # fmt: skip
         g, cos = _kept_gradient_tile(entries, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
     else:
@@ -155,12 +155,12 @@ def _finish_gradient(
         tl.store(row_radial_ptr + offs_n, row_radial, mask=mask_n)
     radial = tl.sum(g * cos, axis=1)
     g = g * (inv_w[:, None] * inv_x[None, :])
-    tl.store(g_ptr + offs_local.to(tl.int64)[:, None] * N + offs_n[None, :],
-             cast(g, g_ptr.dtype.element_ty), mask=mask)  # fmt: skip
+    tl.store(chunk.g + offs_local.to(tl.int64)[:, None] * chunk.pitch + offs_n[None, :],
+             cast(g, chunk.g.dtype.element_ty), mask=mask)  # fmt: skip
     return radial
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_class", "num_classes", "N", "num_row_blocks"])
 def gradient_kernel(
     operand, w, rows, inv_w_ptr, kept, chunk, scale: tl.float64, first_class, num_classes, N, D,
     num_row_blocks, KEPT_BLOCK: tl.constexpr, P: tl.constexpr,
@@ -196,7 +196,7 @@ def gradient_kernel(
     radial = tl.zeros([BLOCK_C], P.ACC)
     for i in tl.static_range(PARTS):
         radial += _finish_gradient(
-            parts[i], rows, kept, chunk.g, row_radial, s, inv_w, offs_local, offs_c, mask_c,
+            parts[i], rows, kept, chunk, row_radial, s, inv_w, offs_local, offs_c, mask_c,
             pid_n * BLOCK_N + i * (BLOCK_N // PARTS), N, KEPT_BLOCK, P, BLOCK_N // PARTS,
         )  # fmt: skip
     radial_ptr = chunk.radial + offs_local.to(tl.int64) * num_row_blocks + pid_n
@@ -222,7 +222,7 @@ def _store_d_x(d_x_ptr, tile, x, radial, inv_x, row, offs_d, mask, D, ACC: tl.co
     tl.store(d_x_ptr + row[:, None] * D + offs_d, d_x, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_class", "num_classes", "N", "num_row_blocks"])
 def weight_kernel(
     x, w, rows, chunk, inv_w_ptr, d_w_ptr, first_class, num_classes, N, D, num_row_blocks,
     P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -234,7 +234,7 @@ def weight_kernel(
     mask_c = offs_local < num_classes
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    g_rows = chunk.g + offs_local.to(tl.int64)[:, None] * N
+    g_rows = chunk.g + offs_local.to(tl.int64)[:, None] * chunk.pitch
     radial = tl.zeros([BLOCK_C], P.ACC)
     for i in range(0, num_row_blocks):
         radial += tl.load(chunk.radial + offs_local.to(tl.int64) * num_row_blocks + i,
@@ -246,9 +246,8 @@ def weight_kernel(
     _, mask_x = _used_rows(rows, offs_n, offs_n < N)
     for n in range(0, N, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < N
-        g = tl.load(g_rows + offs_n[None, :], mask=mask_c[:, None] & mask_n[None, :],
-                    other=0.0)  # (BLOCK_C, BLOCK_N)  # fmt: skip
+        mask_g = mask_c[:, None] & (offs_n < chunk.pitch)[None, :]
+        g = tl.load(g_rows + offs_n[None, :], mask=mask_g, other=0.0)  # (BLOCK_C, BLOCK_N)
         x_rows = tl.load(
             at(x, offs_n[:, None], offs_d[None, :]), mask=mask_x[:, None] & mask_d[None, :],
             other=0.0,
@@ -267,10 +266,12 @@ def weight_kernel(
                    P.ACC)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["first_class", "num_classes", "N", "classes_per_split", "num_class_blocks"]
+)
 def embeddings_kernel(
     x, w, rows, chunk, partial_ptr, d_x_ptr, first_class, num_classes, N, D, classes_per_split,
-    num_class_blocks, IS_FIRST: tl.constexpr,
+    num_class_blocks,
     P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds this split of the chunk to its own partial of d_x, (num_splits, N, D).
@@ -287,8 +288,8 @@ def embeddings_kernel(
     for c in range(start, stop, BLOCK_C):
         offs_local = c + tl.arange(0, BLOCK_C)
         mask_c = offs_local < stop
-        g = tl.load(chunk.g + offs_local.to(tl.int64)[None, :] * N + offs_n[:, None],
-                    mask=mask_n[:, None] & mask_c[None, :],
+        g = tl.load(chunk.g + offs_local.to(tl.int64)[None, :] * chunk.pitch + offs_n[:, None],
+                    mask=(offs_n < chunk.pitch)[:, None] & mask_c[None, :],
                     other=0.0)  # (BLOCK_N, BLOCK_C)  # fmt: skip
         w_rows = tl.load(
             at(w, (first_class + offs_local)[:, None], offs_d[None, :]),
@@ -321,13 +322,11 @@ def embeddings_kernel(
                        P.ACC)  # fmt: skip
         else:
             partial = partial_ptr + (split.to(tl.int64) * N + row)[:, None] * D + offs_d[None, :]
-            part = parts[i]
-            if not IS_FIRST:
-                part += tl.load(partial, mask=mask, other=0.0)
-            tl.store(partial, part, mask=mask)
+            before = tl.load(partial, mask=mask & (first_class > 0), other=0.0)
+            tl.store(partial, before + parts[i], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def fused_weight_kernel(
     x, w, rows, inv_w_ptr, d_w_ptr, scale: tl.float64, N, C, D,
     P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -369,7 +368,7 @@ def fused_weight_kernel(
     _store_d_w(d_w_ptr, tile, w_rows, radial, inv_w, offs_c.to(tl.int64), offs_d, mask, D, P.ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "blocks_per_split"])
 def fused_embeddings_kernel(
     x, w, rows, inv_w_ptr, partial_ptr, scale: tl.float64, N, C, D, blocks_per_split,
     P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -426,7 +425,7 @@ def _merge_partials(partial_ptr, row, offs_d, mask, N, D, num_splits, ACC: tl.co
     return v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_splits"])
 def finish_kernel(
     x, rows, partial_ptr, d_x_ptr, d_scale_ptr, scale: tl.float64, N, D, num_splits,
     P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,

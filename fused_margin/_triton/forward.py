@@ -80,22 +80,23 @@ def _cosines(
 
 
 @triton.jit
-def _keep(kept, z, e, shift, block, offs_n, offs_c, mask_n, N):
+def _keep(kept, z, e, shift, block, offs_n, offs_c):
     """Store the shift of a block of classes, and of each of its cosines z, where above -1, or e.
 
     The first is below 0, the second is not.
     """
-    tl.store(kept.shifts + tl.cast(block, tl.int64) * N + offs_n, shift, mask=mask_n)
+    mask = offs_n < kept.pitch
+    tl.store(kept.shifts + tl.cast(block, tl.int64) * kept.pitch + offs_n, shift, mask=mask)
     entries = tl.where(z > -1.0, z - NOT_ZERO, e)
-    tl.store(kept.entries + offs_c.to(tl.int64)[None, :] * N + offs_n[:, None],
+    tl.store(kept.entries + offs_c.to(tl.int64)[None, :] * kept.pitch + offs_n[:, None],
              cast(entries, kept.entries.dtype.element_ty),
-             mask=mask_n[:, None])  # whole blocks, 0 past the last class  # fmt: skip
+             mask=mask[:, None])  # whole blocks, 0 past the last class  # fmt: skip
 
 
 @triton.jit
 def _sweep(
-    operand, w, inv_w_ptr, kept, target, factor, inv_x, first, last, offs_n, mask_n, mask_x, N, C,
-    D, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    operand, w, inv_w_ptr, kept, target, factor, inv_x, first, last, offs_n, mask_x, C, D,
+    P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Maximum of z = factor c and sum of exp(z - maximum) over blocks of classes, (BLOCK_N,) each.
 
@@ -126,13 +127,13 @@ def _sweep(
         z = z - shift[:, None]
         e = tl.exp(z)
         if kept is not None:
-            _keep(kept, z, e, shift, block, offs_n, offs_c, mask_n, N)
+            _keep(kept, z, e, shift, block, offs_n, offs_c)
         run_sum = run_sum * tl.exp(run_max - shift) + tl.sum(e, axis=1)
         run_max = new_max
     return run_max, run_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index", "N", "blocks_per_split"])
 def sweep_kernel(
     x, operand, w, rows, partial_ptr, inv_w_ptr, kept, scale: tl.float64, ignore_index, N, C, D,
     blocks_per_split, SOME_IGNORED: tl.constexpr, P: tl.constexpr,
@@ -167,7 +168,7 @@ def sweep_kernel(
         last = tl.minimum(first + blocks_per_split, tl.cdiv(C, BLOCK_C))
         run_max, run_sum = _sweep(
             operand, w, inv_w_ptr, kept, target, factor, inv_x, first, last,
-            offs_n, mask_n, mask_x, N, C, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
+            offs_n, mask_x, C, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
         )  # fmt: skip
         partial = partial_ptr + split.to(tl.int64) * 2 * N
         tl.store(partial + offs_n, run_max, mask=mask_n)
@@ -220,7 +221,7 @@ def _row_losses(
     return tl.where(mask_n, loss, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index", "N", "num_splits", "rows_per_program"])
 def rows_kernel(
     partial_ptr, rows, losses, scale: tl.float64,
     cos_m: tl.float64, sin_m: tl.float64, threshold: tl.float64, offset: tl.float64,

@@ -10,7 +10,7 @@ import triton
 
 from fused_margin._arguments import Gradients, Inputs, Losses, Needs, Slopes, Swept
 from fused_margin._triton import arguments
-from fused_margin._triton.arguments import Chunk, Matrix, Rows
+from fused_margin._triton.arguments import Chunk, Matrix, Rows, pitch
 from fused_margin._triton.backward import (
     embeddings_kernel,
     finish_kernel,
@@ -273,7 +273,7 @@ def _chunked(
     kept, kept_block = kept_parts(swept.kept, num_rows, p)
     tile = cut(p.tiles.gradient, num_rows, num_classes, dim)
     row_blocks, class_blocks = triton.cdiv(num_rows, tile.n), triton.cdiv(num_classes, tile.c)
-    size = _chunk_size(num_rows, num_classes, tile.c, p.gradient.itemsize)
+    size = _chunk_size(pitch(num_rows), num_classes, tile.c, p.gradient.itemsize)
     weight_tile = cut(p.tiles.weight, num_rows, size, dim)
     embeddings_tile = cut(p.tiles.embeddings, num_rows, size, dim)
     needs_v = needs.x or needs.scale
@@ -290,9 +290,10 @@ def _chunked(
         return x.new_empty(shape, dtype=p.accumulate)
 
     chunk = Chunk(
-        g=x.new_empty((size, num_rows), dtype=p.gradient),
+        g=x.new_empty((size, pitch(num_rows)), dtype=p.gradient),
         radial=empty(size, row_blocks),
         row_radial=empty(class_blocks, num_rows) if is_only else None,
+        pitch=pitch(num_rows),
     )
     partial = empty(splits, num_rows, dim) if needs_v and not is_only else None
     x_in, w_in = Matrix.of(x), Matrix.of(w)
@@ -313,8 +314,7 @@ def _chunked(
         if needs_v:
             embeddings_kernel[(*grid, splits)](
                 x_in, w_in, rows, chunk, partial, gradients.x, first, length, num_rows, dim,
-                triton.cdiv(length, splits), class_blocks,
-                IS_FIRST=first == 0, P=p.precision, **_run(embeddings_tile),
+                triton.cdiv(length, splits), class_blocks, P=p.precision, **_run(embeddings_tile),
             )  # fmt: skip
     return partial
 

@@ -17,7 +17,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from fused_margin._numerics import accumulation_dtype
 from fused_margin._triton import tiles, tuned
-from fused_margin._triton.arguments import Kept, Precision
+from fused_margin._triton.arguments import Kept, Precision, pitch
 from fused_margin._triton.tiles import Tiles, power_of_two
 
 Tensor = torch.Tensor
@@ -221,7 +221,7 @@ def strategy_for(
 
 def _kept_bytes(block_c: int, num_rows: int, p: Plan) -> int:
     """Bytes of the entries of a block of classes, with its shifts."""
-    return num_rows * (block_c * p.gradient.itemsize + p.accumulate.itemsize)
+    return pitch(num_rows) * (block_c * p.gradient.itemsize + p.accumulate.itemsize)
 
 
 def _kept_block(num_classes: int, p: Plan) -> int:
@@ -271,7 +271,8 @@ def kept_parts(kept: Tensor, num_rows: int, p: Plan) -> tuple[Kept | None, int]:
     if not keeps(kept):
         return None, 0
     blocks, size = kept.shape
-    block_c = (size // num_rows - p.accumulate.itemsize) // p.gradient.itemsize
-    end = blocks * block_c * num_rows * p.gradient.itemsize
+    columns = pitch(num_rows)
+    block_c = (size // columns - p.accumulate.itemsize) // p.gradient.itemsize
+    end = blocks * block_c * columns * p.gradient.itemsize
     flat = kept.view(-1)
-    return Kept(flat[:end].view(p.gradient), flat[end:].view(p.accumulate)), block_c
+    return Kept(flat[:end].view(p.gradient), flat[end:].view(p.accumulate), columns), block_c
