@@ -41,7 +41,7 @@ CASES = (
     (300, 1_000, 64, "mean"),
 )
 SMALL = (64, 5_003, 64)
-PYTEST = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", "not slow", "-v"]
+PYTEST = [sys.executable, "-m", "pytest", "tests/package/test_gpu.py", "-m", "not slow", "-v"]
 
 
 @dataclass(frozen=True)
@@ -443,7 +443,7 @@ def check_graph(mode: Mode, strategy: str, device: torch.device) -> dict[str, An
 
 
 def run_tests(log: Path, timeout: float) -> dict[str, Any]:
-    """Run tests/test_gpu.py in a process of its own, its output going to ``log``.
+    """Run tests/package/test_gpu.py in a process of its own, its output going to ``log``.
 
     Returns:
         how many tests passed, and whether there was time for all.

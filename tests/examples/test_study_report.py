@@ -18,7 +18,7 @@ from mnist_files import write_mnist
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 article_faces: Any = importlib.import_module("article_faces")
 article_mnist: Any = importlib.import_module("article_mnist")

@@ -22,7 +22,7 @@ from torch import Tensor
 from fused_margin import functional
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HAS_PEAK = Path("/proc/self/clear_refs").exists()
 HAS_LCE = hasattr(F, "linear_cross_entropy")
 TINY = ["--n", "4", "--c", "50", "--d", "8", "--rounds", "1"]

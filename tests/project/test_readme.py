@@ -7,39 +7,17 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from documents import Block, find_blocks
+from helpers import ROOT
 
 import fused_margin as fm
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "README.ja.md", *sorted((ROOT / "docs").glob("*.md")))
 MATH = ROOT / "docs" / "math.md"
-FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: its language, its text, and the line its text starts at."""
-
-    path: Path
-    line: int
-    language: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.path.name}:{self.line}"
-
-
-def find_blocks(path: Path) -> list[Block]:
-    document = path.read_text(encoding="utf-8")
-    return [
-        Block(path, document.count("\n", 0, match.start(2)) + 1, match[1], match[2])
-        for match in FENCE.finditer(document)
-    ]
 
 
 def blocks_of(*languages: str) -> list[Block]:

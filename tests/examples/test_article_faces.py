@@ -29,7 +29,7 @@ from torch import nn
 import fused_margin as fm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 article_faces: Any = importlib.import_module("article_faces")
 criteria: Any = importlib.import_module("study.criteria")

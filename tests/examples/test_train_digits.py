@@ -22,7 +22,7 @@ from mnist_files import IDX_NAMES, idx_bytes, write_mnist
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 digits_data: Any = importlib.import_module("digits_data")
 train_digits: Any = importlib.import_module("train_digits")

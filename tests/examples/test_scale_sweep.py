@@ -15,7 +15,7 @@ import torch
 from mnist_files import write_mnist
 from PIL import Image
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 scale_sweep: Any = importlib.import_module("scale_sweep")
 synthetic: Any = importlib.import_module("study.synthetic")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("baselines", "gpu", "gpu_checks", "gpu_timing", "gpu_worker", "harness", "roofline")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

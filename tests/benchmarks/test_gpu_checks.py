@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import HAS_TRITON
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("baselines", "gpu_checks", "gpu_timing", "harness", "roofline", "shapes")
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 study_images: Any = importlib.import_module("study.images")
 load_folder, split_images = study_images.load_folder, study_images.split_images
 ImageError = study_images.ImageError

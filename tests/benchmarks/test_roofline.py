@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fused_margin import _cpu, _ops
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 import fused_margin as fm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 million_classes: Any = importlib.import_module("million_classes")
 identities_module: Any = importlib.import_module("study.identities")

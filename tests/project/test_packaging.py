@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RAW = "https://raw.githubusercontent.com/"
 
 
 def test_optimised_python_is_refused_in_a_sentence() -> None:
     """Under -O an assertion checks nothing: every test would pass."""
     done = subprocess.run(
-        [sys.executable, "-O", "-m", "pytest", "--collect-only", "tests/test_imports.py"],
+        [sys.executable, "-O", "-m", "pytest", "--collect-only", "tests/package/test_imports.py"],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == pytest.ExitCode.USAGE_ERROR

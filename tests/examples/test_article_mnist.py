@@ -20,7 +20,7 @@ from mnist_files import IDX_NAMES, write_mnist
 import fused_margin as fm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 article_mnist: Any = importlib.import_module("article_mnist")
 criteria: Any = importlib.import_module("study.criteria")

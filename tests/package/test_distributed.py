@@ -25,7 +25,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from test_readme import ROOT, Block, find_blocks
+from documents import Block, find_blocks
+from helpers import ROOT
 from torch import nn
 
 import fused_margin as fm
