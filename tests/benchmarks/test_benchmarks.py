@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT
 from torch import Tensor
 
 from fused_margin import functional
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).resolve().parents[2]
 HAS_PEAK = Path("/proc/self/clear_refs").exists()
 HAS_LCE = hasattr(F, "linear_cross_entropy")
 TINY = ["--n", "4", "--c", "50", "--d", "8", "--rounds", "1"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,36 +14,25 @@ import pytest
 import torch
 from helpers import HAS_TRITON
 
-ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("baselines", "gpu_checks", "gpu_timing", "harness", "roofline", "shapes")
-
-
-@pytest.fixture
-def b(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The modules of the benchmarks by name."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    return SimpleNamespace(
-        **{name: importlib.import_module(f"benchmarks.{name}") for name in MODULES}
-    )
-
+from benchmarks import baselines, gpu_checks, gpu_timing, harness, shapes
 
 # --- correctness ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("margin", [0.5, 0.0])
 def test_yardstick_agrees_with_the_reference(
-    b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, margin: float
+    monkeypatch: pytest.MonkeyPatch, margin: float
 ) -> None:
-    monkeypatch.setattr(b.gpu_checks, "YARDSTICK_BYTES", 8 * 40 * 7)  # blocks of seven classes
-    problem = b.baselines.make_problem("arcface", 40, 60, 24)
+    monkeypatch.setattr(gpu_checks, "YARDSTICK_BYTES", 8 * 40 * 7)  # blocks of seven classes
+    problem = baselines.make_problem("arcface", 40, 60, 24)
     problem = dataclasses.replace(problem, x=problem.x.double(), w=problem.w.double())
     if not margin:
         problem = problem.without_margin()
-    reference = b.baselines.ours(problem, backend="reference")
+    reference = baselines.ours(problem, backend="reference")
     loss = reference.step()
     d_x, d_w = reference.gradients()
     upstream = torch.full((40,), 1.0 / 40, dtype=torch.float64)
-    errors = b.gpu_checks.relative_errors(problem, loss, d_x, d_w, upstream)
+    errors = gpu_checks.relative_errors(problem, loss, d_x, d_w, upstream)
     assert set(errors) == {"loss", "d_x", "d_w of targets", "d_w of other classes"}
     assert max(errors.values()) < 1e-13
     is_target = torch.zeros(60, dtype=torch.bool).index_fill(0, problem.labels, True)
@@ -55,21 +43,21 @@ def test_yardstick_agrees_with_the_reference(
         "d_w of targets": (loss, d_x, torch.where(is_target[:, None], d_w * 1.01, d_w)),
         "d_w of other classes": (loss, d_x, torch.where(is_target[:, None], d_w, d_w * 1.01)),
     }.items():
-        errors = b.gpu_checks.relative_errors(problem, *wrong, upstream)
+        errors = gpu_checks.relative_errors(problem, *wrong, upstream)
         assert errors.pop(part) == pytest.approx(0.01)
         assert max(errors.values()) < 1e-13
 
 
-def test_judgement(b: SimpleNamespace) -> None:
-    assert b.gpu_checks.judge("it", {"loss": 1e-6}, "ieee") == {"loss": 1e-6}
+def test_judgement() -> None:
+    assert gpu_checks.judge("it", {"loss": 1e-6}, "ieee") == {"loss": 1e-6}
     for error in (1e-3, float("nan")):
-        with pytest.raises(b.harness.WrongResultError, match="it: relative error above 1e-05"):
-            b.gpu_checks.judge("it", {"loss": error}, "ieee")
+        with pytest.raises(harness.WrongResultError, match="it: relative error above 1e-05"):
+            gpu_checks.judge("it", {"loss": error}, "ieee")
 
 
-def test_checks_refuse_what_is_wrong(b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_refuse_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kind of check sees its kind of mistake."""
-    checks, wrong = b.gpu_checks, b.harness.WrongResultError
+    checks, wrong = gpu_checks, harness.WrongResultError
     mode, device = checks.MODES["fp32"], torch.device("cpu")
     right = checks._result
     count = iter(range(1000))
@@ -91,9 +79,7 @@ def test_checks_refuse_what_is_wrong(b: SimpleNamespace, monkeypatch: pytest.Mon
         checks.check_labels(mode, "cpu", device)
 
 
-def test_a_strategy_is_forced_on_forward_and_backward(
-    b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_strategy_is_forced_on_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     active: list[str] = []
     seen: list[tuple[str, ...]] = []
 
@@ -105,8 +91,8 @@ def test_a_strategy_is_forced_on_forward_and_backward(
 
     planning = SimpleNamespace(override=override)
     monkeypatch.setitem(sys.modules, "fused_margin._triton.planning", planning)
-    mode = b.gpu_checks.MODES["tf32"]
-    bound = b.gpu_checks.bind(mode.problem(4, 10, 8, torch.device("cpu")), mode, "chunked")
+    mode = gpu_checks.MODES["tf32"]
+    bound = gpu_checks.bind(mode.problem(4, 10, 8, torch.device("cpu")), mode, "chunked")
     compute_loss = bound.compute_loss
 
     def recording() -> torch.Tensor:
@@ -125,9 +111,9 @@ def test_a_strategy_is_forced_on_forward_and_backward(
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.parametrize("strategy", ["chunked", "fused", "kept"])
-def test_strategies_are_those_of_the_backend(b: SimpleNamespace, strategy: str) -> None:
+def test_strategies_are_those_of_the_backend(strategy: str) -> None:
     """The names and arguments used here are those that the backend takes."""
-    checks = b.gpu_checks
+    checks = gpu_checks
     mode = checks.MODES["fp32"]
     problem = mode.problem(33, 70, 20, torch.device("cpu"))
     if torch.cuda.is_available():
@@ -137,45 +123,41 @@ def test_strategies_are_those_of_the_backend(b: SimpleNamespace, strategy: str) 
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_the_choice_of_the_backend_is_asked_for(
-    b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(b.gpu_checks, "family", lambda device: "sm_90")
-    mode, device = b.gpu_checks.MODES["autocast-bf16"], torch.device("cuda", 0)
-    shape = b.shapes.SHAPES["webface42m"]
-    assert b.gpu_checks.chosen_strategy(shape, mode, device) == "chunked"
-    assert b.gpu_checks.offers("fused", 64, mode, device)
-    assert not b.gpu_checks.offers("fused", 512, mode, device)
-    assert b.gpu_checks.offers("kept", 512, mode, device)
+def test_the_choice_of_the_backend_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_checks, "family", lambda device: "sm_90")
+    mode, device = gpu_checks.MODES["autocast-bf16"], torch.device("cuda", 0)
+    shape = shapes.SHAPES["webface42m"]
+    assert gpu_checks.chosen_strategy(shape, mode, device) == "chunked"
+    assert gpu_checks.offers("fused", 64, mode, device)
+    assert not gpu_checks.offers("fused", 512, mode, device)
+    assert gpu_checks.offers("kept", 512, mode, device)
     cpu = torch.device("cpu")
-    assert b.gpu_checks.chosen_strategy(shape, mode, cpu) == "cpu"
-    assert b.gpu_checks.strategies(cpu) == ("cpu",)
+    assert gpu_checks.chosen_strategy(shape, mode, cpu) == "cpu"
+    assert gpu_checks.strategies(cpu) == ("cpu",)
 
 
-def test_suite_of_the_gpu(
-    b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_suite_of_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     log = tmp_path / "pytest.txt"
 
     def run(code: str, timeout: float = 60.0) -> dict[str, Any]:
-        monkeypatch.setattr(b.gpu_checks, "PYTEST", [sys.executable, "-u", "-c", code])
-        return b.gpu_checks.run_tests(log, timeout)
+        monkeypatch.setattr(gpu_checks, "PYTEST", [sys.executable, "-u", "-c", code])
+        return gpu_checks.run_tests(log, timeout)
 
     passed = "print('tests/t.py::a PASSED [ 50%]'); print('tests/t.py::b PASSED [100%]')"
     assert run(passed) == {"passed": 2, "had_time_for_all": True}
     late = run(f"{passed}; import time; time.sleep(100)", 2.0)
     assert late == {"passed": 2, "had_time_for_all": False}
     failed = "print('tests/t.py::a[1] FAILED [ 50%]')"
-    with pytest.raises(b.harness.WrongResultError, match=r"1 tests failed: tests/t.py::a\[1\]"):
+    with pytest.raises(harness.WrongResultError, match=r"1 tests failed: tests/t.py::a\[1\]"):
         run(f"{failed}; import time; time.sleep(100)", 2.0)
-    with pytest.raises(b.harness.WrongResultError, match="exit status 4"):
+    with pytest.raises(harness.WrongResultError, match="exit status 4"):
         run("import sys; sys.exit(4)")
 
 
 # --- timing ---------------------------------------------------------------------------------------
 
 
-def test_rounds(b: SimpleNamespace) -> None:
+def test_rounds() -> None:
     log: list[str] = []
     calls = {name: (lambda name=name: log.append(f"call {name}")) for name in "ab"}
     rounds_left = iter([True] * 5 + [False])
@@ -183,9 +165,7 @@ def test_rounds(b: SimpleNamespace) -> None:
     def clear(name: str) -> None:
         log.append(f"clear {name}")
 
-    samples = b.gpu_timing.interleave(
-        b.gpu_timing.CpuMeter(), calls, clear, lambda: next(rounds_left)
-    )
+    samples = gpu_timing.interleave(gpu_timing.CpuMeter(), calls, clear, lambda: next(rounds_left))
     assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 3, "b": 3}
     called = [line[-1] for line in log if line.startswith("call")]
     assert [sorted(called[i : i + 2]) for i in range(0, 10, 2)] == [["a", "b"]] * 5
@@ -193,23 +173,21 @@ def test_rounds(b: SimpleNamespace) -> None:
     for index, line in enumerate(log):
         if line.startswith("call"):
             assert log[index - 1] == log[index + 1] == f"clear {line[-1]}"
-    assert b.gpu_timing.summary([]) is None
+    assert gpu_timing.summary([]) is None
 
 
-def test_rounds_of_slow_calls_end_early(
-    b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(b.gpu_timing, "PATIENCE", 0.0)
-    meter = b.gpu_timing.CpuMeter()
-    samples = b.gpu_timing.interleave(meter, {"a": lambda: None}, lambda name: None, lambda: True)
-    assert len(samples["a"]) == b.gpu_timing.ENOUGH_ROUNDS == 5
-    monkeypatch.setattr(b.gpu_timing, "PATIENCE", 100.0)
-    samples = b.gpu_timing.interleave(meter, {"a": lambda: None}, lambda name: None, lambda: True)
-    assert len(samples["a"]) == b.gpu_timing.MAX_ROUNDS
+def test_rounds_of_slow_calls_end_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_timing, "PATIENCE", 0.0)
+    meter = gpu_timing.CpuMeter()
+    samples = gpu_timing.interleave(meter, {"a": lambda: None}, lambda name: None, lambda: True)
+    assert len(samples["a"]) == gpu_timing.ENOUGH_ROUNDS == 5
+    monkeypatch.setattr(gpu_timing, "PATIENCE", 100.0)
+    samples = gpu_timing.interleave(meter, {"a": lambda: None}, lambda name: None, lambda: True)
+    assert len(samples["a"]) == gpu_timing.MAX_ROUNDS
 
 
-def test_summary(b: SimpleNamespace) -> None:
-    assert b.gpu_timing.summary([]) is None
-    assert b.gpu_timing.summary([0.002, 0.001, 0.004]) == {
+def test_summary() -> None:
+    assert gpu_timing.summary([]) is None
+    assert gpu_timing.summary([0.002, 0.001, 0.004]) == {
         "median_ms": 2.0, "min_ms": 1.0, "max_ms": 4.0, "rounds": 3,
     }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import os
@@ -16,26 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("baselines", "gpu", "gpu_checks", "gpu_timing", "gpu_worker", "harness", "roofline")
+from benchmarks import baselines, gpu, gpu_timing, gpu_worker, harness, roofline
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
-def b(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The modules of the benchmarks by name."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    return SimpleNamespace(
-        **{name: importlib.import_module(f"benchmarks.{name}") for name in MODULES}
-    )
-
-
-@pytest.fixture
-def new_file(b: SimpleNamespace, tmp_path: Path) -> Path:
+def new_file(tmp_path: Path) -> Path:
     """The file of a dry run that has not begun, with two minutes."""
     path = tmp_path / "gpu.json"
-    b.harness.write_json(path, b.gpu.new_result("cpu", 2.0))
+    harness.write_json(path, gpu.new_result("cpu", 2.0))
     return path
 
 
@@ -43,11 +34,11 @@ def steps_of(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())["steps"]
 
 
-def keep_steps(b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, *prefixes: str) -> None:
+def keep_steps(monkeypatch: pytest.MonkeyPatch, *prefixes: str) -> None:
     """Restrict the plan."""
-    whole = b.gpu_worker.plan
+    whole = gpu_worker.plan
     monkeypatch.setattr(
-        b.gpu_worker, "plan", lambda run: [s for s in whole(run) if s.key.startswith(prefixes)]
+        gpu_worker, "plan", lambda run: [s for s in whole(run) if s.key.startswith(prefixes)]
     )
 
 
@@ -100,9 +91,9 @@ def test_dry_run(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_is_needed(
-    b: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert b.gpu.main(["--out", str(tmp_path / "out")]) == 2
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
     assert "CUDA or ROCm device" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -118,18 +109,17 @@ sys.exit(gpu_worker.work(Path(sys.argv[1])))
 
 
 @pytest.fixture
-def with_worker(b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def with_worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Have the command start workers that first run some code."""
 
     def use(change: str) -> None:
         code = WORKER.format(change=change)
-        monkeypatch.setattr(b.gpu, "WORKER", [sys.executable, "-c", code])
+        monkeypatch.setattr(gpu, "WORKER", [sys.executable, "-c", code])
 
     return use
 
 
 def test_a_failed_gate_ends_with_status_1(
-    b: SimpleNamespace,
     with_worker: Callable[[str], None],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -142,7 +132,7 @@ def test_a_failed_gate_ends_with_status_1(
         "gpu_worker.plan = lambda run: [s for s in plan(run) if s.key.startswith(wanted)]"
     )
     out = tmp_path / "out"
-    assert b.gpu.main(["--out", str(out), "--device", "cpu", "--minutes", "1"]) == 1
+    assert gpu.main(["--out", str(out), "--device", "cpu", "--minutes", "1"]) == 1
     steps = steps_of(out / "gpu.json")
     key = "check/autocast-bf16/cpu/33-257-50-none"
     assert steps[key]["status"] == "wrong"
@@ -161,7 +151,6 @@ def test_a_failed_gate_ends_with_status_1(
 
 
 def test_steps_that_hang_or_crash_do_not_stop_the_others(
-    b: SimpleNamespace,
     with_worker: Callable[[str], None],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -178,7 +167,7 @@ def test_steps_that_hang_or_crash_do_not_stop_the_others(
         "gpu_worker.plan = plan"
     )
     out = tmp_path / "out"
-    assert b.gpu.main(["--out", str(out), "--device", "cpu", "--minutes", "1"]) == 1
+    assert gpu.main(["--out", str(out), "--device", "cpu", "--minutes", "1"]) == 1
     steps = steps_of(out / "gpu.json")
     assert list(steps) == ["first", "check/crash", "hang", "error", "last"]
     assert steps["first"]["value"] == 1
@@ -192,7 +181,6 @@ def test_steps_that_hang_or_crash_do_not_stop_the_others(
 
 @pytest.mark.slow
 def test_the_time_is_a_hard_limit(
-    b: SimpleNamespace,
     with_worker: Callable[[str], None],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -211,7 +199,7 @@ def test_the_time_is_a_hard_limit(
     )
     out = tmp_path / "out"
     start = time.time()
-    assert b.gpu.main(["--out", str(out), "--device", "cpu", "--minutes", "0.2"]) == 0
+    assert gpu.main(["--out", str(out), "--device", "cpu", "--minutes", "0.2"]) == 0
     assert time.time() - start < 14.0
     result = json.loads((out / "gpu.json").read_text())
     assert result["status"] == "out of time"
@@ -224,23 +212,22 @@ def test_the_time_is_a_hard_limit(
 
 
 def test_an_interruption_keeps_what_there_is(
-    b: SimpleNamespace,
     monkeypatch: pytest.MonkeyPatch,
     new_file: Path,
 ) -> None:
     result = json.loads(new_file.read_text())
     result["steps"] = {"done": {"status": "done"}, "begun": {"is_check": True}}
     result["running"] = {"key": "begun", "until": time.time() + 100}
-    b.harness.write_json(new_file, result)
+    harness.write_json(new_file, result)
     workers: list[subprocess.Popen[bytes]] = []
 
     def interrupted(path: Path, process: subprocess.Popen[bytes]) -> str:
         workers.append(process)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(b.gpu, "WORKER", [sys.executable, "-c", "import time; time.sleep(1000)"])
-    monkeypatch.setattr(b.gpu, "_watch", interrupted)
-    end = b.gpu.supervise(new_file)
+    monkeypatch.setattr(gpu, "WORKER", [sys.executable, "-c", "import time; time.sleep(1000)"])
+    monkeypatch.setattr(gpu, "_watch", interrupted)
+    end = gpu.supervise(new_file)
     assert end["status"] == "interrupted"
     assert end["steps"] == {
         "done": {"status": "done"},
@@ -248,54 +235,51 @@ def test_an_interruption_keeps_what_there_is(
     }
     assert json.loads(new_file.read_text()) == end
     assert [worker.poll() for worker in workers] == [-9]
-    assert b.gpu.failures(end) == []
-    assert "interrupted" in b.gpu.table(end).splitlines()[-1]
+    assert gpu.failures(end) == []
+    assert "interrupted" in gpu.table(end).splitlines()[-1]
 
 
 def test_an_interrupted_command_says_so_without_matplotlib_too(
-    b: SimpleNamespace,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(
-        b.gpu, "supervise", lambda path: json.loads(path.read_text()) | {"status": "interrupted"}
+        gpu, "supervise", lambda path: json.loads(path.read_text()) | {"status": "interrupted"}
     )
-    monkeypatch.setattr(b.gpu, "has_matplotlib", lambda: False)
-    monkeypatch.setattr(b.gpu, "draw", None)
-    assert b.gpu.main(["--out", str(tmp_path), "--device", "cpu"]) == 130
+    monkeypatch.setattr(gpu, "has_matplotlib", lambda: False)
+    monkeypatch.setattr(gpu, "draw", None)
+    assert gpu.main(["--out", str(tmp_path), "--device", "cpu"]) == 130
     assert capsys.readouterr().out.splitlines()[-1] == "interrupted; 0 steps had no time"
 
 
 def test_a_step_that_ends_as_its_time_does_is_kept(
-    b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, new_file: Path
+    monkeypatch: pytest.MonkeyPatch, new_file: Path
 ) -> None:
     """The worker may finish a step between the look that finds it late and the kill."""
     result = json.loads(new_file.read_text())
     result["steps"] = {"late": {"status": "done"}}
-    b.harness.write_json(new_file, result)
+    harness.write_json(new_file, result)
     ends = iter(["killed", "restart", "done"])
-    monkeypatch.setattr(b.gpu, "WORKER", [sys.executable, "-c", "pass"])
-    monkeypatch.setattr(b.gpu, "_watch", lambda path, process: next(ends))
-    end = b.gpu.supervise(new_file)
+    monkeypatch.setattr(gpu, "WORKER", [sys.executable, "-c", "pass"])
+    monkeypatch.setattr(gpu, "_watch", lambda path, process: next(ends))
+    end = gpu.supervise(new_file)
     assert end["status"] == "complete"
     assert end["steps"] == {"late": {"status": "done"}}
 
 
 def test_a_worker_that_can_not_start_ends_the_command(
-    b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(b.gpu, "WORKER", [sys.executable, "-c", "import sys; sys.exit(4)"])
+    monkeypatch.setattr(gpu, "WORKER", [sys.executable, "-c", "import sys; sys.exit(4)"])
     out = ["--out", str(tmp_path / "out")]
-    assert b.gpu.main([*out, "--device", "cpu", "--minutes", "1"]) == 1
+    assert gpu.main([*out, "--device", "cpu", "--minutes", "1"]) == 1
 
 
 # --- steps ----------------------------------------------------------------------------------------
 
 
-def test_out_of_time_steps_are_entered(
-    b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, new_file: Path
-) -> None:
+def test_out_of_time_steps_are_entered(monkeypatch: pytest.MonkeyPatch, new_file: Path) -> None:
     """Checks end with their quarter, everything else with the time."""
     started = json.loads(new_file.read_text())["started"]
     clock = [started]
@@ -306,9 +290,9 @@ def test_out_of_time_steps_are_entered(
 
         return call
 
-    step = b.gpu_worker.Step
+    step = gpu_worker.Step
     monkeypatch.setattr(
-        b.gpu_worker,
+        gpu_worker,
         "plan",
         lambda run: [
             step("check/a", spend(25.0), is_check=True),
@@ -318,7 +302,7 @@ def test_out_of_time_steps_are_entered(
             step("e", spend(1.0)),
         ],
     )
-    assert b.gpu_worker.work(new_file, b.gpu_timing.CpuMeter(), lambda: clock[0]) == 0
+    assert gpu_worker.work(new_file, gpu_timing.CpuMeter(), lambda: clock[0]) == 0
     steps = steps_of(new_file)
     assert {key: details["status"] for key, details in steps.items()} == {
         "check/a": "done", "check/b": "skipped", "c": "done", "d": "skipped", "e": "done",
@@ -328,68 +312,68 @@ def test_out_of_time_steps_are_entered(
 
 
 def test_steps_already_entered_are_not_done_again(
-    b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, new_file: Path
+    monkeypatch: pytest.MonkeyPatch, new_file: Path
 ) -> None:
     calls: list[str] = []
-    step = b.gpu_worker.Step
+    step = gpu_worker.Step
     monkeypatch.setattr(
-        b.gpu_worker,
+        gpu_worker,
         "plan",
         lambda run: [step(key, lambda details, key=key: calls.append(key)) for key in "ab"],
     )
     result = json.loads(new_file.read_text())
     result["steps"]["a"] = {"status": "crashed"}
-    b.harness.write_json(new_file, result)
-    assert b.gpu_worker.work(new_file, b.gpu_timing.CpuMeter()) == 0
+    harness.write_json(new_file, result)
+    assert gpu_worker.work(new_file, gpu_timing.CpuMeter()) == 0
     assert calls == ["b"]
     assert steps_of(new_file)["a"] == {"status": "crashed"}
 
 
 def test_a_lost_device_asks_for_another_process(
-    b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, new_file: Path
+    monkeypatch: pytest.MonkeyPatch, new_file: Path
 ) -> None:
     def fail(details: dict[str, Any]) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
-    class Lost(b.gpu_timing.CpuMeter):
+    class Lost(gpu_timing.CpuMeter):
         def is_usable(self) -> bool:
             return False
 
-    steps = [b.gpu_worker.Step(key, fail, is_check=True) for key in ("a", "b")]
-    monkeypatch.setattr(b.gpu_worker, "plan", lambda run: steps)
-    assert b.gpu_worker.work(new_file, Lost()) == b.gpu_worker.RESTART
+    steps = [gpu_worker.Step(key, fail, is_check=True) for key in ("a", "b")]
+    monkeypatch.setattr(gpu_worker, "plan", lambda run: steps)
+    assert gpu_worker.work(new_file, Lost()) == gpu_worker.RESTART
     entered = steps_of(new_file)
     assert list(entered) == ["a"]
     assert entered["a"]["status"] == "error"
     assert entered["a"]["message"] == "CUDA error: an illegal memory access was encountered"
-    assert b.gpu_worker.work(new_file, Lost()) == b.gpu_worker.RESTART  # goes on with the next
+    assert gpu_worker.work(new_file, Lost()) == gpu_worker.RESTART  # goes on with the next
     assert list(steps_of(new_file)) == ["a", "b"]
-    assert b.gpu.failures(json.loads(new_file.read_text())) == [
+    assert gpu.failures(json.loads(new_file.read_text())) == [
         f"{key}: CUDA error: an illegal memory access was encountered" for key in "ab"
     ]
 
 
 def test_rivals_that_are_missing_fail_or_are_wrong(
-    b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, new_file: Path
+    monkeypatch: pytest.MonkeyPatch, new_file: Path
 ) -> None:
     def missing(problem: Any) -> Any:
-        raise b.baselines.UnavailableError("not installed")
+        raise baselines.UnavailableError("not installed")
 
     def fails(problem: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     def wrong(problem: Any) -> Any:
-        contender = b.baselines.careful(problem)
+        contender = baselines.careful(problem)
         contender.leaves[0].register_hook(lambda gradient: 1.5 * gradient)
         return contender
 
     everyone = {
-        "ours": b.baselines.ours, "missing": missing, "fails": fails, "wrong": wrong,
-        "careful": b.baselines.careful,
+        "ours": baselines.ours, "missing": missing, "fails": fails, "wrong": wrong,
+        "careful": baselines.careful,
     }  # fmt: skip
-    monkeypatch.setattr(b.baselines, "EVERYONE", everyone)
-    keep_steps(b, monkeypatch, "rates", "baselines/ms1m/autocast-bf16")
-    assert b.gpu_worker.work(new_file, b.gpu_timing.CpuMeter()) == 0
+    monkeypatch.setattr(baselines, "EVERYONE", everyone)
+    keep_steps(monkeypatch, "rates", "baselines/ms1m/autocast-bf16")
+    assert gpu_worker.work(new_file, gpu_timing.CpuMeter()) == 0
     rows = steps_of(new_file)["baselines/ms1m/autocast-bf16"]["rows"]
     assert {key: row["status"] for key, row in rows.items()} == {
         "ours": "done", "missing": "unavailable", "fails": "error", "wrong": "wrong",
@@ -400,29 +384,27 @@ def test_rivals_that_are_missing_fail_or_are_wrong(
     assert "d_x" in rows["wrong"]["message"]
     for key, row in rows.items():
         assert ("step" in row) == (key in ("ours", "careful"))
-    assert b.gpu.failures(json.loads(new_file.read_text())) == []  # rivals' mistakes are theirs
+    assert gpu.failures(json.loads(new_file.read_text())) == []  # rivals' mistakes are theirs
 
 
 def test_what_does_not_fit_by_formula_is_left_out(
-    b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, new_file: Path
+    monkeypatch: pytest.MonkeyPatch, new_file: Path
 ) -> None:
-    class Small(b.gpu_timing.CpuMeter):
+    class Small(gpu_timing.CpuMeter):
         def free(self) -> int | None:
             return 1 << 20
 
-    keep_steps(b, monkeypatch, "baselines/ms1m", "strategies/ms1m")
-    assert b.gpu_worker.work(new_file, Small()) == 0
+    keep_steps(monkeypatch, "baselines/ms1m", "strategies/ms1m")
+    assert gpu_worker.work(new_file, Small()) == 0
     for details in steps_of(new_file).values():
         for row in details["rows"].values():
             assert row["status"] == "skipped"
             assert "dry run" in row["message"] or "are free" in row["message"]
 
 
-def test_slow_contenders_are_timed_once(
-    b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, new_file: Path
-) -> None:
+def test_slow_contenders_are_timed_once(monkeypatch: pytest.MonkeyPatch, new_file: Path) -> None:
     def slow(problem: Any) -> Any:
-        contender = b.baselines.careful(problem)
+        contender = baselines.careful(problem)
         quick = contender.compute_loss
 
         def compute_loss() -> torch.Tensor:
@@ -432,9 +414,9 @@ def test_slow_contenders_are_timed_once(
         contender.compute_loss = compute_loss
         return contender
 
-    monkeypatch.setattr(b.baselines, "EVERYONE", {"careful": b.baselines.careful, "slow": slow})
-    keep_steps(b, monkeypatch, "baselines/ms1m/autocast-bf16")
-    assert b.gpu_worker.work(new_file, b.gpu_timing.CpuMeter()) == 0
+    monkeypatch.setattr(baselines, "EVERYONE", {"careful": baselines.careful, "slow": slow})
+    keep_steps(monkeypatch, "baselines/ms1m/autocast-bf16")
+    assert gpu_worker.work(new_file, gpu_timing.CpuMeter()) == 0
     rows = steps_of(new_file)["baselines/ms1m/autocast-bf16"]["rows"]
     assert rows["slow"]["step"]["rounds"] == 1
     assert rows["slow"]["step"]["median_ms"] > 300.0
@@ -442,7 +424,7 @@ def test_slow_contenders_are_timed_once(
     assert rows["careful"]["step"]["rounds"] == 3
 
 
-def test_tiles(b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, new_file: Path) -> None:
+def test_tiles(monkeypatch: pytest.MonkeyPatch, new_file: Path) -> None:
     calls: list[tuple[Any, Any]] = []
 
     def tune(*sizes: int, **options: Any) -> SimpleNamespace:
@@ -450,9 +432,9 @@ def test_tiles(b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, new_file: Pa
         return SimpleNamespace(rows=[{"kernel": "forward", "milliseconds": 1.0}], config="best")
 
     monkeypatch.setitem(sys.modules, "fused_margin.tuning", SimpleNamespace(tune=tune))
-    run = b.gpu_worker.Run(new_file, b.gpu_timing.CpuMeter())
+    run = gpu_worker.Run(new_file, gpu_timing.CpuMeter())
     details: dict[str, Any] = {}
-    b.gpu_worker.tiles(run, details, "ms1m", "autocast-bf16")
+    gpu_worker.tiles(run, details, "ms1m", "autocast-bf16")
     ((sizes, options),) = calls
     assert sizes == (16, 300, 32)
     assert options.pop("seconds") == pytest.approx(60.0)
@@ -464,19 +446,19 @@ def test_tiles(b: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, new_file: Pa
     assert details["config"] == "best"
 
 
-def test_plan_on_a_gpu(b: SimpleNamespace, new_file: Path) -> None:
+def test_plan_on_a_gpu(new_file: Path) -> None:
     """Every strategy, dtype and kind of check is there, and the important ones come first."""
 
-    class Gpu(b.gpu_timing.CpuMeter):
+    class Gpu(gpu_timing.CpuMeter):
         device = torch.device("cuda", 0)
 
     result = json.loads(new_file.read_text()) | {"dry_run": False}
-    b.harness.write_json(new_file, result)
-    steps = b.gpu_worker.plan(b.gpu_worker.Run(new_file, Gpu()))
+    harness.write_json(new_file, result)
+    steps = gpu_worker.plan(gpu_worker.Run(new_file, Gpu()))
     keys = [step.key for step in steps]
     assert len(set(keys)) == len(keys)
-    for strategy in b.roofline.GPU_STRATEGIES:
-        for mode in b.roofline.DTYPES:
+    for strategy in roofline.GPU_STRATEGIES:
+        for mode in roofline.DTYPES:
             of_mode = [key for key in keys if key.startswith(f"check/{mode}/{strategy}/")]
             kinds = {key.rsplit("/", 1)[1] for key in of_mode}
             assert {"labels", "repeats", "graph", "strides"} < kinds
@@ -493,18 +475,18 @@ def test_plan_on_a_gpu(b: SimpleNamespace, new_file: Path) -> None:
     positions = [keys.index(key) for key in order]
     assert positions == sorted(positions)
     assert all(step.is_check == step.key.startswith("check/") for step in steps)
-    b.harness.write_json(new_file, result | {"skip_checks": True})
-    without = b.gpu_worker.plan(b.gpu_worker.Run(new_file, Gpu()))
+    harness.write_json(new_file, result | {"skip_checks": True})
+    without = gpu_worker.plan(gpu_worker.Run(new_file, Gpu()))
     assert [step.key for step in without] == [step.key for step in steps if not step.is_check]
 
 
 def test_times_are_not_taken_after_the_profiler_has_run(
-    b: SimpleNamespace, new_file: Path, monkeypatch: pytest.MonkeyPatch
+    new_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It slows down later launches, so another process takes what comes after the kernels."""
-    keep_steps(b, monkeypatch, "kernels/ms1m", "kernels/mnist", "baselines/ms1m/autocast")
+    keep_steps(monkeypatch, "kernels/ms1m", "kernels/mnist", "baselines/ms1m/autocast")
 
-    class Profiling(b.gpu_timing.CpuMeter):
+    class Profiling(gpu_timing.CpuMeter):
         has_profiled = False
 
         def kernels(self, call: Callable[[], object]) -> dict[str, dict[str, float]]:
@@ -516,12 +498,12 @@ def test_times_are_not_taken_after_the_profiler_has_run(
         def is_undisturbed(self) -> bool:
             return not self.has_profiled
 
-    assert b.gpu_worker.work(new_file, Profiling()) == b.gpu_worker.RESTART
+    assert gpu_worker.work(new_file, Profiling()) == gpu_worker.RESTART
     steps = steps_of(new_file)
     assert set(steps) == {f"kernels/{name}/autocast-bf16" for name in ("mnist", "ms1m")}
     assert {details["status"] for details in steps.values()} == {"done"}
-    assert b.gpu_worker.work(new_file, Profiling()) == 0
+    assert gpu_worker.work(new_file, Profiling()) == 0
     assert steps_of(new_file)["baselines/ms1m/autocast-bf16"]["status"] == "done"
-    table = b.gpu.table(json.loads(new_file.read_text()))
+    table = gpu.table(json.loads(new_file.read_text()))
     found = "finish_kernel 2.000 (2), sweep_kernel 0.500 (1)"
     assert f"kernels/ms1m/autocast-bf16: ms (launches): {found}" in table.splitlines()

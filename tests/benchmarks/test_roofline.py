@@ -6,31 +6,16 @@ import importlib
 import subprocess
 import sys
 import weakref
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from helpers import HAS_TRITON
+from helpers import HAS_TRITON, ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import baselines, roofline, shapes
 from fused_margin import _cpu, _ops
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def roofline(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT))
-    return importlib.import_module("benchmarks.roofline")
-
-
-@pytest.fixture
-def shapes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT))
-    return importlib.import_module("benchmarks.shapes")
 
 
 class Traffic(TorchDispatchMode):
@@ -75,9 +60,8 @@ def _bytes(tensor: torch.Tensor) -> int:
 @pytest.mark.parametrize("sizes", [(64, 4000, 256), (256, 4000, 32)], ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_eager_bytes_and_memory_are_those_of_its_operations(
-    roofline: ModuleType, shapes: ModuleType, dtype: str, sizes: tuple[int, ...], backward: bool
+    dtype: str, sizes: tuple[int, int, int], backward: bool
 ) -> None:
-    baselines = importlib.import_module("benchmarks.baselines")
     given = baselines.make_problem("arcface", *sizes)
     problem = given.to(roofline.DTYPES[dtype].x)
     x, w = (tensor.detach().requires_grad_(backward) for tensor in (problem.x, problem.w))
@@ -93,7 +77,7 @@ def test_eager_bytes_and_memory_are_those_of_its_operations(
     assert traffic.peak - gradients == pytest.approx(work.memory, rel=0.05)
 
 
-def test_figures_of_an_h200(roofline: ModuleType, shapes: ModuleType) -> None:
+def test_figures_of_an_h200() -> None:
     """Floors computed by hand from 790 TFLOP/s and 4.3 TB/s."""
     million = shapes.Shape("million", 1024, 1_000_000, 512, "test")
     webface = shapes.SHAPES["webface42m"]
@@ -117,7 +101,7 @@ def test_figures_of_an_h200(roofline: ModuleType, shapes: ModuleType) -> None:
     assert 1e3 * roofline.floor(kept, roofline.H200) == pytest.approx(8.2, rel=0.01)
 
 
-def test_careful_eager_at_webface42m(roofline: ModuleType, shapes: ModuleType) -> None:
+def test_careful_eager_at_webface42m() -> None:
     """Its N x C tensors alone take about 50 ms; normalising W adds more than half of that."""
     shape = shapes.SHAPES["webface42m"]
     dtypes = roofline.DTYPES["autocast-bf16"]
@@ -135,8 +119,6 @@ def test_careful_eager_at_webface42m(roofline: ModuleType, shapes: ModuleType) -
     [("eager", 6, 2, None), ("chunked", 8, 2, 3), ("fused", 10, 3, 4), ("kept", 6, 3, 3)],
 )
 def test_flops_exponentials_and_sweeps(
-    roofline: ModuleType,
-    shapes: ModuleType,
     strategy: str,
     multiple: int,
     exponentials: int,
@@ -155,7 +137,7 @@ def test_flops_exponentials_and_sweeps(
     assert forward.bytes < work.bytes
 
 
-def test_fp16_multiplies_gradients_in_tf32(roofline: ModuleType, shapes: ModuleType) -> None:
+def test_fp16_multiplies_gradients_in_tf32() -> None:
     shape = shapes.SHAPES["llm"]
     ncd = shape.num_rows * shape.num_classes * shape.dim
     work = roofline.work(shape, roofline.DTYPES["fp16"], "chunked", backward=True)
@@ -169,9 +151,7 @@ def test_fp16_multiplies_gradients_in_tf32(roofline: ModuleType, shapes: ModuleT
     )
 
 
-def test_memory_does_not_grow_with_rows_by_classes(
-    roofline: ModuleType, shapes: ModuleType
-) -> None:
+def test_memory_does_not_grow_with_rows_by_classes() -> None:
     dtypes = roofline.DTYPES["autocast-bf16"]
     shape = shapes.SHAPES["ten_million"]
     logits = shape.num_rows * shape.num_classes
@@ -182,7 +162,7 @@ def test_memory_does_not_grow_with_rows_by_classes(
     assert roofline.work(shape, dtypes, "eager", backward=True).memory > 4 * logits
 
 
-def test_cpu_forms_again_what_it_does_not_keep(roofline: ModuleType, shapes: ModuleType) -> None:
+def test_cpu_forms_again_what_it_does_not_keep() -> None:
     dtypes = roofline.DTYPES["fp32"]
     small, large = shapes.SHAPES["voxceleb2"], shapes.SHAPES["glint360k"]
     for shape in (small, large):
@@ -202,13 +182,13 @@ def test_cpu_forms_again_what_it_does_not_keep(roofline: ModuleType, shapes: Mod
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_scratch_is_that_of_the_kernels(roofline: ModuleType) -> None:
+def test_scratch_is_that_of_the_kernels() -> None:
     launch = importlib.import_module("fused_margin._triton.launch")
     assert roofline.CHUNK_BYTES == launch.CHUNK_BYTES
     assert roofline.PARTIAL_BYTES == launch.PARTIAL_BYTES
 
 
-def test_sources_and_missing_figures(roofline: ModuleType, shapes: ModuleType) -> None:
+def test_sources_and_missing_figures() -> None:
     assert roofline.H200.source_of("bf16") == "measured"
     assert roofline.H200.source_of("fp16") == "published"
     assert roofline.H100.source_of("bandwidth") == "published"
@@ -220,7 +200,7 @@ def test_sources_and_missing_figures(roofline: ModuleType, shapes: ModuleType) -
         roofline.work(shapes.SHAPES["sop"], roofline.DTYPES["fp32"], "quick", backward=True)
 
 
-def test_a_cpu_is_measured(roofline: ModuleType) -> None:
+def test_a_cpu_is_measured() -> None:
     device = roofline.measure(torch.device("cpu"), seconds=0.01)
     assert device.source_of("ieee") == "measured"
     assert ("bf16" in device.rates) == _cpu.has_bf16_products()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import math
@@ -18,26 +17,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import article_faces
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from hypothesis import strategies as st
 from PIL import Image
+from study import criteria, measure, networks, runner, training
+from study import images as images_module
 from torch import nn
 
 import fused_margin as fm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-article_faces: Any = importlib.import_module("article_faces")
-criteria: Any = importlib.import_module("study.criteria")
-images_module: Any = importlib.import_module("study.images")
-measure: Any = importlib.import_module("study.measure")
-networks: Any = importlib.import_module("study.networks")
-runner: Any = importlib.import_module("study.runner")
-training: Any = importlib.import_module("study.training")
 
 SETTINGS = hypothesis.settings(max_examples=50, derandomize=True, deadline=None, database=None)
 LOSSES = ["arcface", "arcface+regular_face", "cosface", "fixed_adacos", "cross_entropy"]
@@ -117,7 +111,7 @@ def test_end_to_end(people: Path, tmp_path: Path) -> None:
     path = tmp_path / "faces.json"
     done = subprocess.run(
         [
-            sys.executable, "-W", "error", str(EXAMPLES / "article_faces.py"),
+            sys.executable, "-W", "error", str(ROOT / "examples" / "article_faces.py"),
             "--images", str(people), *QUICK, "--seeds", "0", "1", "--json", str(path),
         ],
         # batches too small for a second thread; MKL's own variable would win
@@ -206,7 +200,7 @@ def fail_in_run(
     """Fail in the run of this number, counted from 1, when it has trained so many epochs."""
     fit, started = training.fit, []
 
-    def failing(*arguments: object, **options: object) -> Iterator[Any]:
+    def failing(*arguments: Any, **options: Any) -> Iterator[Any]:
         started.append(arguments)
         epochs = fit(*arguments, **options)
         if len(started) != number:
@@ -223,7 +217,7 @@ def count_epochs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the epochs trained from now on."""
     train_epoch, epochs = training.train_epoch, []
 
-    def counted(*arguments: object) -> float:
+    def counted(*arguments: Any) -> float:
         epochs.append(1)
         return train_epoch(*arguments)
 
@@ -325,7 +319,7 @@ def test_diverged_run_ends_with_an_error(
 ) -> None:
     path, train_epoch, epochs = tmp_path / "faces.json", training.train_epoch, []
 
-    def diverging(*arguments: object) -> float:
+    def diverging(*arguments: Any) -> float:
         epochs.append(1)
         return train_epoch(*arguments) if len(epochs) < 4 else math.nan
 
@@ -539,8 +533,9 @@ def test_result_is_measured_on_the_right_images(data: Any) -> None:
     images = brightness * (data.images + noise.repeat_interleave(8, 3))
     thumbnail = nn.Sequential(nn.AvgPool2d(8), nn.Flatten())  # four pixels, no weights
     criterion = criteria.LinearCrossEntropy(split.num_classes, 4)
+    unused: Any = None
     result = article_faces.measure(
-        runner.Training(thumbnail, criterion, None, None, None, None, 0),
+        runner.Training(thumbnail, criterion, None, unused, unused, unused, 0),
         training.Progress([1.5], [0.2]),
         images,
         split,
@@ -871,7 +866,7 @@ def test_mirrored_images_are_trained_on_only_with_flip(
     forward = networks.SmallResidualNetwork.forward
     seen: list[torch.Tensor] = []
 
-    def recording(self: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    def recording(self: Any, images: torch.Tensor) -> torch.Tensor:
         if self.training:
             seen.append(images.detach().clone())
         return forward(self, images)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -12,21 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import article_mnist
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT
 from mnist_files import IDX_NAMES, write_mnist
+from study import criteria, runner, store, training
 
 import fused_margin as fm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-article_mnist: Any = importlib.import_module("article_mnist")
-criteria: Any = importlib.import_module("study.criteria")
-runner: Any = importlib.import_module("study.runner")
-store: Any = importlib.import_module("study.store")
-training: Any = importlib.import_module("study.training")
 
 SMALL = ["--device", "cpu", "--epochs", "2", "--batch-size", "16", "--embedding-size", "12"]
 
@@ -51,7 +46,7 @@ def without_times(path: Path) -> list[dict[str, Any]]:
 
 def test_end_to_end(mnist: Path, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    command = [sys.executable, "-W", "error", str(EXAMPLES / "article_mnist.py"), *SMALL]
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / "article_mnist.py"), *SMALL]
     done = subprocess.run(
         [*command, "--root", str(mnist), "--seeds", "4", "--json", str(path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -106,9 +101,10 @@ def test_class_weights_are_frozen_only_as_published(mnist: Path, frozen: bool) -
     recipe = training.Recipe(2, 16, 0.01, train_class_weights=not frozen)
     variant = article_mnist.variants(frozen)["arcface+center_invariant"]
     setup = article_mnist.prepare(variant, data, recipe, 0, 12)
-    before = setup.criterion.weight.detach().clone()
+    weight = setup.criterion.get_parameter("weight")
+    before = weight.detach().clone()
     list(fit(setup))
-    assert torch.equal(setup.criterion.weight, before) == frozen
+    assert torch.equal(weight, before) == frozen
 
 
 def fit(setup: Any, **keywords: Any) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import argparse
 import json
 import math
 import os
@@ -15,19 +15,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import million_classes
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
+from study import identities as identities_module
+from study import memory as memory_module
 from torch.profiler import ProfilerActivity, profile
 
 import fused_margin as fm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-million_classes: Any = importlib.import_module("million_classes")
-identities_module: Any = importlib.import_module("study.identities")
-memory_module: Any = importlib.import_module("study.memory")
 
 LOSSES = ("fixed_adacos", "arcface", "cosface")
 SMALL = [
@@ -85,7 +84,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     given = [*SMALL[:-1], "--seed", "7", "--lr", "0.002", "--threads", "1", "--json", str(path)]
     done = subprocess.run(
         [
-            sys.executable, "-W", "error", str(EXAMPLES / "million_classes.py"), *given,
+            sys.executable, "-W", "error", str(ROOT / "examples" / "million_classes.py"), *given,
             "--checkpoint-every", "2", "--compare-eager",
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -575,7 +574,7 @@ def test_training_holds_no_batch_by_classes_matrix(loss: str) -> None:
     matrix, gradient = 4 * num_rows * num_classes, 4 * num_classes * dim
     assert largest < 0.4 * matrix
     assert peak - gradient < 0.6 * matrix
-    assert peak < million_classes.working_bytes(SimpleNamespace(batch=num_rows, embedding=dim))
+    assert peak < million_classes.working_bytes(argparse.Namespace(batch=num_rows, embedding=dim))
 
 
 def test_evaluation_holds_no_batch_by_classes_matrix() -> None:
@@ -587,7 +586,7 @@ def test_evaluation_holds_no_batch_by_classes_matrix() -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_eager_code_computes_the_same(loss: str) -> None:
-    criterion = million_classes.LOSSES[loss](300, 8).double()
+    criterion: Any = million_classes.LOSSES[loss](300, 8).double()
     embeddings, labels = torch.randn(40, 8, dtype=torch.float64), torch.randint(300, (40,))
     with torch.no_grad():  # targets at every angle, past pi - m too
         embeddings[:20] = criterion.weight[labels[:20]] * torch.linspace(-1, 1, 20)[:, None]
@@ -605,7 +604,7 @@ def test_eager_code_computes_the_same(loss: str) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_peak_memory_is_of_this_process_and_from_now_on() -> None:
     torch.ones(200 << 20, dtype=torch.uint8)  # freed: not to be counted
-    memory = million_classes.PeakMemory(torch.device("cpu"))
+    memory: Any = million_classes.PeakMemory(torch.device("cpu"))
     assert memory.is_exact
     assert memory.growth() < 8 << 20
     torch.ones(100 << 20, dtype=torch.uint8)
@@ -652,7 +651,9 @@ def test_available_memory_is_the_least_of_system_and_groups(tmp_path: Path) -> N
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux only")
 def test_available_memory_of_this_machine() -> None:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < million_classes.available_bytes(torch.device("cpu")) <= total
+    available = million_classes.available_bytes(torch.device("cpu"))
+    assert available is not None
+    assert 0 < available <= total
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import scale_sweep
 import torch
 from mnist_files import write_mnist
 from PIL import Image
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-scale_sweep: Any = importlib.import_module("scale_sweep")
-synthetic: Any = importlib.import_module("study.synthetic")
-training: Any = importlib.import_module("study.training")
+from study import synthetic, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [

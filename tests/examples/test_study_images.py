@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import struct
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from study import images as study_images
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-study_images: Any = importlib.import_module("study.images")
 load_folder, split_images = study_images.load_folder, study_images.split_images
 ImageError = study_images.ImageError
 SETTINGS = settings(max_examples=50, derandomize=True, deadline=None, database=None)

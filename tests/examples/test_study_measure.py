@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import statistics
-import sys
 from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from study import measure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-measure: Any = importlib.import_module("study.measure")
 SETTINGS = settings(max_examples=50, derandomize=True, deadline=None, database=None)
+Metric = Literal["cosine", "euclidean"]
 
 
 # Few levels: many scores are equal.
@@ -206,7 +203,7 @@ def brute_force_accuracy(
 @pytest.mark.parametrize("leave_one_out", [False, True])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_nearest_neighbour_against_brute_force(
-    monkeypatch: pytest.MonkeyPatch, block: int, leave_one_out: bool, metric: str
+    monkeypatch: pytest.MonkeyPatch, block: int, leave_one_out: bool, metric: Metric
 ) -> None:
     monkeypatch.setattr(measure, "COMPARED_AT_ONCE", block)
     generator = np.random.default_rng(0)
@@ -230,7 +227,7 @@ def test_nearest_neighbour_against_brute_force(
 
 @SETTINGS
 @given(st.integers(0, 10**6), st.sampled_from(["cosine", "euclidean"]))
-def test_nearest_neighbour_of_random_points(seed: int, metric: str) -> None:
+def test_nearest_neighbour_of_random_points(seed: int, metric: Metric) -> None:
     generator = np.random.default_rng(seed)
     points, labels = generator.normal(size=(24, 3)), generator.integers(0, 4, 24)
     arrays = (points[:8], labels[:8], points[8:], labels[8:])
@@ -266,6 +263,7 @@ def test_interval_covers_the_mean_as_often_as_it_says() -> None:
     covered = 0
     for _ in range(1000):
         mean, _, half = measure.mean_and_interval(generator.normal(5, 2, 3).tolist())
+        assert half is not None
         covered += abs(mean - 5) <= half
     assert 920 <= covered <= 980  # 950, with a standard deviation of 7
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import article_faces
+import article_mnist
 import numpy as np
 import pytest
+import scale_sweep
+import study_report
 import torch
+from helpers import ROOT
 from mnist_files import write_mnist
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-article_faces: Any = importlib.import_module("article_faces")
-article_mnist: Any = importlib.import_module("article_mnist")
-scale_sweep: Any = importlib.import_module("scale_sweep")
-study_report: Any = importlib.import_module("study_report")
 
 MARK = re.compile(r"<!-- table (\w+) -->")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
 import math
 import os
@@ -15,18 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import digits_data
 import numpy as np
 import pytest
 import torch
+import train_digits
+from helpers import ROOT
 from mnist_files import IDX_NAMES, idx_bytes, write_mnist
+from study import measure
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-digits_data: Any = importlib.import_module("digits_data")
-train_digits: Any = importlib.import_module("train_digits")
-measure: Any = importlib.import_module("study.measure")
 
 LOSSES = ("arcface", "cosface", "fixed_adacos", "cross_entropy")
 SCALES = {
@@ -42,7 +40,7 @@ QUICK = ["--device", "cpu", "--epochs", "1", "--limit", "200"]
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / "train_digits.py"), *arguments],
+        [sys.executable, "-W", "error", str(ROOT / "examples" / "train_digits.py"), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # batches too small for a second thread
         capture_output=True,
         encoding="utf-8",
@@ -184,7 +182,7 @@ def settings() -> Any:
 def test_class_weights_are_trained(digits: Any, settings: Any, name: str) -> None:
     torch.manual_seed(0)
     model = train_digits.SmallCNN(8, settings.embedding_size)
-    criterion = train_digits.LOSSES[name](10, settings.embedding_size)
+    criterion: Any = train_digits.LOSSES[name](10, settings.embedding_size)
     before = [p.detach().clone() for p in (criterion.weight, *model.parameters())]
     list(train_digits.train(model, criterion, digits.limited(200), 0, settings))
     for old, new in zip(before, (criterion.weight, *model.parameters()), strict=True):
@@ -249,7 +247,7 @@ def fail_from_second_loss(monkeypatch: pytest.MonkeyPatch, failure: BaseExceptio
     """From the second loss on, the second epoch raises, or has a loss of `failure`."""
     train, calls = train_digits.train, []
 
-    def second_fails(*arguments: object) -> Iterator[float]:
+    def second_fails(*arguments: Any) -> Iterator[float]:
         calls.append(arguments)
         losses = train(*arguments)
         yield next(losses)
@@ -331,8 +329,8 @@ def test_a_duplicate_is_a_neighbour() -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_is_judged_by_both_measures(digits: Any, name: str) -> None:
     data = digits.limited(100)
-    model, criterion = train_digits.SmallCNN(8, 6), train_digits.LOSSES[name](10, 6)
-    model.eval()
+    model = train_digits.SmallCNN(8, 6).eval()
+    criterion: Any = train_digits.LOSSES[name](10, 6)
     train, test = (nn.functional.normalize(model(x)) for x in (data.train_images, data.test_images))
     own = torch.eye(len(train), dtype=torch.bool)
     weight = criterion.weight
@@ -491,7 +489,7 @@ def test_without_the_extra_a_sentence_says_so(script: str) -> None:
     code = f"import runpy, sys; sys.modules['PIL'] = None; runpy.run_path('{script}.py')"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, '.'); {code}"],
-        cwd=EXAMPLES, capture_output=True, text=True,
+        cwd=ROOT / "examples", capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ")

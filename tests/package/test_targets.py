@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 OPERANDS = ("bf16", "fp16", "tf32", "ieee", "fp64")
 WITH_PRODUCTS = {
