@@ -137,3 +137,21 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             f"({' x '.join(map(str, shape))}); download it again"
         )
     return np.frombuffer(bytearray(content), np.uint8, offset=header_size).reshape(shape)
+
+
+def load_data(root: Path, limit: int | None, device: torch.device) -> Digits:
+    """Load MNIST with pixels in [-1, 1], as the article has them.
+
+    Raises:
+        DataError: the files are missing, damaged or not MNIST's, or `limit` is above their number.
+    """
+    data = load_mnist(root)
+    if limit is not None:
+        if limit > len(data.train_images):
+            raise DataError(
+                f"--limit {limit}: there are only {len(data.train_images)} training images"
+            )
+        data = data.limited(limit)
+    for images in (data.train_images, data.test_images):
+        images.sub_(0.5).div_(0.5)
+    return data.to(device)

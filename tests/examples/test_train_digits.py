@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import digits_data
 import numpy as np
 import pytest
 import torch
 import train_digits
 from helpers import ROOT
 from mnist_files import IDX_NAMES, idx_bytes, write_mnist
+from study import digits as digits_data
 from study import measure
 from torch import nn
 
