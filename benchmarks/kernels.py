@@ -136,6 +136,27 @@ def _signature(kernel: Any, types: dict[str, str], constants: dict[str, Any]) ->
     return signature
 
 
+def _pointers(x: str, w: str, g: str, acc: str) -> dict[str, str]:
+    """The types of all kernels' pointers, by the dtypes of x, W, G and the accumulation."""
+    return {
+        "x_ptr": f"*{x}", "w_ptr": f"*{w}", "d_x_ptr": f"*{x}", "d_w_ptr": f"*{w}",
+        "g_ptr": f"*{g}", "kept_ptr": f"*{g}", "labels_ptr": "*i64", "targets_ptr": "*i64",
+        "lse_ptr": "*fp64", "u_ptr": "*fp64",
+    } | {
+        f"{name}_ptr": f"*{acc}"
+        for name in ("partial", "inv_x", "inv_w", "row_loss", "loss", "d_lse", "d_u",
+                     "count", "radial", "grad", "d_scale", "row_radial", "shift")
+    }  # fmt: skip
+
+
+def _absent(*names: str) -> dict[str, None]:
+    return dict.fromkeys(f"{name}_ptr" for name in names)
+
+
+def _options(tile: configs.Tile) -> dict[str, Any]:
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+
+
 def _kernels(
     architecture: str, operands: str, dim: int
 ) -> Iterator[tuple[str, Any, dict, dict, dict]]:
@@ -145,15 +166,7 @@ def _kernels(
     """
     x, w, g, acc, compute, precision, gradient_precision = TYPES[operands]
     config = configs.config(configs.family(*_target(architecture)), _products(operands))
-    pointers = {
-        "x_ptr": f"*{x}", "w_ptr": f"*{w}", "d_x_ptr": f"*{x}", "d_w_ptr": f"*{w}",
-        "g_ptr": f"*{g}", "kept_ptr": f"*{g}", "labels_ptr": "*i64", "targets_ptr": "*i64",
-        "lse_ptr": "*fp64", "u_ptr": "*fp64",
-    } | {
-        f"{name}_ptr": f"*{acc}"
-        for name in ("partial", "inv_x", "inv_w", "row_loss", "loss", "d_lse", "d_u",
-                     "count", "radial", "grad", "d_scale", "row_radial", "shift")
-    }  # fmt: skip
+    pointers = _pointers(x, w, g, acc)
     common = {
         "ACC": triton.language.str_to_ty(acc, None), "stride_xd": 1, "stride_od": 1, "stride_wd": 1,
     }  # fmt: skip
@@ -165,57 +178,47 @@ def _kernels(
     }  # fmt: skip
     product = common | {"PRECISION": gradient_precision, "HAS_GRAD": True, "stride_label": 1}
 
-    def absent(*names: str) -> dict[str, None]:
-        return dict.fromkeys(f"{name}_ptr" for name in names)
-
     def blocks(tile: configs.Tile, rows: str, columns: str) -> dict[str, int]:
         columns_size = min(tile.columns, dim) if columns == "BLOCK_D" else tile.columns
         return {rows: tile.rows, columns: columns_size, "BLOCK_K": min(tile.inner, dim)}
-
-    def options(tile: configs.Tile) -> dict[str, Any]:
-        return {
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-            "enable_fp_fusion": True,
-        }
 
     tile = config.forward
     # large problems cast x once, before; fp16 is normalised in the tile
     swept = pointers | {"operand_ptr": f"*{x if compute == 'fp16' else compute}"}
     for name, flags in (
-        ("sweep_kernel", {"KEEP": False} | absent("kept", "shift")),
+        ("sweep_kernel", {"KEEP": False} | _absent("kept", "shift")),
         ("sweep_kernel, keeping", {"KEEP": True}),
     ):
         constants = cosine | blocks(tile, "BLOCK_N", "BLOCK_C") | flags | {"SOME_IGNORED": True}
         constants["BLOCK_N"] = sweep_rows(tile, bool(flags["KEEP"]))
-        yield name, forward.sweep_kernel, swept, constants, options(tile)
+        yield name, forward.sweep_kernel, swept, constants, _options(tile)
     constants = {
         "stride_label": 1, "HAS_MARGIN": True, "STRAIGHT_THROUGH": False, "REDUCTION": "mean",
         "ACC": common["ACC"], "BLOCK_S": MERGED_SPLITS, "BLOCK_N": MERGED_ROWS,
     }  # fmt: skip
     tile = configs.Tile(MERGED_ROWS, MERGED_SPLITS, 0, 4, 3)
-    yield "rows_kernel", forward.rows_kernel, pointers, constants, options(tile)
+    yield "rows_kernel", forward.rows_kernel, pointers, constants, _options(tile)
     tile = config.gradient
     for name, flags in (
         ("gradient_kernel",
-         {"KEPT_BLOCK": 0, "IS_ONLY": False} | absent("kept", "shift", "row_radial")),
-        ("gradient_kernel, only", {"KEPT_BLOCK": 0, "IS_ONLY": True} | absent("kept", "shift")),
+         {"KEPT_BLOCK": 0, "IS_ONLY": False} | _absent("kept", "shift", "row_radial")),
+        ("gradient_kernel, only", {"KEPT_BLOCK": 0, "IS_ONLY": True} | _absent("kept", "shift")),
         ("gradient_kernel, kept",
-         {"KEPT_BLOCK": config.forward.columns, "IS_ONLY": False} | absent("row_radial")),
+         {"KEPT_BLOCK": config.forward.columns, "IS_ONLY": False} | _absent("row_radial")),
     ):  # fmt: skip
         constants = cosine | grad | blocks(tile, "BLOCK_N", "BLOCK_C") | flags
-        yield name, backward.gradient_kernel, swept, constants, options(tile)
+        yield name, backward.gradient_kernel, swept, constants, _options(tile)
     tile = config.weight
     constants = product | blocks(tile, "BLOCK_C", "BLOCK_D") | {"BLOCK_K": tile.inner}
-    yield "weight_kernel", backward.weight_kernel, pointers, constants, options(tile)
+    yield "weight_kernel", backward.weight_kernel, pointers, constants, _options(tile)
     tile = config.embeddings
     for name, flags in (
         ("embeddings_kernel",
-         {"IS_FIRST": False, "IS_ONLY": False} | absent("x", "row_radial", "inv_x", "d_x")),
-        ("embeddings_kernel, only", {"IS_FIRST": True, "IS_ONLY": True} | absent("partial")),
+         {"IS_FIRST": False, "IS_ONLY": False} | _absent("x", "row_radial", "inv_x", "d_x")),
+        ("embeddings_kernel, only", {"IS_FIRST": True, "IS_ONLY": True} | _absent("partial")),
     ):  # fmt: skip
         constants = product | blocks(tile, "BLOCK_N", "BLOCK_D") | {"BLOCK_K": tile.inner} | flags
-        yield name, backward.embeddings_kernel, pointers, constants, options(tile)
+        yield name, backward.embeddings_kernel, pointers, constants, _options(tile)
     tiles = config.fused_tiles(dim)
     if tiles is not None:
         fused = cosine | grad | {
@@ -227,13 +230,13 @@ def _kernels(
             ("fused_embeddings_kernel", backward.fused_embeddings_kernel, tiles[1]),
         ):
             constants = fused | {"BLOCK_N": tile.rows, "BLOCK_C": tile.columns}
-            yield name, kernel, pointers, constants, options(tile)
-    constants = common | scale | grad | absent("d_scale") | {
+            yield name, kernel, pointers, constants, _options(tile)
+    constants = common | scale | grad | _absent("d_scale") | {
         "stride_label": 1, "NEED_X": True, "NEED_SCALE": False,
         "BLOCK_N": FINISH_ROWS, "BLOCK_D": FINISH_COLUMNS,
     }  # fmt: skip
     tile = configs.Tile(FINISH_ROWS, FINISH_COLUMNS, 0, 4, 2)
-    yield "finish_kernel", backward.finish_kernel, pointers, constants, options(tile)
+    yield "finish_kernel", backward.finish_kernel, pointers, constants, _options(tile)
 
 
 def _target(architecture: str) -> tuple[str, int | str]:
