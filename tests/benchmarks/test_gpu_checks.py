@@ -157,16 +157,27 @@ def test_suite_of_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 # --- timing ---------------------------------------------------------------------------------------
 
 
+class Recorder:
+    """Enters in a log what is called."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name = name
+        self.log = log
+
+    def clear(self) -> None:
+        self.log.append(f"clear {self.name}")
+
+    def step(self) -> None:
+        self.log.append(f"call {self.name}")
+
+
 def test_rounds() -> None:
     log: list[str] = []
-    calls = {name: (lambda name=name: log.append(f"call {name}")) for name in "ab"}
     rounds_left = iter([True] * 5 + [False])
-
-    def clear(name: str) -> None:
-        log.append(f"clear {name}")
-
-    samples = gpu_timing.interleave(gpu_timing.CpuMeter(), calls, clear, lambda: next(rounds_left))
-    assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 3, "b": 3}
+    samples = gpu_timing.interleave(
+        gpu_timing.Meter(), [Recorder(name, log) for name in "ab"], lambda: next(rounds_left)
+    )
+    assert list(map(len, samples)) == [3, 3]
     called = [line[-1] for line in log if line.startswith("call")]
     assert [sorted(called[i : i + 2]) for i in range(0, 10, 2)] == [["a", "b"]] * 5
     assert called[:2] * 5 != called  # the order changes
@@ -177,13 +188,13 @@ def test_rounds() -> None:
 
 
 def test_rounds_of_slow_calls_end_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter, timed = gpu_timing.Meter(), [Recorder("a", [])]
     monkeypatch.setattr(gpu_timing, "PATIENCE", 0.0)
-    meter = gpu_timing.CpuMeter()
-    samples = gpu_timing.interleave(meter, {"a": lambda: None}, lambda name: None, lambda: True)
-    assert len(samples["a"]) == gpu_timing.ENOUGH_ROUNDS == 5
+    (samples,) = gpu_timing.interleave(meter, timed, lambda: True)
+    assert len(samples) == gpu_timing.ENOUGH_ROUNDS == 5
     monkeypatch.setattr(gpu_timing, "PATIENCE", 100.0)
-    samples = gpu_timing.interleave(meter, {"a": lambda: None}, lambda name: None, lambda: True)
-    assert len(samples["a"]) == gpu_timing.MAX_ROUNDS
+    (samples,) = gpu_timing.interleave(meter, timed, lambda: True)
+    assert len(samples) == gpu_timing.MAX_ROUNDS
 
 
 def test_summary() -> None:
