@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 import fused_margin.functional as fmf
 
 Tensor = torch.Tensor
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
