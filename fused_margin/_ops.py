@@ -59,32 +59,13 @@ def _triton():
     return launch
 
 
-def _raise_out_of_range(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        value = int(labels[row])
-        lowest, highest = labels[labels != ignore_index].aminmax()
-        if lowest >= 1 and highest == num_classes:
-            remedy = "pass labels - 1 if they start at 1, else "
-        elif value < 0 and bool((labels[wrong] == value).all()):
-            remedy = f"pass ignore_index={value} to leave such rows out, else "
-        else:
-            remedy = ""
-        raise ValueError(
-            f"labels must be in [0, {num_classes}) or equal to ignore_index={ignore_index}, but"
-            f" labels[{row}] is {value} ({int(wrong.sum())} such labels);"
-            f" {remedy}remap the labels or give the loss as many classes as there are"
-        )
-
-
 # --- check_labels ---------------------------------------------------------------------------------
 
 
 def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     labels = labels.long()
     if labels.device.type == "cpu" or _validate.checks_labels_on_gpu():
-        _raise_out_of_range(labels, num_classes, ignore_index)
+        _validate.label_range(labels, num_classes, ignore_index)
     inside = (labels >= 0) & (labels < num_classes)
     checked = torch.where(inside, labels, INVALID)
     return torch.where(labels == ignore_index, IGNORED, checked)
@@ -199,7 +180,7 @@ def _margin_ce(
     margin = Margin(cos, sin, threshold, offset, straight_through)
     if backend == "triton":
         if labels.device.type == "cpu" or _validate.checks_labels_on_gpu():
-            _raise_out_of_range(labels.long(), w.shape[0], ignore_index)
+            _validate.label_range(labels.long(), w.shape[0], ignore_index)
         return _triton().margin_ce(
             x, w, labels, scale, margin, reduction, ignore_index, compute, budget
         )
@@ -208,7 +189,7 @@ def _margin_ce(
         num_classes, count = w.shape[0], labels.shape[0]
         found = _cpu.find_targets(labels, num_classes)
         if found.rows is not None or 0 <= ignore_index < num_classes:
-            _raise_out_of_range(labels, num_classes, ignore_index)
+            _validate.label_range(labels, num_classes, ignore_index)
             ignored = labels == ignore_index
             labels = labels.masked_fill(ignored, IGNORED)
             found = _cpu.find_targets(labels, num_classes)

@@ -88,13 +88,7 @@ def _target(psi: Psi, u: torch.Tensor) -> torch.Tensor:
     """psi(u), (N,)."""
     if isinstance(psi, margins.Margin):
         return margins.apply(u, psi)
-    value = psi(margins.clamp_cosine(u))
-    if not isinstance(value, torch.Tensor) or value.shape != u.shape:
-        given = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-        raise ValueError(
-            f"psi must return a tensor of its argument's shape, {tuple(u.shape)}; got {given}"
-        )
-    return value
+    return _validate.psi_values(psi(margins.clamp_cosine(u)), u)
 
 
 def margin_softmax(
@@ -134,11 +128,7 @@ def margin_softmax(
         ValueError: psi returned something else than (N,) numbers.
     """
     _validate.tensors(embeddings, weight, labels)
-    if not callable(psi) and not isinstance(psi, margins.Margin):
-        raise TypeError(
-            f"psi must be a function of the target cosines, or one of fused_margin.margins; got"
-            f" {psi!r}. For a number use arcface or cosface"
-        )
+    _validate.psi(psi)
     return _margin_softmax(
         embeddings, weight, labels, psi, scale, reduction, ignore_index, backend, memory_budget
     )
