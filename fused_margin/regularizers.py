@@ -1,4 +1,4 @@
-"""Regularisers of the class weights, to be added to any loss; the sweeps are in `_regularize`.
+"""Regularisers of the class weights, to be added to any loss; the sweeps are in `_weight_sweeps`.
 
 ```python
 regularizer = fm.regularizers.RegularFace()
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fused_margin import _regularize, _validate
+from fused_margin import _validate, _weight_sweeps
 from fused_margin._numerics import accumulation_dtype
 
 __all__ = ["CenterInvariant", "RegularFace", "center_invariant", "regular_face"]
@@ -49,7 +49,7 @@ def center_invariant(weight: torch.Tensor) -> torch.Tensor:
         Wu, Liu, Li, Fu, "Deep Face Recognition with Center Invariant Loss", 2017.
     """
     _validate.class_weights(weight)
-    squared_norms = _regularize.squared_norms(weight)  # (C,)
+    squared_norms = _weight_sweeps.squared_norms(weight)  # (C,)
     deviations = squared_norms - squared_norms.mean()
     return (deviations.square().mean() / 4.0).to(accumulation_dtype(weight, weight))
 
@@ -91,7 +91,7 @@ def regular_face(weight: torch.Tensor) -> torch.Tensor:
         2019.
     """
     _validate.class_weights(weight)
-    return _regularize.nearest_cosines(weight).mean()
+    return _weight_sweeps.nearest_cosines(weight).mean()
 
 
 class CenterInvariant(nn.Module):
