@@ -139,11 +139,13 @@ def plain(name: str, tensor: torch.Tensor) -> None:
     )
 
 
-def tensors(embeddings: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> None:
+def tensors(
+    embeddings: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, min_classes: int = 2
+) -> None:
     """Check types, dtypes, shapes and devices of the three tensors of a loss."""
     if isinstance(labels, torch.Tensor) and labels.dtype in FLOATS and labels.ndim == 2:
         _order(embeddings, weight, labels)
-    matrices(embeddings, weight)
+    matrices(embeddings, weight, min_classes)
     num_rows = embeddings.shape[0]
     if not isinstance(labels, torch.Tensor):
         if isinstance(labels, (list, tuple)) and any(isinstance(name, str) for name in labels):
@@ -205,7 +207,7 @@ def _dense(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def matrices(embeddings: torch.Tensor, weight: torch.Tensor) -> None:
+def matrices(embeddings: torch.Tensor, weight: torch.Tensor, min_classes: int = 2) -> None:
     """Check types, dtypes, shapes and devices of embeddings (N, D) and weight (C, D)."""
     for name, tensor in (("embeddings", embeddings), ("weight", weight)):
         _tensor(name, tensor)
@@ -218,8 +220,10 @@ def matrices(embeddings: torch.Tensor, weight: torch.Tensor) -> None:
                 f"{name} must have shape {'(C, D)' if is_weight else '(N, D)'}, got"
                 f" {tuple(tensor.shape)}{remedy(tensor.shape)}"
             )
-    if weight.shape[0] < 2:
-        raise ValueError(f"weight must have C >= 2 rows (classes), got {weight.shape[0]}")
+    if weight.shape[0] < min_classes:
+        raise ValueError(
+            f"weight must have C >= {min_classes} rows (classes), got {weight.shape[0]}"
+        )
     if weight.shape[1] < 1:
         raise ValueError("embeddings and weight must have D >= 1 columns, got D = 0")
     if embeddings.shape[1] != weight.shape[1]:

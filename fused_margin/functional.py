@@ -349,9 +349,11 @@ def cosine_lse(
 
     Args:
         embeddings: (N, D).
-        weight: (C, D), C >= 2.
+        weight: (C, D), C >= 1.
         labels: (N,), any integer dtype. A label outside [0, C) means "no target here": lse runs
-            over all classes and u is 0. That is what a shard of the classes needs.
+            over all classes and u is 0. That is what a shard of the classes needs. It may be of one
+            class: lse of a row whose target that is has nothing to run over, and is -inf, with no
+            gradient; ``torch.logaddexp`` merges it with another shard's.
         scale: s > 0; float, or 0-d floating tensor.
         backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
         memory_budget: bytes to keep for the backward, see `arcface`.
@@ -360,7 +362,7 @@ def cosine_lse(
         lse (N,) and u (N,), fp32 or fp64, differentiable in embeddings, weight and a tensor scale.
         u lies within [-1, 1]; `margins.sine` gives its sine, with a finite slope.
     """
-    _validate.tensors(embeddings, weight, labels)
+    _validate.tensors(embeddings, weight, labels, min_classes=1)
     memory_budget = _validate.memory_budget(memory_budget)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
