@@ -68,32 +68,13 @@ def _triton():
     return launch
 
 
-def _raise_out_of_range(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        value = int(labels[row])
-        lowest, highest = labels[labels != ignore_index].aminmax()
-        if lowest >= 1 and highest == num_classes:
-            remedy = "pass labels - 1 if they start at 1, else "
-        elif value < 0 and bool((labels[wrong] == value).all()):
-            remedy = f"pass ignore_index={value} to leave such rows out, else "
-        else:
-            remedy = ""
-        raise ValueError(
-            f"labels must be in [0, {num_classes}) or equal to ignore_index={ignore_index}, but"
-            f" labels[{row}] is {value} ({int(wrong.sum())} such labels);"
-            f" {remedy}remap the labels or give the loss as many classes as there are"
-        )
-
-
 # --- check_labels ---------------------------------------------------------------------------------
 
 
 def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     labels = labels.long()
     if labels.device.type == "cpu" or _validate.checks_labels_on_gpu():
-        _raise_out_of_range(labels, num_classes, ignore_index)
+        _validate.label_range(labels, num_classes, ignore_index)
     inside = (labels >= 0) & (labels < num_classes)
     checked = torch.where(inside, labels, INVALID)
     return torch.where(labels == ignore_index, IGNORED, checked)
@@ -203,7 +184,7 @@ def _margin_ce(
     inputs = Inputs(x, w, labels, scale, None, compute_dtype)
     if backend == "triton":
         if labels.device.type == "cpu" or _validate.checks_labels_on_gpu():
-            _raise_out_of_range(labels.long(), w.shape[0], ignore_index)
+            _validate.label_range(labels.long(), w.shape[0], ignore_index)
         losses, swept = _triton().margin_ce(inputs, margin, reduction, ignore_index, budget)
     else:
         with _plain_numbers():
@@ -218,7 +199,7 @@ def _margin_ce_on_cpu(
     num_classes, count = inputs.w.shape[0], labels.shape[0]
     targets = _cpu.find_targets(labels, num_classes)
     if targets.rows is not None or 0 <= ignore_index < num_classes:
-        _raise_out_of_range(labels, num_classes, ignore_index)
+        _validate.label_range(labels, num_classes, ignore_index)
         ignored = labels == ignore_index
         labels = labels.masked_fill(ignored, IGNORED)
         targets = _cpu.find_targets(labels, num_classes)

@@ -54,4 +54,6 @@ def cosine_lse(
         classes = torch.arange(num_classes, device=x.device)
         is_target = classes[None, :] == labels[:, None]  # (N, C)
         logits = scale * (normalize(x, dtype) @ normalize(w, dtype).t())
+        if num_classes == 1:  # a sum over no class, whose derivative logsumexp would make NaN
+            return logits[:, 0].masked_fill(has_target, -float("inf")), u
         return logits.masked_fill(is_target, -float("inf")).logsumexp(dim=1), u

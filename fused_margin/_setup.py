@@ -187,32 +187,16 @@ def check_setup(
         ValueError: ``criterion`` has no parameters, or ``optimizer`` lacks some of them on a rank.
         RuntimeError: the parameters or their gradients differ between ranks.
     """
-    if not isinstance(criterion, nn.Module):
-        raise TypeError(
-            f"criterion must be a module with parameters, got {type(criterion).__name__}"
-        )
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}"
-        )
+    _validate.module(criterion)
+    _validate.optimizer(optimizer)
     reports = [_report(criterion, optimizer)]
     if _ranks(group) > 1:
         reports *= _ranks(group)
         dist.all_gather_object(reports, reports[0], group=group)
     # from here on every rank has the same reports, hence raises the same error
     name = type(criterion).__name__
-    if not all(reports):
-        raise ValueError(
-            f"this {name} has no parameters, so there are no class weights to check; pass the loss"
-            " module itself (FSDP1 moves them to the module that it wraps: pass that one)"
-        )
     forgotten = sorted({item.name for report in reports for item in report if item.is_forgotten})
-    if forgotten:
-        raise ValueError(
-            f"the optimizer doesn't hold {', '.join(forgotten)} of this {name}, which would never"
-            " be trained: build it with [*model.parameters(), *criterion.parameters()], and after"
-            " fully_shard(), which replaces the parameters"
-        )
+    _validate.setup(name, forgotten, has_parameters=all(reports))
     if len({tuple(item[:3] for item in report) for report in reports}) > 1:
         raise RuntimeError(
             f"this {name} has other parameters on other ranks; build the same module on each:"

@@ -9,12 +9,12 @@ import numbers
 import operator
 import os
 import sys
-from collections.abc import Mapping, Sized
+from collections.abc import Sized
 from typing import Any
 
 import torch
 
-from fused_margin import _transforms
+from fused_margin import _remedies, _transforms, margins
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 REDUCTIONS = ("mean", "sum", "none")
@@ -133,33 +133,25 @@ def plain(name: str, tensor: torch.Tensor) -> None:
     """Refuse a DTensor, whose shards the kernels can't address."""
     if not is_dtensor(tensor):
         return
-    remedies = {
-        "weight": (
-            "if fully_shard() made it one, call the module itself, criterion(embeddings, labels),"
-            " which gathers it; its other methods gather it after"
-            ' torch.distributed.fsdp.register_fsdp_forward_method(criterion, "logits"); a function'
-            " takes weight.full_tensor()"
-        ),
-        "scale": "pass scale.full_tensor()",
-    }
-    rows = f"pass this rank's rows, {name}.to_local() if rows are sharded, else .full_tensor()"
     raise TypeError(
         f"{name} is a DTensor, and the kernels can't address shards of other ranks;"
-        f" {remedies.get(name, rows)}"
+        f" {_remedies.of_dtensor(name)}"
     )
 
 
-def tensors(embeddings: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> None:
+def tensors(
+    embeddings: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, min_classes: int = 2
+) -> None:
     """Check types, dtypes, shapes and devices of the three tensors of a loss."""
     if isinstance(labels, torch.Tensor) and labels.dtype in FLOATS and labels.ndim == 2:
         _order(embeddings, weight, labels)
-    matrices(embeddings, weight)
+    matrices(embeddings, weight, min_classes)
     num_rows = embeddings.shape[0]
     if not isinstance(labels, torch.Tensor):
         if isinstance(labels, (list, tuple)) and any(isinstance(name, str) for name in labels):
             remedy = "; number the class names from 0, and pass a tensor of these numbers"
         else:
-            remedy = tensor_remedy("labels", labels)
+            remedy = _remedies.of_type("labels", labels)
         raise TypeError(
             f"labels must be a tensor of class indices, got {type(labels).__name__}{remedy}"
         )
@@ -167,22 +159,12 @@ def tensors(embeddings: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
     if labels.dtype not in INTEGERS:
         raise TypeError(
             f"labels must have an integer dtype, got {labels.dtype} of shape"
-            f" {tuple(labels.shape)}; {_index_remedy(labels)}"
+            f" {tuple(labels.shape)}; {_remedies.of_labels_dtype(labels)}"
         )
     if labels.ndim != 1 or labels.shape[0] != num_rows:
-        if labels.ndim == 2 and labels.shape[1] == 1:
-            remedy = "; use .squeeze(1)"
-        elif labels.numel() == num_rows:
-            remedy = "; use .flatten()"
-        elif labels.ndim == 2 and labels.shape[0] == num_rows:
-            remedy = "; turn one-hot targets into indices with .argmax(1)"
-        elif labels.shape == weight.shape[:1]:
-            remedy = "; there is one per row of weight: embeddings come first, then weight"
-        else:
-            remedy = ""
         raise ValueError(
             f"labels must have shape ({num_rows},), one class index per row of embeddings, got"
-            f" {tuple(labels.shape)}{remedy}"
+            f" {tuple(labels.shape)}" + _remedies.of_labels_shape(labels, num_rows, weight.shape[0])
         )
     if labels.device != embeddings.device:
         raise ValueError(
@@ -206,109 +188,49 @@ def _order(embeddings: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor)
             )
 
 
-def _index_remedy(labels: torch.Tensor) -> str:
-    """How labels of another dtype become class indices."""
-    if labels.ndim != 2:
-        return "use .long()"
-    if labels.shape[1] == 1:
-        return "use .squeeze(1).long()"
-    if labels.dtype == torch.bool:
-        return "turn one-hot targets into indices with .int().argmax(1)"
-    return (
-        "turn one-hot targets into indices with .argmax(1); for mixtures (mixup, cutmix) of labels"
-        " a and b weigh two losses, lam * criterion(x, a) + (1 - lam) * criterion(x, b)"
-    )
+def _tensor(name: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {type(value).__name__}{_remedies.of_type(name, value)}"
+        )
 
 
-def tensor_remedy(name: str, value: Any) -> str:
-    """What to pass in place of ``value``, which is no tensor."""
-    if value is None:
-        return ""
-    if isinstance(value, torch.nn.Module):
-        is_weight = name == "weight"
-        return f"; pass {'its weight, criterion.weight' if is_weight else 'what it returns'}"
-    if isinstance(value, Mapping):
-        return f"; pass the tensor in it that holds the {name}"
-    if isinstance(value, (list, tuple)) and any(isinstance(one, torch.Tensor) for one in value):
-        return f"; pass the tensor in it that holds the {name}, or torch.stack them if all do"
-    return "; torch.as_tensor converts arrays and lists"
+def _dense(name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be a dense (strided) tensor, got layout {tensor.layout}; use .to_dense()"
+        )
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}"
+            + _remedies.of_dtype(name, tensor)
+        )
 
 
-def dtype_remedy(name: str, tensor: torch.Tensor) -> str:
-    """How ``tensor``, whose dtype is refused, becomes floating."""
-    if tensor.is_complex():
-        return "; take .real, .imag or .abs()"
-    is_input = name == "embeddings" and not tensor.is_floating_point()
-    return "; cast with .float()" + (
-        ", or if this is the model's input, pass what the model returns" if is_input else ""
-    )
-
-
-def _embeddings_remedy(shape: torch.Size) -> str:
-    if len(shape) == 1:
-        return "; a single embedding needs .unsqueeze(0)"
-    if len(shape) < 3:
-        return ""
-    if math.prod(shape[1:]) == max(shape[1:]):
-        return "; use .flatten(1)"
-    return (
-        "; make one vector of each row, with .flatten(1), or by pooling: .mean(1) of (N, T, D),"
-        " .mean((2, 3)) of (N, D, H, W)"
-    )
-
-
-def _weight_remedy(shape: torch.Size) -> str:
-    if len(shape) == 1:
-        return "; it holds a vector per class, not a factor per class as in F.cross_entropy"
-    if len(shape) >= 3 and math.prod(shape[1:]) == shape[1]:
-        return "; use .flatten(1)"
-    return "; use .squeeze(0)" if len(shape) == 3 and shape[0] == 1 else ""
-
-
-def matrices(embeddings: torch.Tensor, weight: torch.Tensor) -> None:
+def matrices(embeddings: torch.Tensor, weight: torch.Tensor, min_classes: int = 2) -> None:
     """Check types, dtypes, shapes and devices of embeddings (N, D) and weight (C, D)."""
     for name, tensor in (("embeddings", embeddings), ("weight", weight)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(
-                f"{name} must be a tensor, got {type(tensor).__name__}"
-                + tensor_remedy(name, tensor)
-            )
+        _tensor(name, tensor)
         plain(name, tensor)
-        if tensor.layout is not torch.strided:
-            raise TypeError(
-                f"{name} must be a dense (strided) tensor, got layout {tensor.layout}; use"
-                " .to_dense()"
-            )
-        if tensor.dtype not in FLOATS:
-            raise TypeError(
-                f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}"
-                + dtype_remedy(name, tensor)
-            )
+        _dense(name, tensor)
         if tensor.ndim != 2:
             is_weight = name == "weight"
+            remedy = _remedies.of_weight_shape if is_weight else _remedies.of_embeddings_shape
             raise ValueError(
                 f"{name} must have shape {'(C, D)' if is_weight else '(N, D)'}, got"
-                f" {tuple(tensor.shape)}"
-                + (_weight_remedy if is_weight else _embeddings_remedy)(tensor.shape)
+                f" {tuple(tensor.shape)}{remedy(tensor.shape)}"
             )
-    if weight.shape[0] < 2:
-        raise ValueError(f"weight must have C >= 2 rows (classes), got {weight.shape[0]}")
+    if weight.shape[0] < min_classes:
+        raise ValueError(
+            f"weight must have C >= {min_classes} rows (classes), got {weight.shape[0]}"
+        )
     if weight.shape[1] < 1:
         raise ValueError("embeddings and weight must have D >= 1 columns, got D = 0")
     if embeddings.shape[1] != weight.shape[1]:
         num_classes, dim = weight.shape
-        if num_classes == embeddings.shape[1]:
-            remedy = (
-                f"a module takes num_classes first, so swap them: num_classes={dim},"
-                f" embedding_size={num_classes}; a function takes weight as (C, D), so pass"
-                " weight.t(); and if the embeddings are logits, pass what the model's last layer"
-                " is given"
-            )
-        else:
-            remedy = f"build the loss with embedding_size={embeddings.shape[1]}"
         raise ValueError(
             f"embeddings have D = {embeddings.shape[1]} columns but weight has C, D ="
-            f" {num_classes}, {dim}; {remedy}"
+            f" {num_classes}, {dim}; {_remedies.of_columns(embeddings.shape[1], num_classes, dim)}"
         )
     if weight.dtype not in (torch.float32, torch.float64, embeddings.dtype):
         raise TypeError(
@@ -323,6 +245,48 @@ def matrices(embeddings: torch.Tensor, weight: torch.Tensor) -> None:
             remedy = "move one, criterion.to(embeddings.device) or embeddings.to(weight.device)"
         raise ValueError(
             f"embeddings are on {embeddings.device}, weight on {weight.device}; {remedy}"
+        )
+
+
+def class_weights(weight: torch.Tensor) -> None:
+    """Check the one argument of a regulariser, (C, D)."""
+    _tensor("weight", weight)
+    if is_dtensor(weight):
+        raise TypeError(
+            "weight is a DTensor, whose classes are on several ranks; a regulariser compares all of"
+            " them: pass criterion.weight.full_tensor(), through which gradients reach the shards"
+        )
+    _dense("weight", weight)
+    if weight.ndim != 2:
+        raise ValueError(
+            f"weight must have shape (C, D), a row per class, got {tuple(weight.shape)}"
+        )
+    if weight.shape[0] < 2:
+        raise ValueError(
+            f"weight must have C >= 2 rows (classes) to compare, got {weight.shape[0]} from shape"
+            f" {tuple(weight.shape)}; a weight of shape (D, C) needs .t()"
+        )
+    if weight.shape[1] < 1:
+        raise ValueError("weight must have D >= 1 columns, got D = 0; check embedding_size")
+
+
+def label_range(labels: torch.Tensor, num_classes: int, ignore_index: int) -> None:
+    """Check values of labels (N,), int64; on a GPU that synchronises."""
+    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        value = int(labels[row])
+        lowest, highest = labels[labels != ignore_index].aminmax()
+        if lowest >= 1 and highest == num_classes:
+            remedy = "pass labels - 1 if they start at 1, else "
+        elif value < 0 and bool((labels[wrong] == value).all()):
+            remedy = f"pass ignore_index={value} to leave such rows out, else "
+        else:
+            remedy = ""
+        raise ValueError(
+            f"labels must be in [0, {num_classes}) or equal to ignore_index={ignore_index}, but"
+            f" labels[{row}] is {value} ({int(wrong.sum())} such labels);"
+            f" {remedy}remap the labels or give the loss as many classes as there are"
         )
 
 
@@ -362,7 +326,8 @@ def scale(value: Any, device: torch.device) -> float | torch.Tensor:
         plain("scale", value)
         if value.dtype not in FLOATS:
             raise TypeError(
-                f"a tensor scale must be floating, got {value.dtype}{dtype_remedy('scale', value)}"
+                f"a tensor scale must be floating, got {value.dtype}"
+                + _remedies.of_dtype("scale", value)
             )
         if value.ndim != 0:
             remedy = "use .squeeze()" if value.numel() == 1 else "all rows share one scale"
@@ -404,24 +369,13 @@ def _margin(
         if value.dtype not in FLOATS:
             raise TypeError(
                 f"a tensor margin must be floating, got {value.dtype}"
-                + dtype_remedy("margin", value)
+                + _remedies.of_dtype("margin", value)
             )
         if value.shape != labels.shape:
             num_rows = labels.shape[0]
-            if value.numel() == 1 and value.ndim < 2:
-                remedy = (
-                    "; pass a single margin as a float, margin.item(), or if it is learnt,"
-                    f" margin.expand({num_rows})"
-                )
-            elif value.numel() == num_rows:
-                remedy = "; use .flatten()"
-            elif value.ndim == 1:
-                remedy = "; pass margins per class as margin[labels]"
-            else:
-                remedy = ""
             raise ValueError(
                 f"a tensor margin must have shape ({num_rows},), one {unit} per row, got"
-                f" {tuple(value.shape)}{remedy}"
+                f" {tuple(value.shape)}{_remedies.of_margin_shape(value, num_rows)}"
             )
         if value.device != labels.device:
             raise ValueError(
@@ -502,6 +456,15 @@ def _finite(margin: float, where: str) -> None:
         raise ValueError(f"margin must be finite, got {margin}{where}")
 
 
+def no_tensor(name: str, value: Any) -> None:
+    """Refuse a tensor as a module's number, where a parameter would become part of its state."""
+    if isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{name} must be a number, got {_shown(value)}; a module takes its {name} as a number,"
+            f" float({name}); a tensor, for one that is learnable, goes to the functional form"
+        )
+
+
 def size(name: str, value: int, minimum: int) -> int:
     """Check a dimension."""
     remedy = ""
@@ -555,3 +518,51 @@ def fixed_adacos_classes(num_classes: int) -> int:
             " your choice"
         )
     return num_classes
+
+
+def psi(value: Any) -> None:
+    """Check that a margin is a function, or coefficients, which have a type of their own."""
+    if not callable(value) and not isinstance(value, margins.Margin):
+        raise TypeError(
+            "psi must be a function of the target cosines, or one of fused_margin.margins; got"
+            f" {value!r}. For a number use arcface or cosface"
+        )
+
+
+def psi_values(value: Any, u: torch.Tensor) -> torch.Tensor:
+    """Check what a function has made of target cosines u, (N,)."""
+    if not isinstance(value, torch.Tensor) or value.shape != u.shape:
+        given = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+        raise ValueError(
+            f"psi must return a tensor of its argument's shape, {tuple(u.shape)}; got {given}"
+        )
+    return value
+
+
+def module(value: Any) -> None:
+    """Check what `check_setup` looks into."""
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"criterion must be a module with parameters, got {type(value).__name__}")
+
+
+def optimizer(value: Any) -> None:
+    """Check that it is an optimiser, or None."""
+    if value is not None and not isinstance(value, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer or None, got {type(value).__name__}"
+        )
+
+
+def setup(criterion: str, forgotten: list[str], *, has_parameters: bool) -> None:
+    """Check that a criterion has parameters, and that the optimiser has forgotten none of them."""
+    if not has_parameters:
+        raise ValueError(
+            f"this {criterion} has no parameters, so there are no class weights to check; pass the"
+            " loss module itself (FSDP1 moves them to the module that it wraps: pass that one)"
+        )
+    if forgotten:
+        raise ValueError(
+            f"the optimizer doesn't hold {', '.join(forgotten)} of this {criterion}, which would"
+            " never be trained: build it with [*model.parameters(), *criterion.parameters()], and"
+            " after fully_shard(), which replaces the parameters"
+        )

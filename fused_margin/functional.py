@@ -101,13 +101,7 @@ def _target(psi: Psi, u: torch.Tensor) -> torch.Tensor:
     """psi(u), (N,)."""
     if isinstance(psi, margins.Margin):
         return margins.apply(u, psi)
-    value = psi(margins.clamp_cosine(u))
-    if not isinstance(value, torch.Tensor) or value.shape != u.shape:
-        given = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-        raise ValueError(
-            f"psi must return a tensor of its argument's shape, {tuple(u.shape)}; got {given}"
-        )
-    return value
+    return _validate.psi_values(psi(margins.clamp_cosine(u)), u)
 
 
 def margin_softmax(
@@ -147,11 +141,7 @@ def margin_softmax(
         ValueError: psi returned something else than (N,) numbers.
     """
     _validate.tensors(embeddings, weight, labels)
-    if not callable(psi) and not isinstance(psi, margins.Margin):
-        raise TypeError(
-            f"psi must be a function of the target cosines, or one of fused_margin.margins; got"
-            f" {psi!r}. For a number use arcface or cosface"
-        )
+    _validate.psi(psi)
     return _margin_softmax(
         embeddings, weight, labels, psi, scale, reduction, ignore_index, backend, memory_budget
     )
@@ -372,9 +362,11 @@ def cosine_lse(
 
     Args:
         embeddings: (N, D).
-        weight: (C, D), C >= 2.
+        weight: (C, D), C >= 1.
         labels: (N,), any integer dtype. A label outside [0, C) means "no target here": lse runs
-            over all classes and u is 0. That is what a shard of the classes needs.
+            over all classes and u is 0. That is what a shard of the classes needs. It may be of one
+            class: lse of a row whose target that is has nothing to run over, and is -inf, with no
+            gradient; ``torch.logaddexp`` merges it with another shard's.
         scale: s > 0; float, or 0-d floating tensor.
         backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
         memory_budget: bytes to keep for the backward, see `arcface`.
@@ -383,7 +375,7 @@ def cosine_lse(
         lse (N,) and u (N,), fp32 or fp64, differentiable in embeddings, weight and a tensor scale.
         u lies within [-1, 1]; `margins.sine` gives its sine, with a finite slope.
     """
-    _validate.tensors(embeddings, weight, labels)
+    _validate.tensors(embeddings, weight, labels, min_classes=1)
     memory_budget = _validate.memory_budget(memory_budget)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)

@@ -78,11 +78,8 @@ class _MarginSoftmaxLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As for any module, but what would make a hyperparameter a parameter is refused."""
-        if name in ("scale", "margin") and isinstance(value, torch.Tensor):
-            raise TypeError(
-                f"a module takes its {name} as a number, float({name}); a tensor, for one that is"
-                " learnable, goes to the functional form"
-            )
+        if name in ("scale", "margin"):
+            _validate.no_tensor(name, value)
         super().__setattr__(name, value)
 
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Regularisers of the class weights, to be added to any loss; the sweeps are in `_regularize`.
+"""Regularisers of the class weights, to be added to any loss; the sweeps are in `_weight_sweeps`.
 
 ```python
 regularizer = fm.regularizers.RegularFace()
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fused_margin import _regularize, _validate
+from fused_margin import _validate, _weight_sweeps
 from fused_margin._numerics import accumulation_dtype
 
 __all__ = ["CenterInvariant", "RegularFace", "center_invariant", "regular_face"]
@@ -48,8 +48,8 @@ def center_invariant(weight: torch.Tensor) -> torch.Tensor:
     References:
         Wu, Liu, Li, Fu, "Deep Face Recognition with Center Invariant Loss", 2017.
     """
-    _check(weight)
-    squared_norms = _regularize.squared_norms(weight)  # (C,)
+    _validate.class_weights(weight)
+    squared_norms = _weight_sweeps.squared_norms(weight)  # (C,)
     deviations = squared_norms - squared_norms.mean()
     return (deviations.square().mean() / 4.0).to(accumulation_dtype(weight, weight))
 
@@ -90,8 +90,8 @@ def regular_face(weight: torch.Tensor) -> torch.Tensor:
         Zhao, Xu, Cheng, "RegularFace: Deep Face Recognition via Exclusive Regularization", CVPR
         2019.
     """
-    _check(weight)
-    return _regularize.nearest_cosines(weight).mean()
+    _validate.class_weights(weight)
+    return _weight_sweeps.nearest_cosines(weight).mean()
 
 
 class CenterInvariant(nn.Module):
@@ -108,36 +108,3 @@ class RegularFace(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Loss of class weights (C, D): 0-d."""
         return regular_face(weight)
-
-
-def _check(weight: torch.Tensor) -> None:
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(
-            f"weight must be a tensor, got {type(weight).__name__}"
-            + _validate.tensor_remedy("weight", weight)
-        )
-    if _validate.is_dtensor(weight):
-        raise TypeError(
-            "weight is a DTensor, whose classes are on several ranks; a regulariser compares all of"
-            " them: pass criterion.weight.full_tensor(), through which gradients reach the shards"
-        )
-    if weight.layout is not torch.strided:
-        raise TypeError(
-            f"weight must be a dense (strided) tensor, got layout {weight.layout}; use .to_dense()"
-        )
-    if weight.dtype not in _validate.FLOATS:
-        raise TypeError(
-            f"weight must be fp16, bf16, fp32 or fp64, got {weight.dtype}"
-            + _validate.dtype_remedy("weight", weight)
-        )
-    if weight.ndim != 2:
-        raise ValueError(
-            f"weight must have shape (C, D), a row per class, got {tuple(weight.shape)}"
-        )
-    if weight.shape[0] < 2:
-        raise ValueError(
-            f"weight must have C >= 2 rows (classes) to compare, got {weight.shape[0]} from shape"
-            f" {tuple(weight.shape)}; a weight of shape (D, C) needs .t()"
-        )
-    if weight.shape[1] < 1:
-        raise ValueError("weight must have D >= 1 columns, got D = 0; check embedding_size")

@@ -34,8 +34,9 @@ LOWERED = 1 << 24
 
 
 def fits(num_rows: int, num_classes: int, dim: int) -> bool:
-    """Whether all classes make one block."""
-    return num_rows * num_classes <= LOGITS and num_classes * dim <= WEIGHT_ELEMENTS
+    """Whether all classes make one block; a single class, which may be no other, is `sweep`'s."""
+    is_small = num_rows * num_classes <= LOGITS and num_classes * dim <= WEIGHT_ELEMENTS
+    return is_small and num_classes > 1
 
 
 def _product_dtype(problem: Problem) -> torch.dtype:

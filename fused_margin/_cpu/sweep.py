@@ -192,9 +192,12 @@ def backward(
     shifts = needs_shift(problem.scale, num_classes, accumulate)
     # G_nk = a_n 2^(z_nk - log2(e) lse_n) for k != y_n. What the subtrahend loses as it is rounded,
     # much at a large scale, goes into a_n.
-    lse = swept.lse.numpy() * LOG2_E
+    lse, g_lse = swept.lse.numpy() * LOG2_E, g.lse
+    if num_classes == 1:  # no other class than the target: lse is -inf, and nothing goes through it
+        is_empty = np.isneginf(lse)
+        lse, g_lse = np.where(is_empty, 0.0, lse), np.where(is_empty, 0.0, g_lse)
     minus_lse = rounded(-lse, accumulate)
-    a = g.lse * problem.scale * np.exp2(-lse - minus_lse.double().numpy())
+    a = g_lse * problem.scale * np.exp2(-lse - minus_lse.double().numpy())
     minus_lse = minus_lse[None, :]
     a_per_unit = rounded(a / (problem.scale * LOG2_E), accumulate)
     g_u, u = g.u, swept.u.numpy()

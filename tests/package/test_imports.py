@@ -97,6 +97,27 @@ def test_layers() -> None:
         assert not upper & _imports(path)
 
 
+def _raised(path: Path) -> set[str]:
+    """Names of the exceptions that a module raises."""
+    raised = (n.exc for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Raise))
+    calls = (exc.func if isinstance(exc, ast.Call) else exc for exc in raised)
+    return {called.id for called in calls if isinstance(called, ast.Name)}
+
+
+# tuning and the kernels' planning raise about the machine and about tiles, not about arguments
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "_cpu").glob("*.py")]
+        if path.name not in ("_validate.py", "tuning.py")
+    ],
+    ids=lambda path: path.name,
+)
+def test_errors_of_arguments_live_in_one_place(path: Path) -> None:
+    assert not {"ValueError", "TypeError"} & _raised(path)
+
+
 def _signature(function: Callable[..., Any]) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
     """Positional (name, default) in order, and keyword-only name -> default."""
     parameters = inspect.signature(function).parameters.values()

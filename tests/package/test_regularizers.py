@@ -17,7 +17,7 @@ from pytorch_metric_learning import regularizers as peers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_margin as fm
-from fused_margin import _regularize, regularizers
+from fused_margin import _weight_sweeps, regularizers
 
 Tensor = torch.Tensor
 Regularizer = Callable[[Tensor], Tensor]
@@ -60,9 +60,9 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def _small_blocks(monkeypatch: pytest.MonkeyPatch, side: int, num_bytes: int) -> None:
-    monkeypatch.setattr(_regularize, "CPU_SIDE", side)
-    monkeypatch.setattr(_regularize, "OTHER_SIDE", side)
-    monkeypatch.setattr(_regularize, "BLOCK_BYTES", num_bytes)
+    monkeypatch.setattr(_weight_sweeps, "CPU_SIDE", side)
+    monkeypatch.setattr(_weight_sweeps, "OTHER_SIDE", side)
+    monkeypatch.setattr(_weight_sweeps, "BLOCK_BYTES", num_bytes)
 
 
 # --- values and gradients -------------------------------------------------------------------------
@@ -340,16 +340,16 @@ def test_nothing_of_c_times_c_and_one_of_c_times_d(
     d_w = num_classes * dim * dtype.itemsize
     assert 2 * block < d_w < num_classes**2
     with _Allocations() as forward:
-        index = _regularize._nearest_classes(weight)
-        _regularize._class_cosines(weight, index)
-        _regularize._squared_norms(weight)
+        index = _weight_sweeps._nearest_classes(weight)
+        _weight_sweeps._class_cosines(weight, index)
+        _weight_sweeps._squared_norms(weight)
     assert len(forward.storages) > 10
     assert forward.larger_than(block, weight) == []
     with _Allocations() as backward:
-        _regularize._class_cosines_backward(g, weight, index)
+        _weight_sweeps._class_cosines_backward(g, weight, index)
     assert backward.larger_than(block, weight) == [d_w]
     with _Allocations() as backward:
-        _regularize._scaled_rows(weight, g)
+        _weight_sweeps._scaled_rows(weight, g)
     assert backward.larger_than(block, weight) == [d_w]
 
 

@@ -1,4 +1,4 @@
-"""Operators of the regularisers: sweeps over the class weights, without C x C.
+"""Sweeps over the class weights alone, without C x C: the operators under `regularizers`.
 
 The search for nearest classes compares two blocks of classes at a time; all else is one pass over
 blocks of W, so that d_w is the only (C, D) made. Each differentiable operator has two gradients:

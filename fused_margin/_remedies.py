@@ -1,0 +1,121 @@
+"""What to do instead: the clauses that end the messages of `_validate`; "" if nothing is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def of_type(name: str, value: Any) -> str:
+    """What to pass in place of ``value``, which is no tensor."""
+    if value is None:
+        return ""
+    if isinstance(value, torch.nn.Module):
+        is_weight = name == "weight"
+        return f"; pass {'its weight, criterion.weight' if is_weight else 'what it returns'}"
+    if isinstance(value, Mapping):
+        return f"; pass the tensor in it that holds the {name}"
+    if isinstance(value, (list, tuple)) and any(isinstance(one, torch.Tensor) for one in value):
+        return f"; pass the tensor in it that holds the {name}, or torch.stack them if all do"
+    return "; torch.as_tensor converts arrays and lists"
+
+
+def of_dtype(name: str, tensor: torch.Tensor) -> str:
+    """How ``tensor``, whose dtype is refused, becomes floating."""
+    if tensor.is_complex():
+        return "; take .real, .imag or .abs()"
+    is_input = name == "embeddings" and not tensor.is_floating_point()
+    return "; cast with .float()" + (
+        ", or if this is the model's input, pass what the model returns" if is_input else ""
+    )
+
+
+def of_labels_dtype(labels: torch.Tensor) -> str:
+    """How labels of another dtype become class indices."""
+    if labels.ndim != 2:
+        return "use .long()"
+    if labels.shape[1] == 1:
+        return "use .squeeze(1).long()"
+    if labels.dtype == torch.bool:
+        return "turn one-hot targets into indices with .int().argmax(1)"
+    return (
+        "turn one-hot targets into indices with .argmax(1); for mixtures (mixup, cutmix) of labels"
+        " a and b weigh two losses, lam * criterion(x, a) + (1 - lam) * criterion(x, b)"
+    )
+
+
+def of_labels_shape(labels: torch.Tensor, num_rows: int, num_classes: int) -> str:
+    """How labels become one class index for each of ``num_rows`` rows."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        return "; use .squeeze(1)"
+    if labels.numel() == num_rows:
+        return "; use .flatten()"
+    if labels.ndim == 2 and labels.shape[0] == num_rows:
+        return "; turn one-hot targets into indices with .argmax(1)"
+    if labels.shape == (num_classes,):
+        return "; there is one per row of weight: embeddings come first, then weight"
+    return ""
+
+
+def of_embeddings_shape(shape: torch.Size) -> str:
+    """How embeddings of another shape become (N, D)."""
+    if len(shape) == 1:
+        return "; a single embedding needs .unsqueeze(0)"
+    if len(shape) < 3:
+        return ""
+    if math.prod(shape[1:]) == max(shape[1:]):
+        return "; use .flatten(1)"
+    return (
+        "; make one vector of each row, with .flatten(1), or by pooling: .mean(1) of (N, T, D),"
+        " .mean((2, 3)) of (N, D, H, W)"
+    )
+
+
+def of_weight_shape(shape: torch.Size) -> str:
+    """How a weight of another shape becomes (C, D)."""
+    if len(shape) == 1:
+        return "; it holds a vector per class, not a factor per class as in F.cross_entropy"
+    if len(shape) >= 3 and math.prod(shape[1:]) == shape[1]:
+        return "; use .flatten(1)"
+    return "; use .squeeze(0)" if len(shape) == 3 and shape[0] == 1 else ""
+
+
+def of_columns(num_columns: int, num_classes: int, dim: int) -> str:
+    """How embeddings of another number of columns and a weight (C, D) become two that match."""
+    if num_classes == num_columns:
+        return (
+            f"a module takes num_classes first, so swap them: num_classes={dim},"
+            f" embedding_size={num_classes}; a function takes weight as (C, D), so pass"
+            " weight.t(); and if the embeddings are logits, pass what the model's last layer"
+            " is given"
+        )
+    return f"build the loss with embedding_size={num_columns}"
+
+
+def of_margin_shape(margin: torch.Tensor, num_rows: int) -> str:
+    """How a tensor becomes one margin for each of ``num_rows`` rows."""
+    if margin.numel() == 1 and margin.ndim < 2:
+        return (
+            "; pass a single margin as a float, margin.item(), or if it is learnt,"
+            f" margin.expand({num_rows})"
+        )
+    if margin.numel() == num_rows:
+        return "; use .flatten()"
+    return "; pass margins per class as margin[labels]" if margin.ndim == 1 else ""
+
+
+def of_dtensor(name: str) -> str:
+    """What to pass in place of a DTensor."""
+    if name == "weight":
+        return (
+            "if fully_shard() made it one, call the module itself, criterion(embeddings, labels),"
+            " which gathers it; its other methods gather it after"
+            ' torch.distributed.fsdp.register_fsdp_forward_method(criterion, "logits"); a function'
+            " takes weight.full_tensor()"
+        )
+    if name == "scale":
+        return "pass scale.full_tensor()"
+    return f"pass this rank's rows, {name}.to_local() if rows are sharded, else .full_tensor()"
