@@ -6,7 +6,6 @@ import contextlib
 from typing import Any
 
 import torch
-import triton
 
 from fused_margin._arguments import Gradients, Inputs, Losses, Needs, Slopes, Swept
 from fused_margin._triton import arguments
@@ -28,7 +27,7 @@ from fused_margin._triton.planning import (
     kept_shape,
     plan,
 )
-from fused_margin._triton.tiles import Tile, cut, power_of_two
+from fused_margin._triton.tiles import Tile, cdiv, cut, power_of_two
 from fused_margin.margins import NO_MARGIN, Margin
 
 Tensor = torch.Tensor
@@ -91,11 +90,11 @@ def _sweep(inputs: Inputs, p: Plan, rows: Rows, swept: Swept, ignore_index: int 
     tile = cut(sweep_tile(p.tiles.forward, kept is not None), num_rows, num_classes, dim)
     if kept is not None:
         tile = tile.with_classes(kept_block)
-    row_blocks, class_blocks = triton.cdiv(num_rows, tile.n), triton.cdiv(num_classes, tile.c)
+    row_blocks, class_blocks = cdiv(num_rows, tile.n), cdiv(num_classes, tile.c)
     # one program of each row block is for its target cosines
     splits = min(class_blocks, max(1, p.programs // max(row_blocks, 1) - 1))
-    blocks_per_split = triton.cdiv(class_blocks, splits)
-    splits = triton.cdiv(class_blocks, blocks_per_split)
+    blocks_per_split = cdiv(class_blocks, splits)
+    splits = cdiv(class_blocks, blocks_per_split)
     partial = x.new_empty((splits, 2, num_rows), dtype=p.accumulate)
     sweep_kernel[(row_blocks, splits + 1)](
         Matrix.of(x), Matrix.of(_operand(x, num_classes, p)), Matrix.of(w), rows, partial,
@@ -132,7 +131,7 @@ def _rows(
     block_n = MERGED_ROWS if num_rows <= MANY_ROWS else MERGED_ROWS_OF_MANY
     is_reduced = losses is not None and losses.reduced is not None
     rows_per_program = num_rows if is_reduced else block_n
-    rows_kernel[(triton.cdiv(num_rows, rows_per_program),)](
+    rows_kernel[(cdiv(num_rows, rows_per_program),)](
         partial, rows, losses, scale, margin.cos, margin.sin, margin.threshold, margin.offset,
         ignore_index, num_rows, num_classes, num_splits, rows_per_program,
         STRAIGHT_THROUGH=margin.straight_through, REDUCTION=reduction, P=p.precision,
@@ -217,7 +216,7 @@ def backward(slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs) -> Grad
         d_scale = None
         if partial is not None:
             d_scale = x.new_empty(num_rows, dtype=p.accumulate) if needs.scale else None
-            finish_kernel[(triton.cdiv(num_rows, FINISH_ROWS),)](
+            finish_kernel[(cdiv(num_rows, FINISH_ROWS),)](
                 Matrix.of(x), rows, partial, d_x, d_scale, inputs.scale, num_rows, x.shape[1],
                 partial.shape[0], P=p.precision, BLOCK_N=FINISH_ROWS, BLOCK_D=FINISH_COLUMNS,
                 num_warps=4, num_stages=2, enable_fp_fusion=True,
@@ -241,21 +240,21 @@ def _fused(
         raise RuntimeError("the fused backward was chosen without tiles for this D")
     weight_tile, embeddings_tile = (cut(tile, num_rows, num_classes, dim) for tile in tiles)
     if needs.w:
-        fused_weight_kernel[(triton.cdiv(num_classes, weight_tile.c),)](
+        fused_weight_kernel[(cdiv(num_classes, weight_tile.c),)](
             Matrix.of(x), Matrix.of(w), rows, inv_w, gradients.w, inputs.scale,
             num_rows, num_classes, dim, P=p.precision, **_run(weight_tile),
         )  # fmt: skip
     if not (needs.x or needs.scale):
         return None
     tile = embeddings_tile
-    row_blocks, class_blocks = triton.cdiv(num_rows, tile.n), triton.cdiv(num_classes, tile.c)
+    row_blocks, class_blocks = cdiv(num_rows, tile.n), cdiv(num_classes, tile.c)
     splits = _splits(
-        triton.cdiv(2 * p.programs, row_blocks),
-        triton.cdiv(class_blocks, 4),
+        cdiv(2 * p.programs, row_blocks),
+        cdiv(class_blocks, 4),
         num_rows * dim * p.accumulate.itemsize,
     )
-    blocks_per_split = triton.cdiv(class_blocks, splits)
-    splits = triton.cdiv(class_blocks, blocks_per_split)
+    blocks_per_split = cdiv(class_blocks, splits)
+    splits = cdiv(class_blocks, blocks_per_split)
     partial = x.new_empty((splits, num_rows, dim), dtype=p.accumulate)
     fused_embeddings_kernel[(row_blocks, splits)](
         Matrix.of(x), Matrix.of(w), rows, inv_w, partial, inputs.scale,
@@ -272,15 +271,15 @@ def _chunked(
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     kept, kept_block = kept_parts(swept.kept, num_rows, p)
     tile = cut(p.tiles.gradient, num_rows, num_classes, dim)
-    row_blocks, class_blocks = triton.cdiv(num_rows, tile.n), triton.cdiv(num_classes, tile.c)
+    row_blocks, class_blocks = cdiv(num_rows, tile.n), cdiv(num_classes, tile.c)
     size = _chunk_size(pitch(num_rows), num_classes, tile.c, p.gradient.itemsize)
     weight_tile = cut(p.tiles.weight, num_rows, size, dim)
     embeddings_tile = cut(p.tiles.embeddings, num_rows, size, dim)
     needs_v = needs.x or needs.scale
-    grid = triton.cdiv(num_rows, embeddings_tile.n), triton.cdiv(dim, embeddings_tile.d)
+    grid = cdiv(num_rows, embeddings_tile.n), cdiv(dim, embeddings_tile.d)
     splits = _splits(
         p.programs // (grid[0] * grid[1]),
-        triton.cdiv(size, 4 * embeddings_tile.c),
+        cdiv(size, 4 * embeddings_tile.c),
         num_rows * dim * p.accumulate.itemsize,
     )
     # one split of one chunk is all there is
@@ -301,12 +300,12 @@ def _chunked(
     for first in range(0, num_classes, size):
         length = min(size, num_classes - first)
         # one axis: the others of a CUDA grid end at 65,535
-        gradient_kernel[(triton.cdiv(length, tile.c) * row_blocks,)](
+        gradient_kernel[(cdiv(length, tile.c) * row_blocks,)](
             operand, w_in, rows, inv_w, kept, chunk, inputs.scale, first, length, num_rows, dim,
             row_blocks, KEPT_BLOCK=kept_block, P=p.precision, **_run(tile),
         )  # fmt: skip
         if needs.w:
-            blocks = triton.cdiv(dim, weight_tile.d) * triton.cdiv(length, weight_tile.c)
+            blocks = cdiv(dim, weight_tile.d) * cdiv(length, weight_tile.c)
             weight_kernel[(blocks,)](
                 x_in, w_in, rows, chunk, inv_w, gradients.w, first, length, num_rows, dim,
                 row_blocks, P=p.precision, **_run(weight_tile),
@@ -314,7 +313,7 @@ def _chunked(
         if needs_v:
             embeddings_kernel[(*grid, splits)](
                 x_in, w_in, rows, chunk, partial, gradients.x, first, length, num_rows, dim,
-                triton.cdiv(length, splits), class_blocks, P=p.precision, **_run(embeddings_tile),
+                cdiv(length, splits), class_blocks, P=p.precision, **_run(embeddings_tile),
             )  # fmt: skip
     return partial
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
@@ -18,7 +17,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from fused_margin._numerics import accumulation_dtype
 from fused_margin._triton import tiles, tuned
 from fused_margin._triton.arguments import Kept, Precision, pitch
-from fused_margin._triton.tiles import Tiles, power_of_two
+from fused_margin._triton.tiles import Tiles, cdiv, power_of_two
 
 Tensor = torch.Tensor
 
@@ -243,7 +242,7 @@ def kept_shape(
     num_rows, num_classes = x.shape[0], int(w.shape[0])
     p = default_plan(x, w, compute_dtype)
     block_c = _kept_block(num_classes, p)
-    blocks, size = triton.cdiv(num_classes, block_c), _kept_bytes(block_c, num_rows, p)
+    blocks, size = cdiv(num_classes, block_c), _kept_bytes(block_c, num_rows, p)
     if _override.strategy is not None:
         fits = int(_override.strategy == "kept")
     else:

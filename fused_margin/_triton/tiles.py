@@ -65,6 +65,11 @@ AXES = {
 OPERANDS = ("bf16", "fp16", "tf32", "ieee", "fp64")
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; `triton.cdiv` takes 10 microseconds on the host."""
+    return -(-a // b)
+
+
 def power_of_two(size: int, limit: int) -> int:
     """The smallest block that covers ``size``, at least 16 (a product's minimum), at most limit."""
     return min(limit, max(16, 1 << max(size - 1, 0).bit_length()))
