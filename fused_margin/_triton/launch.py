@@ -37,11 +37,10 @@ CHUNK_BYTES = 64 << 20
 PARTIAL_BYTES = 64 << 20
 # Most rows of a tile in a sweep that keeps its exponentials: with more the tile spills.
 KEPT_ROWS = 128
-# Rows and columns that a program of `finish_kernel` works on at a time.
-FINISH_ROWS, FINISH_COLUMNS = 16, 128
-# Splits that `rows_kernel` merges at a time, and rows: few, and more where there are many.
-MERGED_SPLITS = 16
-MERGED_ROWS, MERGED_ROWS_OF_MANY, MANY_ROWS = 32, 256, 4096
+# Rows and columns that a program of `finish_kernel` works on at a time: few, to fill a GPU.
+FINISH_ROWS, FINISH_COLUMNS = 4, 128
+# Splits and rows that `rows_kernel` merges at a time: many, as a single program may go through all.
+MERGED_SPLITS, MERGED_ROWS = 32, 128
 
 
 def guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -128,15 +127,14 @@ def _rows(
 ) -> None:
     """Launch what is linear in N: lse, and losses where they are asked for."""
     num_splits, _, num_rows = partial.shape
-    block_n = MERGED_ROWS if num_rows <= MANY_ROWS else MERGED_ROWS_OF_MANY
     is_reduced = losses is not None and losses.reduced is not None
-    rows_per_program = num_rows if is_reduced else block_n
+    rows_per_program = num_rows if is_reduced else MERGED_ROWS
     rows_kernel[(cdiv(num_rows, rows_per_program),)](
         partial, rows, losses, scale, margin.cos, margin.sin, margin.threshold, margin.offset,
         ignore_index, num_rows, num_classes, num_splits, rows_per_program,
         STRAIGHT_THROUGH=margin.straight_through, REDUCTION=reduction, P=p.precision,
-        BLOCK_S=power_of_two(num_splits, MERGED_SPLITS), BLOCK_N=power_of_two(num_rows, block_n),
-        num_warps=4, enable_fp_fusion=True,
+        BLOCK_S=MERGED_SPLITS, BLOCK_N=power_of_two(num_rows, MERGED_ROWS),
+        num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
 
 

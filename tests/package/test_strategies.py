@@ -293,9 +293,8 @@ def test_few_launches_at_small_c(
 
 
 def test_wide_tiles_and_a_cast_operand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: tiles that are finished in quarters, x cast before the sweep, many rows."""
+    """As on a GPU: tiles that are finished in quarters, and x cast before the sweep."""
     monkeypatch.setattr(launch, "LAUNCH_BOUND", 0)
-    monkeypatch.setattr(launch, "MANY_ROWS", 0)
     wide = dataclasses.replace(
         tiles.default("interpreter", "bf16"),
         forward=tiles.Tile(64, 64, 16, 1, 1),
