@@ -315,6 +315,14 @@ def _result(bound: Ours, upstream: Tensor | None = None) -> tuple[Tensor, Tensor
     return result
 
 
+def _require_same(
+    what: str, which: str, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]
+) -> None:
+    for name, got, wanted in zip(("loss", "d_x", "d_w"), actual, expected, strict=True):
+        if not torch.equal(got, wanted):
+            raise WrongResultError(f"{what}: {name} of {which} differs")
+
+
 def check_case(
     mode: Mode, strategy: str, device: torch.device, case: tuple[int, int, int, str]
 ) -> dict[str, Any]:
@@ -388,13 +396,7 @@ def check_repeats(
     bound = bind(mode.problem(*SMALL, device), mode, strategy)
     first = _result(bound)
     for repeat in range(repeats):
-        for name, actual, expected in zip(
-            ("loss", "d_x", "d_w"), _result(bound), first, strict=True
-        ):
-            if not torch.equal(actual, expected):
-                raise WrongResultError(
-                    f"{strategy}, {mode.name}: {name} of repeat {repeat} differs"
-                )
+        _require_same(f"{strategy}, {mode.name}", f"repeat {repeat}", _result(bound), first)
     return {"repeats": repeats}
 
 
@@ -429,13 +431,8 @@ def check_graph(mode: Mode, strategy: str, device: torch.device) -> dict[str, An
         graph.replay()
         torch.cuda.synchronize(device)
         expected = _result(bind(problem, mode, strategy))
-        for name, actual, wanted in zip(
-            ("loss", "d_x", "d_w"), (loss, *bound.gradients()), expected, strict=True
-        ):
-            if not torch.equal(actual, wanted):
-                raise WrongResultError(
-                    f"{strategy}, {mode.name}: {name} of graph replay {replay} differs"
-                )
+        actual = (loss, *bound.gradients())
+        _require_same(f"{strategy}, {mode.name}", f"graph replay {replay}", actual, expected)
     return {"replays": 3}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import baselines, harness
 
 WARM_UPS, MAX_ROUNDS = 2, 25
 # After this many seconds of rounds, warm-ups included, five are enough.
@@ -122,18 +122,13 @@ class CudaMeter(Meter):
 
 def back_to_back(call: Call, device: torch.device, repeats: int) -> float:
     """Seconds a call takes in a loop without waiting: what a launch-bound training step costs."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     for _ in range(3):
         call()
-    wait()
+    baselines.synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    wait()
+    baselines.synchronize(device)
     return (time.perf_counter() - start) / repeats
 
 

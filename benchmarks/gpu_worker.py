@@ -58,6 +58,7 @@ if _validate.has_triton():
 RIVAL_ERRORS = (*ERRORS, AttributeError, TypeError, AssertionError, LookupError)
 
 Details = dict[str, Any]
+Binder = Callable[[baselines.Problem], baselines.Contender]
 
 
 @dataclass(frozen=True)
@@ -212,33 +213,30 @@ class Run:
         return f"needs {needed / 2**30:.1f} GiB by formula, {free / 2**30:.1f} are free"
 
     def time_all(
-        self,
-        details: Details,
-        problem: baselines.Problem,
-        mode: Mode,
-        contenders: Mapping[str, Callable[[], baselines.Contender]],
+        self, rows: Details, shape: Shape, mode: Mode, contenders: Mapping[str, Binder]
     ) -> None:
         """Gate each contender, take its peak memory, and time those that pass, interleaved."""
-        with gpu_checks.forced(None, mode):
-            bound = self._admit(details["rows"], problem, mode, contenders)
-            self._rounds(details["rows"], bound)
+        if contenders:
+            with gpu_checks.forced(None, mode):
+                bound = self._admit(rows, self.problem(shape, mode), mode, contenders)
+                self._rounds(rows, bound)
 
     def _admit(
         self,
         rows: Details,
         problem: baselines.Problem,
         mode: Mode,
-        contenders: Mapping[str, Callable[[], baselines.Contender]],
+        contenders: Mapping[str, Binder],
     ) -> dict[str, baselines.Contender]:
         bound: dict[str, baselines.Contender] = {}
-        for name, make in contenders.items():
+        for name, bind in contenders.items():
             row = rows[name]
             if not self.is_time_left():
                 row |= {"status": "skipped", "message": "out of time"}
                 continue
             harness.progress(f"  {name}")
             try:
-                contender = make()
+                contender = bind(problem)
                 row |= {"name": contender.name, "drops_margin": contender.drops_margin}
                 row["relative_errors"] = gpu_checks.gate(problem, contender, mode.dtypes.operand)
                 row |= self._first_step(contender)
@@ -327,7 +325,7 @@ def rates(run: Run, details: Details) -> None:
 def compare_strategies(run: Run, details: Details, shape: Shape, mode: Mode) -> None:
     """Every strategy on one shape."""
     details["rows"] = rows = {}
-    wanted = []
+    contenders: dict[str, Binder] = {}
     for strategy in gpu_checks.strategies(run.device):
         work = roofline.work(shape, mode.dtypes, strategy, backward=True)
         row: Details = {"floor": run.floors(shape, mode, strategy)}
@@ -340,45 +338,34 @@ def compare_strategies(run: Run, details: Details, shape: Shape, mode: Mode) -> 
         elif reason := run.misfit(shape, mode, work.memory):
             row |= {"status": "skipped", "message": reason}
         else:
-            wanted.append(strategy)
-    if not wanted:
-        return
-    problem = run.problem(shape, mode)
-    makers = {
-        strategy: (lambda strategy=strategy: gpu_checks.bind(problem, mode, strategy))
-        for strategy in wanted
-    }
-    run.time_all(details, problem, mode, makers)
+            contenders[strategy] = functools.partial(gpu_checks.bind, mode=mode, strategy=strategy)
+    run.time_all(rows, shape, mode, contenders)
 
 
 def compare_baselines(run: Run, details: Details, shape: Shape, mode: Mode) -> None:
     """This package, by its own choice of strategy, against everyone."""
     strategy = gpu_checks.chosen_strategy(shape, mode, run.device)
-    rows, wanted = {}, []
+    rows: Details = {}
+    contenders: dict[str, Binder] = {}
     details |= {"rows": rows, "strategy": strategy}
     floor = run.floors(shape, mode, strategy)
     eager = roofline.work(shape, mode.dtypes, "eager", backward=True).memory
     # the others normalise W before their own work: five of C x D in the derivative, one is d_w
     normalising = 4.0 * shape.num_classes * shape.dim * mode.dtypes.w.itemsize
-    for key in baselines.EVERYONE:
+    for key, bind in baselines.EVERYONE.items():
         row: Details = {"floor": floor}
         rows[key] = row
         extra = eager if key in baselines.DENSE else normalising
         if key == "ours":
             extra = roofline.work(shape, mode.dtypes, strategy, backward=True).memory
+            bind = functools.partial(gpu_checks.bind, mode=mode, strategy=None)
         if key == "compiled" and run.result["dry_run"]:
             row |= {"status": "skipped", "message": "not compiled in a dry run"}
         elif reason := run.misfit(shape, mode, extra):
             row |= {"status": "skipped", "message": reason}
         else:
-            wanted.append(key)
-    problem = run.problem(shape, mode)
-    makers: dict[str, Callable[[], baselines.Contender]] = {
-        key: (lambda key=key: baselines.EVERYONE[key](problem)) for key in wanted
-    }
-    if "ours" in makers:
-        makers["ours"] = lambda: gpu_checks.bind(problem, mode, None)
-    run.time_all(details, problem, mode, makers)
+            contenders[key] = bind
+    run.time_all(rows, shape, mode, contenders)
 
 
 def profile_kernels(run: Run, details: Details, shape: Shape, mode: Mode) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from contenders import Recorder
 from helpers import HAS_TRITON
 
 from benchmarks import baselines, gpu_checks, gpu_timing, harness, shapes
@@ -157,20 +158,6 @@ def test_suite_of_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 # --- timing ---------------------------------------------------------------------------------------
 
 
-class Recorder:
-    """Enters in a log what is called."""
-
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name = name
-        self.log = log
-
-    def clear(self) -> None:
-        self.log.append(f"clear {self.name}")
-
-    def step(self) -> None:
-        self.log.append(f"call {self.name}")
-
-
 def test_rounds() -> None:
     log: list[str] = []
     rounds_left = iter([True] * 5 + [False])
@@ -178,11 +165,11 @@ def test_rounds() -> None:
         gpu_timing.Meter(), [Recorder(name, log) for name in "ab"], lambda: next(rounds_left)
     )
     assert list(map(len, samples)) == [3, 3]
-    called = [line[-1] for line in log if line.startswith("call")]
+    called = [line[-1] for line in log if line.startswith("step")]
     assert [sorted(called[i : i + 2]) for i in range(0, 10, 2)] == [["a", "b"]] * 5
     assert called[:2] * 5 != called  # the order changes
     for index, line in enumerate(log):
-        if line.startswith("call"):
+        if line.startswith("step"):
             assert log[index - 1] == log[index + 1] == f"clear {line[-1]}"
     assert gpu_timing.summary([]) is None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from contenders import Recorder
 from torch import Tensor
 
 from benchmarks import baselines, harness
@@ -78,18 +79,7 @@ def test_rival_that_fails_is_listed() -> None:
 
 def test_every_round_times_every_contender_with_gradients_cleared() -> None:
     log: list[str] = []
-
-    class Recorder:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def clear(self) -> None:
-            log.append(f"clear {self.name}")
-
-        def step(self) -> None:
-            log.append(f"step {self.name}")
-
-    seconds = harness.interleave([Recorder("a"), Recorder("b")], rounds=8, warmups=1)
+    seconds = harness.interleave([Recorder(name, log) for name in "ab"], rounds=8, warmups=1)
     assert [len(samples) for samples in seconds] == [8, 8]
     steps = [line for line in log if line.startswith("step")]
     assert len(steps) == 2 * 9
