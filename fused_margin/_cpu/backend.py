@@ -27,10 +27,11 @@ def kept_bytes(x: torch.Tensor, w: torch.Tensor, budget: int) -> Any:
     A formula without cases, so that `torch.compile` and `torch.export` need not know N.
 
     Returns:
-        An int, symbolic where N is.
+        An int, symbolic where N or the budget is.
     """
     num_rows, num_classes = x.shape[0], w.shape[0]
-    largest, smallest = (max, min) if type(num_rows) is int else (torch.sym_max, torch.sym_min)
+    is_known = type(num_rows) is int and type(budget) is int
+    largest, smallest = (max, min) if is_known else (torch.sym_max, torch.sym_min)
     available: Any = budget
     if budget < 0:
         further_rows = largest(0, num_rows - KEPT_ROWS)
