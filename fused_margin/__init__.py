@@ -14,6 +14,7 @@ from fused_margin.losses import (
     ArcFaceLoss,
     CosFaceLoss,
     FixedAdaCosLoss,
+    MarginSoftmaxLoss,
     NormalizedSoftmaxLoss,
 )
 
@@ -21,6 +22,7 @@ __all__ = [
     "ArcFaceLoss",
     "CosFaceLoss",
     "FixedAdaCosLoss",
+    "MarginSoftmaxLoss",
     "NormalizedSoftmaxLoss",
     "UnsynchronizedWeightsWarning",
     "__version__",

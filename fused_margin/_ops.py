@@ -35,18 +35,19 @@ Tensor = torch.Tensor
 # coefficients of the margin. As `float` arguments they would be constants of a compiled graph.
 _lib = torch.library.Library("fused_margin", "DEF")
 _lib.define(
-    "check_labels(Tensor labels, int num_classes, int ignore_index) -> Tensor",
+    "check_labels(Tensor labels, int num_classes, SymInt ignore_index) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _lib.define(
     "cosine_lse(Tensor x, Tensor w, Tensor labels, Tensor numbers, Tensor? scale_tensor,"
-    " ScalarType compute_dtype, str backend, int budget)"
+    " ScalarType compute_dtype, str backend, SymInt budget)"
     " -> (Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _lib.define(
     "margin_ce(Tensor x, Tensor w, Tensor labels, Tensor numbers, bool straight_through,"
-    " str reduction, int ignore_index, ScalarType compute_dtype, str backend, int budget)"
+    " str reduction, SymInt ignore_index, ScalarType compute_dtype, str backend,"
+    " SymInt budget)"
     " -> (Tensor loss, Tensor slope_lse, Tensor slope_u, Tensor num_counted, Tensor targets,"
     " Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept)",
     tags=torch.Tag.pt2_compliant_tag,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 import numbers
@@ -10,7 +11,7 @@ import operator
 import os
 import sys
 from collections.abc import Sized
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -67,6 +68,13 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
         remedy = "; pass the string, 'none'" if value is None and "none" in allowed else ""
         raise ValueError(f"{name} must be one of {options}; got {value!r}{remedy}")
     return value
+
+
+# of one argument each, as a module checks what is assigned to it
+reduction = functools.partial(choice, "reduction", allowed=REDUCTIONS)
+boundary = functools.partial(choice, "boundary", allowed=BOUNDARIES)
+grad = functools.partial(choice, "grad", allowed=GRADS)
+backend_name = functools.partial(choice, "backend", allowed=BACKENDS)
 
 
 def floating(name: str, value: torch.dtype) -> torch.dtype:
@@ -339,6 +347,16 @@ def scale(value: Any, device: torch.device) -> float | torch.Tensor:
         if _transforms.is_readable(value):
             positive_scale(value.detach().item())
         return value
+    return _scale_number(value)
+
+
+def module_scale(value: Any) -> float:
+    """Check the scale of a module: a number > 0."""
+    _no_tensor("scale", value)
+    return _scale_number(value)
+
+
+def _scale_number(value: Any) -> float:
     if value is None:
         remedy = "; functional.fixed_adacos_scale(num_classes) is a choice"
     else:
@@ -382,6 +400,7 @@ def _margin(
                 f"margin is on {value.device}, embeddings on {labels.device}; move the margin"
             )
         return value.masked_fill(labels.long() == ignore_index, 0.0)
+    _no_tensor("margin", value)
     if value is None:
         remedy = "; 0.0 is no margin"
     elif not _holds_several(value):
@@ -456,7 +475,7 @@ def _finite(margin: float, where: str) -> None:
         raise ValueError(f"margin must be finite, got {margin}{where}")
 
 
-def no_tensor(name: str, value: Any) -> None:
+def _no_tensor(name: str, value: Any) -> None:
     """Refuse a tensor as a module's number, where a parameter would become part of its state."""
     if isinstance(value, torch.Tensor):
         raise TypeError(
@@ -506,6 +525,14 @@ def memory_budget(value: int | None) -> int | None:
             f"memory_budget must be >= 0 bytes, got {value}; None stands for the default"
         )
     return min(value, 2**63 - 1)  # what the operator's schema holds
+
+
+def derived_scale(value: Any) -> NoReturn:
+    """Refuse to set the scale of Fixed AdaCos, be it a number or a tensor."""
+    raise AttributeError(
+        "the scale of Fixed AdaCos follows from the number of classes and can't be set; for a scale"
+        " of your choice use NormalizedSoftmaxLoss"
+    )
 
 
 def fixed_adacos_classes(num_classes: int) -> int:

@@ -47,7 +47,8 @@ def _margin_softmax(
     backend: str,
     memory_budget: int | None,
 ) -> torch.Tensor:
-    """Cross-entropy with target logit s psi(u): the fused operator, or autograd over N numbers."""
+    """`margin_softmax` of checked tensors: the fused operator, or autograd over N numbers."""
+    _validate.psi(psi)
     _validate.choice("reduction", reduction, _validate.REDUCTIONS)
     ignore_index = _validate.ignore_index(ignore_index)
     memory_budget = _validate.memory_budget(memory_budget)
@@ -141,7 +142,6 @@ def margin_softmax(
         ValueError: psi returned something else than (N,) numbers.
     """
     _validate.tensors(embeddings, weight, labels)
-    _validate.psi(psi)
     return _margin_softmax(
         embeddings, weight, labels, psi, scale, reduction, ignore_index, backend, memory_budget
     )

@@ -27,10 +27,11 @@ def kept_bytes(x: torch.Tensor, w: torch.Tensor, budget: int) -> Any:
     A formula without cases, so that `torch.compile` and `torch.export` need not know N.
 
     Returns:
-        An int, symbolic where N is.
+        An int, symbolic where N or the budget is.
     """
     num_rows, num_classes = x.shape[0], w.shape[0]
-    largest, smallest = (max, min) if type(num_rows) is int else (torch.sym_max, torch.sym_min)
+    is_known = type(num_rows) is int and type(budget) is int
+    largest, smallest = (max, min) if is_known else (torch.sym_max, torch.sym_min)
     available: Any = budget
     if budget < 0:
         further_rows = largest(0, num_rows - KEPT_ROWS)
@@ -38,14 +39,16 @@ def kept_bytes(x: torch.Tensor, w: torch.Tensor, budget: int) -> Any:
     return smallest(num_rows * num_classes * accumulation_dtype(x, w).itemsize, available)
 
 
-def kept_classes(x: torch.Tensor, w: torch.Tensor, compute: torch.dtype, num_bytes: int) -> int:
+def kept_classes(
+    x: torch.Tensor, w: torch.Tensor, compute_dtype: torch.dtype, num_bytes: int
+) -> int:
     """How many classes' products ``num_bytes`` hold: all, or those of whole blocks."""
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     accumulate = accumulation_dtype(x, w)
     if single.fits(num_rows, num_classes, dim):
         needed = num_rows * num_classes * accumulate.itemsize
         return num_classes if needed <= num_bytes else 0
-    bytes_per_class = num_rows * product_dtype(compute, accumulate).itemsize
+    bytes_per_class = num_rows * product_dtype(compute_dtype, accumulate).itemsize
     if num_classes * bytes_per_class <= num_bytes:
         return num_classes
     size = sweep.block_size(num_rows, num_classes, dim, accumulate.itemsize)
@@ -65,13 +68,13 @@ def forward(problem: Problem, budget: int) -> Swept:
     Raises nothing: labels outside [0, C) mean "no target".
     """
     num_bytes = kept_bytes(problem.x, problem.w, budget)
-    num_kept = kept_classes(problem.x, problem.w, problem.compute, num_bytes)
+    num_kept = kept_classes(problem.x, problem.w, problem.compute_dtype, num_bytes)
     return _way(problem).forward(problem, num_kept, num_bytes)
 
 
 def backward(g: RowGradients, problem: Problem, swept: Swept, needs: Needs) -> Gradients:
     """Vector-Jacobian product of `forward`, for gradients ``g`` of lse and u."""
-    num_kept = kept_classes(problem.x, problem.w, problem.compute, swept.kept.shape[0])
+    num_kept = kept_classes(problem.x, problem.w, problem.compute_dtype, swept.kept.shape[0])
     if problem.targets.rows is not None:  # elsewhere u is the number 0, whatever its gradient
         found = problem.targets.rows.numpy()
         g_u = np.zeros_like(g.u)

@@ -23,12 +23,12 @@ def _asks(owner: Any, name: str) -> bool:
     return question is not None and bool(question())
 
 
-def product_dtype(compute: torch.dtype, accumulate: torch.dtype) -> torch.dtype:
+def product_dtype(compute_dtype: torch.dtype, accumulate: torch.dtype) -> torch.dtype:
     """bf16 where asked for and the CPU has instructions for it, else the accumulation dtype.
 
     fp16 is computed in fp32, which is both exact for fp16 inputs and faster on today's CPUs.
     """
-    if compute is torch.bfloat16 and accumulate is torch.float32 and has_bf16_products():
+    if compute_dtype is torch.bfloat16 and accumulate is torch.float32 and has_bf16_products():
         return torch.bfloat16
     return accumulate
 

@@ -89,7 +89,7 @@ class Problem(NamedTuple):
         targets: those that are inside.
         ignored: rows of which nothing may be used, (N,) bool; None if there are none.
         scale: s > 0.
-        compute: the dtype asked for in products. accumulate: that of sums.
+        compute_dtype: the dtype asked for in products. accumulate: that of sums.
     """
 
     x: torch.Tensor
@@ -98,7 +98,7 @@ class Problem(NamedTuple):
     targets: Targets
     ignored: torch.Tensor | None
     scale: float
-    compute: torch.dtype
+    compute_dtype: torch.dtype
     accumulate: torch.dtype
 
     @property

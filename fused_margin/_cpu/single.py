@@ -42,7 +42,7 @@ def fits(num_rows: int, num_classes: int, dim: int) -> bool:
 def _product_dtype(problem: Problem) -> torch.dtype:
     if math.prod(problem.sizes) < LOWERED:
         return problem.accumulate
-    return product_dtype(problem.compute, problem.accumulate)
+    return product_dtype(problem.compute_dtype, problem.accumulate)
 
 
 def _multiply(

@@ -79,7 +79,7 @@ class Sweep:
         num_rows, num_classes, dim = problem.sizes
         scaled = x.values * (x.inverse * (problem.scale * LOG2_E))[:, None]
         self.w, self.accumulate = problem.w, scaled.dtype
-        self.dtype = product_dtype(problem.compute, self.accumulate)
+        self.dtype = product_dtype(problem.compute_dtype, self.accumulate)
         self.operand = scaled.to(self.dtype)  # (N, D)
         self.size = block_size(num_rows, num_classes, dim, scaled.element_size())
         self.work = scaled.new_empty(self.size, num_rows)
@@ -156,7 +156,7 @@ def forward(problem: Problem, num_kept: int, num_bytes: int) -> Swept:
     x = measure(embeddings(problem))
     accumulate = problem.accumulate
     num_rows, num_classes, _ = problem.sizes
-    dtype = product_dtype(problem.compute, accumulate)
+    dtype = product_dtype(problem.compute_dtype, accumulate)
     inv_w = x.inverse.new_empty(num_classes)
     kept = kept_memory.empty(num_bytes, dtype=torch.uint8)
     sweep = Sweep(problem, x.rows, _kept_products(kept, (num_kept, num_rows), dtype))
@@ -311,7 +311,7 @@ def backward(
     """Vector-Jacobian product of `forward` (eq. 7 to 9), for gradients ``g`` of lse and u."""
     x = shrink_huge(embeddings(problem), swept.inv_x)
     num_rows, num_classes, _ = problem.sizes
-    dtype = product_dtype(problem.compute, problem.accumulate)
+    dtype = product_dtype(problem.compute_dtype, problem.accumulate)
     sweep = Sweep(problem, x, _kept_products(swept.kept, (num_kept, num_rows), dtype))
     shifts = needs_shift(problem.scale, num_classes, problem.accumulate)
     factors = _Factors.of(g, problem, swept, x)

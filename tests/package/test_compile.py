@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -336,6 +337,107 @@ def test_a_schedule_of_a_module_compiles_twice(backend: str) -> None:
         criterion.margin, criterion.scale = 0.5 * epoch / 12, 30.0 + epoch
         torch.testing.assert_close(compiled(x, labels), criterion(x, labels))
     assert counter.frame_count == 2
+
+
+class _Around(torch.nn.Module):
+    """A module that has another."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.inner(x, labels)
+
+
+# What sees to it that a module's integers may vary: not where Dynamo meets it as a global.
+REACHED: dict[str, Callable[..., Any]] = {
+    "itself": lambda criterion, compiled: compiled(criterion),
+    "in another": lambda criterion, compiled: compiled(_Around(criterion)),
+    "closure": lambda criterion, compiled: compiled(lambda x, y: criterion(x, y)),
+    "argument": lambda criterion, compiled: functools.partial(
+        compiled(lambda module, x, y: module(x, y)), criterion
+    ),
+}
+
+
+@pytest.mark.parametrize("reached", REACHED)
+@pytest.mark.parametrize("name", ["memory_budget", "ignore_index"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_schedule_of_integers_compiles_twice(backend: str, name: str, reached: str) -> None:
+    criterion = fm.ArcFaceLoss(CLASSES, DIM, backend=backend).to(device_of(backend))
+    counter = CompileCounterWithBackend("aot_eager")
+    call = REACHED[reached](criterion, lambda f: torch.compile(f, backend=counter, fullgraph=True))
+    x, labels = _batch(6, device_of(backend))
+    for epoch in range(12):
+        value = 100 * epoch + 50 if name == "memory_budget" else -100 - epoch
+        setattr(criterion, name, value)
+        if name == "ignore_index":
+            labels[0] = value
+        got, want = call(x, labels), criterion(x, labels)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("name", ["memory_budget", "ignore_index"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_integers_of_a_function_compile_twice(backend: str, name: str) -> None:
+    x, labels = _batch(6, device_of(backend))
+    w = torch.randn(CLASSES, DIM, device=x.device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fmf.cosface, backend=counter, fullgraph=True)
+    for epoch in range(12):
+        options: dict[str, Any] = {"ignore_index": -100, name: 50 + 100 * epoch}
+        labels[0] = options["ignore_index"]
+        got = compiled(x, w, labels, backend=backend, **options)
+        torch.testing.assert_close(got, fmf.cosface(x, w, labels, backend=backend, **options))
+        torch.autograd.grad(got, x)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("boundary", ("continuous", "none", "linear")), ("grad", ("straight_through", "exact")),
+        ("reduction", ("sum", "none", "mean")), ("backend", ("reference", "cpu", "auto")),
+        ("memory_budget", (0, None, 1, 2, 0)),
+    ],
+)  # fmt: skip
+def test_a_schedule_of_everything_else(name: str, values: tuple[Any, ...]) -> None:
+    """What is not a number compiles once for each of its few values."""
+    criterion = fm.ArcFaceLoss(CLASSES, DIM)
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    x, labels = _batch(6, torch.device("cpu"))
+    for value in (getattr(criterion, name), *values):
+        setattr(criterion, name, value)
+        torch.testing.assert_close(compiled(x, labels), criterion(x, labels))
+
+
+class _OwnMargin(fm.MarginSoftmaxLoss):
+    """A margin that nothing in the package has."""
+
+    def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> fmf.Psi:
+        return lambda u: 2.0 * u * u.abs() - 1.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_margin_of_ones_own(backend: str) -> None:
+    criterion = _OwnMargin(CLASSES, DIM, backend=backend).to(device_of(backend))
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    x, labels = _batch(6, device_of(backend))
+    rows = torch.export.Dim("rows")
+    exported = torch.export.export(
+        criterion, (x, labels), dynamic_shapes=({0: rows}, {0: rows}), strict=False
+    )
+    for scale in (30.0, 20.0, 10.0):
+        criterion.scale = scale
+        got, want = compiled(x, labels), criterion(x, labels)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x))
+    x, labels = _batch(9, device_of(backend))
+    criterion.scale = 64.0
+    torch.testing.assert_close(exported.module()(x, labels), criterion(x, labels))
 
 
 class _Step(torch.nn.Module):

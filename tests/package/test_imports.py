@@ -169,6 +169,7 @@ SIZES = [("num_classes", REQUIRED), ("embedding_size", REQUIRED)]
 TENSORS = [("embeddings", REQUIRED), ("weight", REQUIRED), ("labels", REQUIRED)]
 ANGULAR = {"boundary": "linear", "grad": "exact"}
 SIGNATURES = {
+    fm.MarginSoftmaxLoss: ([*SIZES, ("scale", 64.0)], COMMON),
     fm.ArcFaceLoss: ([*SIZES, ("margin", 0.5), ("scale", 64.0)], ANGULAR | COMMON),
     fm.CosFaceLoss: ([*SIZES, ("margin", 0.35), ("scale", 64.0)], COMMON),
     fm.FixedAdaCosLoss: (SIZES, COMMON),

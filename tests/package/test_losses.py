@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -369,3 +370,159 @@ def test_a_scale_may_be_set(make: Any) -> None:
     torch.testing.assert_close(criterion.logits(x), other.logits(x))
     with pytest.raises(ValueError, match="scale must be"):
         criterion.scale = -1.0
+
+
+ASSIGNED: dict[str, tuple[Any, Any]] = {  # a value that does, and one that doesn't
+    "margin": (0.2, 28.6),
+    "scale": (16.0, -1.0),
+    "boundary": ("continuous", "easy"),
+    "grad": ("straight_through", "ste"),
+    "reduction": ("sum", None),
+    "ignore_index": (3, 1.5),
+    "backend": ("reference", "gpu"),
+    "memory_budget": (1 << 10, -1),
+}
+SETTINGS = [
+    (make, name)
+    for make in (fm.ArcFaceLoss, fm.CosFaceLoss, fm.FixedAdaCosLoss, fm.NormalizedSoftmaxLoss)
+    for name in ASSIGNED
+    if name in inspect.signature(make).parameters
+]
+
+
+@pytest.mark.parametrize(("make", "name"), SETTINGS)
+def test_what_is_assigned_is_as_if_constructed(make: Any, name: str) -> None:
+    value, wrong = ASSIGNED[name]
+    criterion, other = make(10, 6), make(10, 6, **{name: value})
+    other.load_state_dict(criterion.state_dict())
+    setattr(criterion, name, value)
+    assert repr(criterion) == repr(other)
+    assert name in make.settings
+    x, labels = _batch()
+    labels[0] = 3
+    expected = other(x, labels)
+    assert torch.equal(criterion(x, labels), expected)
+    assert torch.equal(copy.deepcopy(criterion)(x, labels), expected)
+    with pytest.raises((TypeError, ValueError)) as constructed:
+        make(10, 6, **{name: wrong})
+    with pytest.raises(constructed.type) as assigned:
+        setattr(criterion, name, wrong)
+    assert str(assigned.value) == str(constructed.value)
+    assert getattr(criterion, name) == value
+    assert list(criterion.state_dict()) == ["weight"]
+
+
+@pytest.mark.parametrize("value", [3.0, torch.tensor(3.0), nn.Parameter(torch.tensor(3.0))])
+def test_a_derived_scale_cannot_be_set(value: Any) -> None:
+    criterion = fm.FixedAdaCosLoss(10, 4)
+    with pytest.raises(AttributeError, match=r"follows from .* use NormalizedSoftmaxLoss"):
+        criterion.scale = value
+    assert list(criterion.state_dict()) == ["weight"]
+    assert criterion.scale == math.sqrt(2.0) * math.log(9)
+
+
+# --- a margin of one's own ------------------------------------------------------------------------
+
+
+class _Square(fm.MarginSoftmaxLoss):
+    def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> fmf.Psi:
+        return lambda u: 2.0 * u * u.abs() - 1.0
+
+
+class _ClassMargins(fm.MarginSoftmaxLoss):
+    """A margin for each class, which is learnt, and an offset for all."""
+
+    settings: ClassVar = {"offset": float, **fm.MarginSoftmaxLoss.settings}
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, offset: float = 0.1, **options: Any
+    ) -> None:
+        super().__init__(num_classes, embedding_size, 30.0, **options)
+        self.offset = offset
+        self.margin = nn.Parameter(torch.linspace(0.1, 0.5, num_classes))
+
+    def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> fmf.Psi:
+        return fm.margins.additive(self.margin[labels.clamp_min(0)] + self.offset)
+
+
+class _LearntScale(fm.MarginSoftmaxLoss):
+    """A scale that is derived, and a margin that depends on the embedding's norm."""
+
+    def __init__(self, num_classes: int, embedding_size: int, **options: Any) -> None:
+        super().__init__(num_classes, embedding_size, None, **options)
+        self.log_scale = nn.Parameter(torch.tensor(3.0))
+
+    @property
+    def scale(self) -> Any:
+        return self.log_scale.exp()
+
+    @scale.setter
+    def scale(self, value: Any) -> None:
+        raise AttributeError("learnt")
+
+    def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> fmf.Psi:
+        margin = 0.3 * embeddings.norm(dim=1).clamp_max(1.0)
+        return fm.margins.angular(margin, "linear", "exact")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_subclass_implements_psi(backend: str) -> None:
+    device = device_of(backend)
+    x, labels = (part.to(device) for part in _batch())
+    labels[2] = -100
+    options: dict[str, Any] = {"backend": backend, "reduction": "sum", "memory_budget": 1 << 12}
+
+    square = _Square(10, 6, scale=20.0, **options).to(device)
+    expected = fmf.margin_softmax(
+        x, square.weight, labels, lambda u: 2.0 * u * u.abs() - 1.0, 20.0, **options
+    )
+    assert torch.equal(square(x, labels), expected)
+
+    classes = _ClassMargins(10, 6, **options).to(device)
+    rows = classes.margin[labels.clamp_min(0)] + 0.1
+    expected = fmf.cosface(x, classes.weight, labels, rows, 30.0, **options)
+    parameters = list(classes.parameters())
+    got = classes(x, labels)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters)
+    )
+
+    learnt = _LearntScale(10, 6, **options).to(device)
+    rows = 0.3 * x.norm(dim=1).clamp_max(1.0)
+    expected = fmf.arcface(x, learnt.weight, labels, rows, learnt.scale, **options)
+    got, parameters = learnt(x, labels), list(learnt.parameters())
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters)
+    )
+
+
+def test_a_subclass_has_repr_and_settings() -> None:
+    assert repr(_Square(10, 6, memory_budget=5)) == (
+        "_Square(num_classes=10, embedding_size=6, scale=64, reduction='mean', ignore_index=-100,"
+        " backend='auto', memory_budget=5)"
+    )
+    criterion = _ClassMargins(10, 6)
+    criterion.offset = np.float32(0.25)  # pyright: ignore[reportAttributeAccessIssue]
+    assert type(criterion.offset) is float
+    assert repr(criterion).startswith(
+        "_ClassMargins(num_classes=10, embedding_size=6, offset=0.25, scale=30, reduction='mean'"
+    )
+    assert sorted(criterion.state_dict()) == ["margin", "weight"]
+    loaded = pickle.loads(pickle.dumps(criterion))
+    assert repr(loaded) == repr(criterion)
+    with pytest.raises(ValueError, match="scale must be finite"):
+        criterion.scale = 0.0
+
+
+def test_a_subclass_that_is_not_complete() -> None:
+    with pytest.raises(NotImplementedError, match=r"MarginSoftmaxLoss has no margin: .*psi\("):
+        fm.MarginSoftmaxLoss(10, 6)(*_batch())
+    with pytest.raises(TypeError, match=r"scale must be a number.* got None"):
+        _Square(10, 6, None)
+    with pytest.raises(AttributeError, match="learnt"):
+        _LearntScale(10, 6).scale = 3.0
+    x, labels = _batch()
+    with pytest.raises(TypeError, match="look swapped"):  # before psi sees them
+        _ClassMargins(10, 6)(labels, x)
