@@ -8,7 +8,7 @@ For CUDA and ROCm devices. In this order: correctness (a quarter of the time at 
 strategies of the backward against each other, steps of small shapes, the kernels of a step, the
 rivals that are installed, other dtypes, and tile candidates. A short table comes last on stdout;
 DIR/gpu.json has everything, and is written whole after every step, so that an interrupted run keeps
-what it has. Where matplotlib is installed, charts are drawn next to it.
+what it has. `python -m benchmarks.report --results DIR --docs DIR` makes a page and charts of it.
 
 A floor (`benchmarks.roofline`) is that of the strategy on this device, with rates measured in the
 same run; for a rival, that of the strategy which this package takes. Times are by the device's own
@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -41,7 +39,7 @@ from benchmarks import gpu_worker, harness
 
 Result = dict[str, Any]
 
-CLOSING = 10.0  # seconds kept for the table and the charts, at most a tenth of the time
+CLOSING = 10.0  # seconds kept for the table, at most a tenth of the time
 STDERR = 2  # the file descriptor: stdout is for the table
 POLL = 0.1  # seconds between looks at the worker
 WORKER = [sys.executable, "-m", "benchmarks.gpu_worker"]
@@ -230,42 +228,6 @@ def table(result: Result) -> str:
     return "\n".join(lines)
 
 
-def has_matplotlib() -> bool:
-    """Whether charts can be drawn."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def draw(result: Result, directory: Path) -> None:
-    """Bars of every comparison with rivals, ``DIR/baselines-SHAPE-MODE.png``."""
-    charts = importlib.import_module("benchmarks.charts")
-    about = result["steps"].get("environment", {})
-    subtitle = f"{about.get('device', result['device'])}, torch {about.get('torch')}"
-    if result["dry_run"]:
-        subtitle += "; dry run of tiny shapes"
-    for key, details in result["steps"].items():
-        rows = [row for row in details.get("rows", {}).values() if _median(row, "step")]
-        if not key.startswith("baselines/") or not rows or not rows[0]["floor"]:
-            continue
-        shape = details["shape"]
-        sizes = f"N={shape['num_rows']:,}, C={shape['num_classes']:,}, D={shape['dim']:,}"
-        charts.bars(
-            directory / f"{key.replace('/', '-')}.png",
-            f"{shape['name']}, {details['mode']}: forward + backward, {sizes}",
-            subtitle,
-            [
-                charts.Bar(
-                    row["name"],
-                    row["step"]["median_ms"],
-                    is_ours=row["name"] == "fused_margin",
-                    is_lower_bound=row["drops_margin"],
-                )
-                for row in rows
-            ],
-            rows[0]["floor"]["step_ms"],
-            f"floor, {details['strategy']}",
-        )
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
@@ -309,8 +271,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the worker as Ctrl-C does
     result = supervise(path)
-    if has_matplotlib():
-        draw(result, settings.out)
     print(table(result), flush=True)
     if failures(result) or result["status"] == "crashed":
         return 1

@@ -41,7 +41,7 @@ CASES = (
     (300, 1_000, 64, "mean"),
 )
 SMALL = (64, 5_003, 64)
-PYTEST = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", "not slow", "-v"]
+PYTEST = [sys.executable, "-m", "pytest", "tests/package/test_gpu.py", "-m", "not slow", "-v"]
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def strategies(device: torch.device) -> tuple[str, ...]:
     return roofline.GPU_STRATEGIES if device.type == "cuda" else ("cpu",)
 
 
-def _config(mode: Mode, device: torch.device) -> Any:
-    configs = importlib.import_module("fused_margin._triton.configs")
-    return configs.config(family(device), mode.dtypes.operand)
+def _tiles(mode: Mode, device: torch.device) -> Any:
+    tiles = importlib.import_module("fused_margin._triton.tiles")
+    return tiles.default(family(device), mode.dtypes.operand)
 
 
 def offers(strategy: str, dim: int, mode: Mode, device: torch.device) -> bool:
     """Whether the package has a strategy for an embedding size and dtypes."""
-    return strategy != "fused" or _config(mode, device).fused_tiles(dim) is not None
+    return strategy != "fused" or _tiles(mode, device).for_fused(dim) is not None
 
 
 def chosen_strategy(shape: Shape, mode: Mode, device: torch.device) -> str:
@@ -99,23 +99,23 @@ def chosen_strategy(shape: Shape, mode: Mode, device: torch.device) -> str:
         return "cpu"
     planning = importlib.import_module("fused_margin._triton.planning")
     sizes = (shape.num_rows, shape.num_classes, shape.dim)
-    return planning.strategy_for(*sizes, _config(mode, device), kept_bytes=1, budget=0)
+    return planning.strategy_for(*sizes, _tiles(mode, device), kept_bytes=1, budget=0)
 
 
 def family(device: torch.device) -> str:
     """The device's architecture family, by which the package chooses tiles and strategies."""
-    configs = importlib.import_module("fused_margin._triton.configs")
+    tiles = importlib.import_module("fused_margin._triton.tiles")
     planning = importlib.import_module("fused_margin._triton.planning")
-    return configs.family(*planning.architecture(device))
+    return tiles.family(*planning.architecture(device))
 
 
 @contextlib.contextmanager
 def forced(strategy: str | None, mode: Mode) -> Iterator[None]:
-    """Use a mode's precision and "chunked" or "fused"; else the package chooses."""
+    """Use a mode's precision and a strategy of a GPU; else the package chooses."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(mode.precision)
     try:
-        if strategy in ("chunked", "fused"):
+        if strategy in roofline.GPU_STRATEGIES:
             planning = importlib.import_module("fused_margin._triton.planning")
             with planning.override(strategy=strategy):
                 yield
@@ -148,17 +148,14 @@ def bind(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Ours:
-    """Bind ArcFace by its public function; "kept" is asked for by a sufficient memory budget."""
+    """Bind ArcFace by its public function."""
     x, w = (tensor.detach().requires_grad_() for tensor in (problem.x, problem.w))
-    options: dict[str, Any] = {"reduction": reduction, "backend": backend}
-    if strategy == "kept":  # entries and their shifts, for whole blocks of classes
-        itemsize = 2 * mode.dtypes.accumulate.itemsize
-        options["memory_budget"] = itemsize * x.shape[0] * (w.shape[0] + 256)
-    elif strategy in ("chunked", "fused"):
-        options["memory_budget"] = 0
 
     def compute_loss() -> Tensor:
-        return fm.functional.arcface(x, w, problem.labels, problem.margin, problem.scale, **options)
+        return fm.functional.arcface(
+            x, w, problem.labels, problem.margin, problem.scale,
+            reduction=reduction, backend=backend,
+        )  # fmt: skip
 
     return Ours(
         strategy or "fused_margin",
@@ -443,7 +440,7 @@ def check_graph(mode: Mode, strategy: str, device: torch.device) -> dict[str, An
 
 
 def run_tests(log: Path, timeout: float) -> dict[str, Any]:
-    """Run tests/test_gpu.py in a process of its own, its output going to ``log``.
+    """Run tests/package/test_gpu.py in a process of its own, its output going to ``log``.
 
     Returns:
         how many tests passed, and whether there was time for all.

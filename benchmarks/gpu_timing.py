@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
+from benchmarks import harness
 
 WARM_UPS, MAX_ROUNDS = 2, 25
 # After this many seconds of rounds, warm-ups included, five are enough.
@@ -20,66 +21,40 @@ FLUSH_BYTES = 512 << 20
 Call = Callable[[], object]
 
 
-class Meter(Protocol):
-    """Measures calls on one device."""
+class Meter:
+    """Measures calls on one device: this one on a CPU, by the wall clock alone, for dry runs."""
 
-    device: torch.device
+    device = torch.device("cpu")
 
     def seconds(self, call: Call) -> float:
         """Seconds of one call, on a GPU by its own clock and from a cold L2 cache."""
-        ...
+        return harness.wall_seconds(call)
 
     def peak(self, call: Call) -> int | None:
         """Bytes by which one call raises the allocated memory at its peak; None if unknown."""
-        ...
+        return None
 
     def kernels(self, call: Call) -> dict[str, dict[str, float]] | None:
         """How often one call runs each kernel, memset and copy (count), and for how long (ms).
 
         The profiler that finds out slows down every later launch of the process.
         """
-        ...
+        return None
 
     def free(self) -> int | None:
         """Bytes of device memory that can be allocated; None if that is not known."""
-        ...
+        return None
 
     def is_usable(self) -> bool:
         """Whether the device still works: after some errors a process can't use it any more."""
-        ...
+        return True
 
     def is_undisturbed(self) -> bool:
         """Whether times are still to be trusted: no profiler has run in this process."""
-        ...
-
-
-class CpuMeter:
-    """Wall clock only, for dry runs."""
-
-    device = torch.device("cpu")
-
-    def seconds(self, call: Call) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    def peak(self, call: Call) -> int | None:
-        return None
-
-    def kernels(self, call: Call) -> dict[str, dict[str, float]] | None:
-        return None
-
-    def free(self) -> int | None:
-        return None
-
-    def is_usable(self) -> bool:
-        return True
-
-    def is_undisturbed(self) -> bool:
         return True
 
 
-class CudaMeter:
+class CudaMeter(Meter):
     """CUDA or ROCm events, the allocator's statistics, and the profiler."""
 
     def __init__(self) -> None:
@@ -164,46 +139,28 @@ def back_to_back(call: Call, device: torch.device, repeats: int) -> float:
 
 def interleave(
     meter: Meter,
-    calls: Mapping[str, Call],
-    clear: Callable[[str], None],
+    contenders: Sequence[harness.Steps],
     is_time_left: Callable[[], bool],
     max_rounds: int = MAX_ROUNDS,
-) -> dict[str, list[float]]:
-    """Time every call once a round, in an order drawn anew each round, after warm-up rounds.
+) -> list[list[float]]:
+    """`harness.interleave` by a meter, until enough is known or the time is over.
 
     Args:
-        meter: of the device that the calls run on.
-        calls: by name.
-        clear: called with the name before and after each sample, outside of the timing.
+        meter: of the device that the contenders run on.
+        contenders: what is timed.
         is_time_left: asked before each round; if it says no, the rounds so far are what there is.
         max_rounds: how many there are if they are quick.
 
     Returns:
-        Seconds by name, none of the warm-ups.
+        Seconds, one list per contender.
     """
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    generator = random.Random(0)
-    order = list(calls)
-    is_collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
     start = time.perf_counter()
-    try:
-        for index in range(-WARM_UPS, max_rounds):
-            is_enough = index >= ENOUGH_ROUNDS and time.perf_counter() - start > PATIENCE
-            if is_enough or not is_time_left():
-                break
-            generator.shuffle(order)
-            for name in order:
-                clear(name)
-                seconds = meter.seconds(calls[name])
-                clear(name)
-                if index >= 0:
-                    samples[name].append(seconds)
-    finally:
-        if is_collecting:
-            gc.enable()
-    return samples
+
+    def goes_on(index: int) -> bool:
+        is_enough = index >= ENOUGH_ROUNDS and time.perf_counter() - start > PATIENCE
+        return not is_enough and is_time_left()
+
+    return harness.interleave(contenders, max_rounds, WARM_UPS, meter.seconds, goes_on)
 
 
 def summary(seconds: list[float]) -> dict[str, Any] | None:

@@ -8,13 +8,15 @@ after each step, and within the longer ones.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,13 +88,8 @@ def _status(error: Exception) -> Details:
 
 def tiny(shape: Shape) -> Shape:
     """The shape for a dry run."""
-    return Shape(
-        shape.name,
-        min(shape.num_rows, 16),
-        min(shape.num_classes, 300),
-        min(shape.dim, 32),
-        shape.origin,
-    )
+    rows, classes, dim = min(shape.num_rows, 16), min(shape.num_classes, 300), min(shape.dim, 32)
+    return Shape(shape.name, rows, classes, dim, shape.origin)
 
 
 class Run:
@@ -166,6 +163,10 @@ class Run:
         """A named shape; a tiny one in a dry run."""
         shape = SMALL_DIM if name == SMALL_DIM.name else SHAPES[name]
         return tiny(shape) if self.result["dry_run"] else shape
+
+    def problem(self, shape: Shape, mode: Mode) -> baselines.Problem:
+        """The data of a shape on this device."""
+        return mode.problem(shape.num_rows, shape.num_classes, shape.dim, self.device)
 
     def rates(self) -> roofline.Device | None:
         """The device as measured by an earlier step."""
@@ -265,12 +266,11 @@ class Run:
         for work in ("step", "forward"):  # the more important first
             samples = gpu_timing.interleave(
                 self.meter,
-                {name: getattr(contender, work) for name, contender in quick.items()},
-                lambda name: quick[name].clear(),
+                [one if work == "step" else harness.ForwardAlone(one) for one in quick.values()],
                 self.is_time_left,
                 DRY_ROUNDS if self.result["dry_run"] else gpu_timing.MAX_ROUNDS,
             )
-            for name, seconds in samples.items():
+            for name, seconds in zip(quick, samples, strict=True):
                 rows[name][work] = gpu_timing.summary(seconds)
             self.save()
         for name in bound:
@@ -324,11 +324,10 @@ def rates(run: Run, details: Details) -> None:
     }
 
 
-def compare_strategies(run: Run, details: Details, name: str, mode_name: str) -> None:
+def compare_strategies(run: Run, details: Details, shape: Shape, mode: Mode) -> None:
     """Every strategy on one shape."""
-    shape, mode = run.shape(name), MODES[mode_name]
-    details |= {"shape": dataclasses.asdict(shape), "mode": mode_name, "rows": {}}
-    rows, wanted = details["rows"], []
+    details["rows"] = rows = {}
+    wanted = []
     for strategy in gpu_checks.strategies(run.device):
         work = roofline.work(shape, mode.dtypes, strategy, backward=True)
         row: Details = {"floor": run.floors(shape, mode, strategy)}
@@ -336,7 +335,7 @@ def compare_strategies(run: Run, details: Details, name: str, mode_name: str) ->
         row["expected_extra_bytes"] = work.memory
         if not gpu_checks.offers(strategy, shape.dim, mode, run.device):
             row |= NOT_OFFERED
-        elif reason := run.refusal(mode_name, strategy):
+        elif reason := run.refusal(mode.name, strategy):
             row |= {"status": "refused", "message": reason}
         elif reason := run.misfit(shape, mode, work.memory):
             row |= {"status": "skipped", "message": reason}
@@ -344,7 +343,7 @@ def compare_strategies(run: Run, details: Details, name: str, mode_name: str) ->
             wanted.append(strategy)
     if not wanted:
         return
-    problem = mode.problem(shape.num_rows, shape.num_classes, shape.dim, run.device)
+    problem = run.problem(shape, mode)
     makers = {
         strategy: (lambda strategy=strategy: gpu_checks.bind(problem, mode, strategy))
         for strategy in wanted
@@ -352,14 +351,12 @@ def compare_strategies(run: Run, details: Details, name: str, mode_name: str) ->
     run.time_all(details, problem, mode, makers)
 
 
-def compare_baselines(run: Run, details: Details, name: str, mode_name: str) -> None:
+def compare_baselines(run: Run, details: Details, shape: Shape, mode: Mode) -> None:
     """This package, by its own choice of strategy, against everyone."""
-    shape, mode = run.shape(name), MODES[mode_name]
-    details |= {"shape": dataclasses.asdict(shape), "mode": mode_name, "rows": {}}
     strategy = gpu_checks.chosen_strategy(shape, mode, run.device)
-    details["strategy"] = strategy
+    rows, wanted = {}, []
+    details |= {"rows": rows, "strategy": strategy}
     floor = run.floors(shape, mode, strategy)
-    rows, wanted = details["rows"], []
     eager = roofline.work(shape, mode.dtypes, "eager", backward=True).memory
     # the others normalise W before their own work: five of C x D in the derivative, one is d_w
     normalising = 4.0 * shape.num_classes * shape.dim * mode.dtypes.w.itemsize
@@ -375,7 +372,7 @@ def compare_baselines(run: Run, details: Details, name: str, mode_name: str) -> 
             row |= {"status": "skipped", "message": reason}
         else:
             wanted.append(key)
-    problem = mode.problem(shape.num_rows, shape.num_classes, shape.dim, run.device)
+    problem = run.problem(shape, mode)
     makers: dict[str, Callable[[], baselines.Contender]] = {
         key: (lambda key=key: baselines.EVERYONE[key](problem)) for key in wanted
     }
@@ -384,16 +381,15 @@ def compare_baselines(run: Run, details: Details, name: str, mode_name: str) -> 
     run.time_all(details, problem, mode, makers)
 
 
-def profile_kernels(run: Run, details: Details, name: str, mode_name: str) -> None:
+def profile_kernels(run: Run, details: Details, shape: Shape, mode: Mode) -> None:
     """Launches and device time of each kernel, in one forward and in one step."""
-    shape, mode = run.shape(name), MODES[mode_name]
     strategy = gpu_checks.chosen_strategy(shape, mode, run.device)
-    details |= {"shape": dataclasses.asdict(shape), "mode": mode_name, "strategy": strategy}
+    details["strategy"] = strategy
     work = roofline.work(shape, mode.dtypes, strategy, backward=True)
     if reason := run.misfit(shape, mode, work.memory):
         details |= {"status": "skipped", "message": reason}
         return
-    problem = mode.problem(shape.num_rows, shape.num_classes, shape.dim, run.device)
+    problem = run.problem(shape, mode)
     ours = gpu_checks.bind(problem, mode, None)
     for _ in range(2):  # compiles, and warms up
         ours.clear()
@@ -405,16 +401,13 @@ def profile_kernels(run: Run, details: Details, name: str, mode_name: str) -> No
         details |= NEEDS_GPU
 
 
-def launch_bound(run: Run, details: Details, name: str, mode_name: str) -> None:
+def launch_bound(run: Run, details: Details, shape: Shape, mode: Mode) -> None:
     """The time of a step that is little but launches, alone and replayed from a graph."""
-    shape, mode = run.shape(name), MODES[mode_name]
-    details |= {"shape": dataclasses.asdict(shape), "mode": mode_name}
-    problem = mode.problem(shape.num_rows, shape.num_classes, shape.dim, run.device)
+    problem = run.problem(shape, mode)
     ours = gpu_checks.bind(problem, mode, None)
     details["relative_errors"] = gpu_checks.gate(problem, ours, mode.dtypes.operand)
-    details["rows"] = {}
+    details["rows"] = rows = {}
     repeats = 5 if run.result["dry_run"] else 200
-    rows = details["rows"]
     contenders = {"ours": ours, "careful": baselines.careful(problem)}
     for key, contender in contenders.items():
 
@@ -433,9 +426,8 @@ def launch_bound(run: Run, details: Details, name: str, mode_name: str) -> None:
             run.save()
 
 
-def tiles(run: Run, details: Details, name: str, mode_name: str) -> None:
+def tiles(run: Run, details: Details, shape: Shape, mode: Mode) -> None:
     """Candidates of tile sizes; the user's cache of tuned tiles is not written to."""
-    shape, mode = run.shape(name), MODES[mode_name]
     tuning = importlib.import_module("fused_margin.tuning")
     x, compute = mode.dtypes.x, mode.dtypes.compute
     tuned = tuning.tune(
@@ -443,12 +435,11 @@ def tiles(run: Run, details: Details, name: str, mode_name: str) -> None:
         autocast=None if compute is x else compute, device=run.device.type,
         seconds=min(60.0, 0.8 * run.left()), save=False,
     )  # fmt: skip
-    details |= {"shape": dataclasses.asdict(shape), "mode": mode_name}
-    details |= {"tiles": tuned.rows, "config": str(tuned.config)}
+    details |= {"tiles": tuned.rows, "chosen": str(tuned.tiles)}
 
 
-def plan(run: Run) -> list[Step]:
-    """All steps, the most important first."""
+def _checks(run: Run) -> list[Step]:
+    """What says whether results are right, the most important first."""
     device = run.device
     available = gpu_checks.strategies(device)
 
@@ -471,14 +462,9 @@ def plan(run: Run) -> list[Step]:
         if run.result["dry_run"]:
             case = (min(case[0], 33), min(case[1], 257), *case[2:])
         kind = "-".join(map(str, case))
+        function = functools.partial(gpu_checks.check_case, case=case)
         return [
-            check(
-                kind,
-                mode,
-                strategy,
-                case[2],
-                lambda m, s, d: gpu_checks.check_case(m, s, d, case),
-            )
+            check(kind, mode, strategy, case[2], function)
             for mode in MODES
             for strategy in available
         ]
@@ -503,49 +489,72 @@ def plan(run: Run) -> list[Step]:
         seconds = min(0.6 * run.left_for_checks(), 0.9 * run.left())
         details |= gpu_checks.run_tests(run.path.parent / "pytest.txt", seconds)
 
-    def measure(kind: str, function: Callable[..., None], name: str, mode: str) -> Step:
-        limits = {
-            "strategies": 90.0, "baselines": 150.0, "small": 45.0, "kernels": 45.0, "tiles": 90.0,
-        }  # fmt: skip
-        return Step(
-            f"{kind}/{name}/{mode}",
-            lambda details: function(run, details, name, mode),
-            limit=limits[kind],
-            at_least=0.5 if run.result["dry_run"] else 10.0,
-            runs_profiler=kind == "kernels",
-        )
-
-    steps = [
-        Step("environment", lambda details: environment(run, details)),
-        Step("rates", lambda details: rates(run, details)),
+    at_least = 20.0 if run.on_gpu else 0.0
+    return [
         *cases(0),
         *conduct(MAIN_MODE),
-        Step(
-            "check/pytest", pytest, limit=600.0, at_least=20.0 if run.on_gpu else 0.0, is_check=True
-        ),
+        Step("check/pytest", pytest, limit=600.0, at_least=at_least, is_check=True),
         *(step for index in range(1, len(gpu_checks.CASES)) for step in cases(index)),
         *(step for mode in MODES if mode != MAIN_MODE for step in conduct(mode)),
     ]
-    main = MAIN_MODE
-    steps += [measure("strategies", compare_strategies, name, main) for name in MAIN_SHAPES]
-    steps += [
-        measure("small", launch_bound, name, mode)
-        for mode in (main, "fp32")
-        for name in LAUNCH_BOUND_SHAPES
+
+
+def _measurements(run: Run) -> list[Step]:
+    """What takes times, the most important first."""
+
+    def measure(
+        kind: str, names: Iterable[str], modes: Iterable[str] = (MAIN_MODE,)
+    ) -> Iterator[Step]:
+        function, limit = MEASUREMENTS[kind]
+        for mode_name, name in itertools.product(modes, names):
+
+            def call(details: Details, name: str = name, mode_name: str = mode_name) -> None:
+                shape = run.shape(name)
+                details |= {"shape": dataclasses.asdict(shape), "mode": mode_name}
+                function(run, details, shape, MODES[mode_name])
+
+            yield Step(
+                f"{kind}/{name}/{mode_name}",
+                call,
+                limit=limit,
+                at_least=0.5 if run.result["dry_run"] else 10.0,
+                runs_profiler=kind == "kernels",
+            )
+
+    steps = [
+        *measure("strategies", MAIN_SHAPES),
+        *measure("small", LAUNCH_BOUND_SHAPES, (MAIN_MODE, "fp32")),
+        *measure("kernels", PROFILED_SHAPES),  # together: one process is lost to them
+        *measure("baselines", MAIN_SHAPES),
+        *measure("strategies", [SMALL_DIM.name]),
     ]
-    # together: one process is lost to them
-    steps += [measure("kernels", profile_kernels, name, main) for name in PROFILED_SHAPES]
-    steps += [measure("baselines", compare_baselines, name, main) for name in MAIN_SHAPES]
-    steps.append(measure("strategies", compare_strategies, SMALL_DIM.name, main))
     for name in OTHER_SHAPES:
-        steps.append(measure("strategies", compare_strategies, name, main))
-        steps.append(measure("baselines", compare_baselines, name, main))
-    steps += [measure("strategies", compare_strategies, "ms1m", mode) for mode in OTHER_MODES]
-    steps.append(measure("baselines", compare_baselines, "ms1m", "tf32"))
+        steps += [*measure("strategies", [name]), *measure("baselines", [name])]
+    steps += measure("strategies", ["ms1m"], OTHER_MODES)
+    steps += measure("baselines", ["ms1m"], ["tf32"])
     if run.on_gpu:
-        steps += [measure("tiles", tiles, name, main) for name in (*MAIN_SHAPES, "glint360k")]
-    steps.append(measure("strategies", compare_strategies, "ten_million", main))
-    return [step for step in steps if not (step.is_check and run.result["skip_checks"])]
+        steps += measure("tiles", (*MAIN_SHAPES, "glint360k"))
+    return [*steps, *measure("strategies", ["ten_million"])]
+
+
+# The steps that measure one shape in one mode, by the first word of their key; seconds at most.
+MEASUREMENTS: dict[str, tuple[Callable[[Run, Details, Shape, Mode], None], float]] = {
+    "strategies": (compare_strategies, 90.0),
+    "baselines": (compare_baselines, 150.0),
+    "small": (launch_bound, 45.0),
+    "kernels": (profile_kernels, 45.0),
+    "tiles": (tiles, 90.0),
+}
+
+
+def plan(run: Run) -> list[Step]:
+    """All steps, in the order in which they are done."""
+    return [
+        Step("environment", lambda details: environment(run, details)),
+        Step("rates", lambda details: rates(run, details)),
+        *([] if run.result["skip_checks"] else _checks(run)),
+        *_measurements(run),
+    ]
 
 
 def work(
@@ -554,7 +563,7 @@ def work(
     """Do the steps that the file lacks; returns the exit status."""
     if meter is None:
         on_gpu = json.loads(path.read_text())["device"] == "cuda"
-        meter = gpu_timing.CudaMeter() if on_gpu else gpu_timing.CpuMeter()
+        meter = gpu_timing.CudaMeter() if on_gpu else gpu_timing.Meter()
     run = Run(path, meter, now)
     for step in plan(run):
         if not run.do(step):

@@ -224,16 +224,35 @@ class ForwardAlone:
         return self.contender.forward()
 
 
-def interleave(contenders: Sequence[Steps], rounds: int, warmups: int = 2) -> list[list[float]]:
+def wall_seconds(call: Callable[[], object]) -> float:
+    """Seconds of one call by the wall clock. For CPUs: nothing waits for a device."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleave(
+    contenders: Sequence[Steps],
+    rounds: int,
+    warmups: int = 2,
+    measure: Callable[[Callable[[], object]], float] = wall_seconds,
+    goes_on: Callable[[int], bool] = lambda index: True,
+) -> list[list[float]]:
     """Time one step of each contender per round, in an order that is drawn anew for each round.
 
     So nobody always comes after the same other, who may leave caches or memory in a bad state.
     Gradients are set to None before each step, outside of the timing, so that every contender
-    allocates its gradients within it. The garbage collector is off meanwhile. For CPUs:
-    nothing waits for a device.
+    allocates its gradients within it. The garbage collector is off meanwhile.
+
+    Args:
+        contenders: what is timed.
+        rounds: how many there are.
+        warmups: rounds before them, not counted.
+        measure: takes the seconds of one call.
+        goes_on: asked before each round with its index, negative for warm-ups.
 
     Returns:
-        Seconds, one list of ``rounds`` per contender.
+        Seconds, one list per contender, of ``rounds`` unless ``goes_on`` said no before.
     """
     seconds: list[list[float]] = [[] for _ in contenders]
     order = list(range(len(contenders)))
@@ -243,13 +262,13 @@ def interleave(contenders: Sequence[Steps], rounds: int, warmups: int = 2) -> li
     gc.disable()
     try:
         for round_index in range(-warmups, rounds):
+            if not goes_on(round_index):
+                break
             generator.shuffle(order)
             for index in order:
                 contender = contenders[index]
                 contender.clear()
-                start = time.perf_counter()
-                contender.step()
-                elapsed = time.perf_counter() - start
+                elapsed = measure(contender.step)
                 contender.clear()
                 if round_index >= 0:
                     seconds[index].append(elapsed)

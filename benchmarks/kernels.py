@@ -26,16 +26,9 @@ if not _validate.has_triton():
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from fused_margin._triton import backward, configs, forward
-from fused_margin._triton.launch import (
-    FINISH_COLUMNS,
-    FINISH_ROWS,
-    MERGED_ROWS,
-    MERGED_SPLITS,
-    sweep_rows,
-)
+from benchmarks import launches
+from fused_margin._triton import tiles
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -63,17 +56,6 @@ AMD_SHARED = 64 << 10
 WITHOUT_PRODUCT = ("rows_kernel", "finish_kernel", "gradient_kernel, kept")
 DIMS = (64, 128, 512, 1024)
 ALL_DIMS = tuple(1 << exponent for exponent in range(4, 14))  # a tile is as wide where D is narrow
-# operand type -> (dtype of x, of W, of G, accumulation, compute, precision of cosines, of the rest)
-TYPES = {
-    "bf16": ("bf16", "fp32", "bf16", "fp32", "bf16", "ieee", "ieee"),
-    "fp16": ("fp16", "fp32", "fp32", "fp32", "fp16", "ieee", "tf32"),
-    "tf32": ("fp32", "fp32", "fp32", "fp32", "fp32", "tf32", "tf32"),
-    "ieee": ("fp32", "fp32", "fp32", "fp32", "fp32", "ieee", "ieee"),
-    "fp64": ("fp64", "fp64", "fp64", "fp64", "fp64", "ieee", "ieee"),
-    # on request: embeddings and weight that differ
-    "bf16+fp64": ("bf16", "fp64", "fp64", "fp64", "fp64", "ieee", "ieee"),
-    "fp64+bf16": ("fp64", "bf16", "fp64", "fp64", "fp64", "ieee", "ieee"),
-}
 # instructions of the matrix units: NVIDIA's warp-group, warp and fp64 products, Blackwell's, AMD's
 MATRIX = re.compile(r"\b(HGMMA|HMMA|DMMA|UTCHMMA|UTC\w*MMA|v_mfma\w*|v_smfma\w*)")
 SPILLS = re.compile(r"\b(LDL|STL)\b")
@@ -81,11 +63,6 @@ CUDA_LOADS = re.compile(r"\bLDG(?:STS)?\.([\w.]+)")  # to registers, or straight
 HIP_LOADS = re.compile(r"\b(?:global|buffer|flat)_load_(\w+)")
 CUDA_WIDTHS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 HIP_WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
-
-
-def _products(operands: str) -> str:
-    """The type of the products, of `configs.OPERANDS`."""
-    return "fp64" if "+" in operands else operands
 
 
 @dataclass(frozen=True)
@@ -114,131 +91,13 @@ class Row:
         # IEEE fp32 has no matrix unit on NVIDIA; fp64 has none on consumer parts, and Triton emits
         # no fp64 matrix instruction for sm_100
         without_fp64 = ("sm_86", "sm_100")
-        is_fp64 = _products(self.operands) == "fp64"
+        is_fp64 = "fp64" in self.operands
         has_unit = self.operands != "ieee" and not (is_fp64 and self.architecture in without_fp64)
         if has_unit and not self.matrix and self.kernel not in WITHOUT_PRODUCT:
             found.append("misses the matrix unit")
         if not self.wide_offsets:
             found.append("has 32-bit offsets")
         return found
-
-
-def _signature(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
-    signature = {}
-    for parameter in kernel.params:
-        name = parameter.name
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in types:
-            signature[name] = types[name]
-        else:
-            signature[name] = parameter.annotation_type or "i32"
-    return signature
-
-
-def _kernels(
-    architecture: str, operands: str, dim: int
-) -> Iterator[tuple[str, Any, dict, dict, dict]]:
-    """(name, kernel, types of pointers, constants, options) of each kernel with its default tiles.
-
-    A name with a word after the kernel's is a variant with other flags.
-    """
-    x, w, g, acc, compute, precision, gradient_precision = TYPES[operands]
-    config = configs.config(configs.family(*_target(architecture)), _products(operands))
-    pointers = {
-        "x_ptr": f"*{x}", "w_ptr": f"*{w}", "d_x_ptr": f"*{x}", "d_w_ptr": f"*{w}",
-        "g_ptr": f"*{g}", "kept_ptr": f"*{g}", "labels_ptr": "*i64", "targets_ptr": "*i64",
-        "lse_ptr": "*fp64", "u_ptr": "*fp64",
-    } | {
-        f"{name}_ptr": f"*{acc}"
-        for name in ("partial", "inv_x", "inv_w", "row_loss", "loss", "d_lse", "d_u",
-                     "count", "radial", "grad", "d_scale", "row_radial", "shift")
-    }  # fmt: skip
-    common = {
-        "ACC": triton.language.str_to_ty(acc, None), "stride_xd": 1, "stride_od": 1, "stride_wd": 1,
-    }  # fmt: skip
-    scale = {"HAS_SCALE_TENSOR": False, "scale_ptr": None}
-    grad = {"HAS_GRAD": True, "HAS_COUNT": True}
-    cosine = common | scale | {
-        "COMPUTE": triton.language.str_to_ty(compute, None),
-        "PRECISION": precision, "NORMALIZE_FIRST": compute == "fp16", "stride_label": 1,
-    }  # fmt: skip
-    product = common | {"PRECISION": gradient_precision, "HAS_GRAD": True, "stride_label": 1}
-
-    def absent(*names: str) -> dict[str, None]:
-        return dict.fromkeys(f"{name}_ptr" for name in names)
-
-    def blocks(tile: configs.Tile, rows: str, columns: str) -> dict[str, int]:
-        columns_size = min(tile.columns, dim) if columns == "BLOCK_D" else tile.columns
-        return {rows: tile.rows, columns: columns_size, "BLOCK_K": min(tile.inner, dim)}
-
-    def options(tile: configs.Tile) -> dict[str, Any]:
-        return {
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-            "enable_fp_fusion": True,
-        }
-
-    tile = config.forward
-    # large problems cast x once, before; fp16 is normalised in the tile
-    swept = pointers | {"operand_ptr": f"*{x if compute == 'fp16' else compute}"}
-    for name, flags in (
-        ("sweep_kernel", {"KEEP": False} | absent("kept", "shift")),
-        ("sweep_kernel, keeping", {"KEEP": True}),
-    ):
-        constants = cosine | blocks(tile, "BLOCK_N", "BLOCK_C") | flags | {"SOME_IGNORED": True}
-        constants["BLOCK_N"] = sweep_rows(tile, bool(flags["KEEP"]))
-        yield name, forward.sweep_kernel, swept, constants, options(tile)
-    constants = {
-        "stride_label": 1, "HAS_MARGIN": True, "STRAIGHT_THROUGH": False, "REDUCTION": "mean",
-        "ACC": common["ACC"], "BLOCK_S": MERGED_SPLITS, "BLOCK_N": MERGED_ROWS,
-    }  # fmt: skip
-    tile = configs.Tile(MERGED_ROWS, MERGED_SPLITS, 0, 4, 3)
-    yield "rows_kernel", forward.rows_kernel, pointers, constants, options(tile)
-    tile = config.gradient
-    for name, flags in (
-        ("gradient_kernel",
-         {"KEPT_BLOCK": 0, "IS_ONLY": False} | absent("kept", "shift", "row_radial")),
-        ("gradient_kernel, only", {"KEPT_BLOCK": 0, "IS_ONLY": True} | absent("kept", "shift")),
-        ("gradient_kernel, kept",
-         {"KEPT_BLOCK": config.forward.columns, "IS_ONLY": False} | absent("row_radial")),
-    ):  # fmt: skip
-        constants = cosine | grad | blocks(tile, "BLOCK_N", "BLOCK_C") | flags
-        yield name, backward.gradient_kernel, swept, constants, options(tile)
-    tile = config.weight
-    constants = product | blocks(tile, "BLOCK_C", "BLOCK_D") | {"BLOCK_K": tile.inner}
-    yield "weight_kernel", backward.weight_kernel, pointers, constants, options(tile)
-    tile = config.embeddings
-    for name, flags in (
-        ("embeddings_kernel",
-         {"IS_FIRST": False, "IS_ONLY": False} | absent("x", "row_radial", "inv_x", "d_x")),
-        ("embeddings_kernel, only", {"IS_FIRST": True, "IS_ONLY": True} | absent("partial")),
-    ):  # fmt: skip
-        constants = product | blocks(tile, "BLOCK_N", "BLOCK_D") | {"BLOCK_K": tile.inner} | flags
-        yield name, backward.embeddings_kernel, pointers, constants, options(tile)
-    tiles = config.fused_tiles(dim)
-    if tiles is not None:
-        fused = cosine | grad | {
-            "GRADIENT": triton.language.str_to_ty(g, None),
-            "GRADIENT_PRECISION": gradient_precision, "BLOCK_D": dim,
-        }  # fmt: skip
-        for name, kernel, tile in (
-            ("fused_weight_kernel", backward.fused_weight_kernel, tiles[0]),
-            ("fused_embeddings_kernel", backward.fused_embeddings_kernel, tiles[1]),
-        ):
-            constants = fused | {"BLOCK_N": tile.rows, "BLOCK_C": tile.columns}
-            yield name, kernel, pointers, constants, options(tile)
-    constants = common | scale | grad | absent("d_scale") | {
-        "stride_label": 1, "NEED_X": True, "NEED_SCALE": False,
-        "BLOCK_N": FINISH_ROWS, "BLOCK_D": FINISH_COLUMNS,
-    }  # fmt: skip
-    tile = configs.Tile(FINISH_ROWS, FINISH_COLUMNS, 0, 4, 2)
-    yield "finish_kernel", backward.finish_kernel, pointers, constants, options(tile)
-
-
-def _target(architecture: str) -> tuple[str, int | str]:
-    target = TARGETS[architecture]
-    return target.backend, target.arch
 
 
 def _tool(name: str) -> str:
@@ -341,25 +200,19 @@ def _loads(assembly: str, is_cuda: bool) -> str:
     return " ".join(f"{width}b x{counts[width]}" for width in sorted(counts, reverse=True))
 
 
-def compile_row(name: str, kernel: Any, pointers: dict, constants: dict, options: dict,
-                architecture: str, operands: str, dim: int) -> Row:  # fmt: skip
+def compile_row(
+    launch: launches.Launch, name: str, architecture: str, operands: str, dim: int
+) -> Row:
     """Compile one kernel and read off what became of it."""
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = _signature(kernel, pointers, constants)
-    divisible = [["tt.divisibility", 16]]
-    multiples = {"D", "N", "stride_xn", "stride_on", "stride_wc"}
-    attributes = {
-        (index,): divisible
-        for index, name in enumerate(kernel.arg_names)
-        if (name.endswith("_ptr") and signature[name] != "constexpr") or name in multiples
-    }
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=TARGETS[architecture], options=options)
-    is_cuda = TARGETS[architecture].backend == "cuda"
+    target = TARGETS[architecture]
+    source, options = launches.source(launch, target)
+    compiled = triton.compile(source, target=target, options=options)
+    is_cuda = target.backend == "cuda"
     registers, spilled, assembly = (_cuda_usage if is_cuda else _hip_usage)(compiled)
     counts: dict[str, int] = {}
     for instruction in MATRIX.findall(assembly):
         counts[instruction] = counts.get(instruction, 0) + 1
+    shared = compiled.metadata.shared
     return Row(
         kernel=name,
         architecture=architecture,
@@ -367,10 +220,8 @@ def compile_row(name: str, kernel: Any, pointers: dict, constants: dict, options
         dim=dim,
         registers=registers,
         spill_bytes=spilled,
-        shared_bytes=compiled.metadata.shared,
-        occupancy=_occupancy(
-            architecture, registers, compiled.metadata.shared, options["num_warps"]
-        ),
+        shared_bytes=shared,
+        occupancy=_occupancy(architecture, registers, shared, options["num_warps"]),
         loads=_loads(assembly, is_cuda),
         matrix=" ".join(f"{what} x{count}" for what, count in sorted(counts.items())),
         wide_offsets=_wide_offsets(compiled.asm["ttir"]),
@@ -380,17 +231,14 @@ def compile_row(name: str, kernel: Any, pointers: dict, constants: dict, options
 def report(architectures: list[str], operand_types: list[str], dims: list[int]) -> Iterator[Row]:
     """Compile and describe every kernel; equal configurations of two dims are compiled once."""
     for architecture in architectures:
+        target = TARGETS[architecture]
         for operands in operand_types:
             done: dict[str, Row] = {}
             for dim in dims:
-                for name, kernel, pointers, constants, options in _kernels(
-                    architecture, operands, dim
-                ):
-                    key = f"{name} {constants} {options}"
+                for name, launch in launches.defaults(target, operands, dim).items():
+                    key = f"{name} {launches.key(launch, target)}"
                     if key not in done:
-                        done[key] = compile_row(
-                            name, kernel, pointers, constants, options, architecture, operands, dim
-                        )
+                        done[key] = compile_row(launch, name, architecture, operands, dim)
                     yield Row(**{**asdict(done[key]), "dim": dim})
 
 
@@ -405,7 +253,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the report; 1 if a default is unfit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--architectures", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--operands", nargs="+", choices=TYPES, default=list(configs.OPERANDS))
+    parser.add_argument(
+        "--operands", nargs="+", choices=launches.TYPES, default=list(tiles.OPERANDS)
+    )
     parser.add_argument("--dims", nargs="+", type=_dim, metavar="D", default=list(DIMS))
     parser.add_argument("--json", metavar="FILE", help="also write the rows here")
     options = parser.parse_args(arguments)

@@ -32,9 +32,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from digits_data import NUM_CLASSES, DataError, Digits, load_mnist
 from study.command import whole_number
 from study.criteria import Variant, as_published, losses, regularized
+from study.digits import NUM_CLASSES, DataError, Digits, load_data
 from study.measure import closed_set, embed
 from study.networks import ArticleCNN
 from study.runner import (
@@ -181,24 +181,6 @@ def parse_arguments(
         )
     check_run_arguments(parser, arguments)
     return arguments
-
-
-def load_data(root: Path, limit: int | None, device: torch.device) -> Digits:
-    """Load MNIST with pixels in [-1, 1], as the article has them.
-
-    Raises:
-        DataError: the files are missing, damaged or not MNIST's, or `limit` is above their number.
-    """
-    data = load_mnist(root)
-    if limit is not None:
-        if limit > len(data.train_images):
-            raise DataError(
-                f"--limit {limit}: there are only {len(data.train_images)} training images"
-            )
-        data = data.limited(limit)
-    for images in (data.train_images, data.test_images):
-        images.sub_(0.5).div_(0.5)
-    return data.to(device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import shutil
 import signal
 import statistics
 import sys
@@ -52,11 +51,17 @@ from study.command import (
 )
 from study.identities import NOISE, Identities
 from study.measure import DivergedError, embed, percent
-from study.memory import PeakMemory, available_bytes, eager_bytes
+from study.memory import (
+    PeakMemory,
+    check_disk,
+    check_memory,
+    eager_bytes_of,
+    weight_bytes,
+)
+from study.million_report import describe_run
 from study.runner import FAILED, INTERRUPTED, open_runs
 from study.store import Runs, StoreError
-from study.synthetic import HIDDEN_SIZE, OBSERVED_SIZE, Perceptron
-from study.tables import number, text_table
+from study.synthetic import Perceptron
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -70,39 +75,8 @@ LOSSES: dict[str, Callable[..., nn.Module]] = {
 CLASSES_COMPARED = 8192  # at a time, in the accuracy: 8192 x 512 cosines are 16 MiB
 COMPARED_STEPS = 3
 WARM_UP_CLASSES = 1000
-MIB, GIB = 1 << 20, 1 << 30
 # tqdm's own rate is in seconds per step where steps are slow
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
-
-
-def eager_bytes_of(arguments: argparse.Namespace) -> int:
-    return eager_bytes(arguments.loss, arguments.batch, arguments.classes, arguments.embedding)
-
-
-def weight_bytes(arguments: argparse.Namespace) -> int:
-    """fp32 class weights; their gradient takes the same again."""
-    return 4 * arguments.classes * arguments.embedding
-
-
-def working_bytes(arguments: argparse.Namespace) -> int:
-    """All that isn't class weights or their gradient, estimated from above."""
-    kept_cosines = 40 * MIB + max(0, arguments.batch - 256) * 224 * 1024  # for the backward
-    # parameters, gradients and Adam's moments, in fp32, of two hidden layers and the output
-    sizes = OBSERVED_SIZE + HIDDEN_SIZE + arguments.embedding
-    network = 4 * 4 * HIDDEN_SIZE * sizes
-    rows = 8 * 4 * arguments.batch * (HIDDEN_SIZE + arguments.embedding)
-    # The rest: libraries loaded by the first step (140 MiB with torch 2.13), blocks of classes.
-    return kept_cosines + network + rows + 256 * MIB
-
-
-def needed_bytes(arguments: argparse.Namespace) -> int:
-    """Memory of the training; with --compare-eager, of the comparison, which needs more."""
-    weights = weight_bytes(arguments)
-    needed = 2 * weights + working_bytes(arguments)
-    if arguments.compare_eager:
-        # Both gradients: the fused backend puts the memory of its own aside for its next step.
-        needed += weights + eager_bytes_of(arguments)
-    return needed
 
 
 @dataclass
@@ -421,72 +395,6 @@ def compare(training: Training, arguments: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def mib(count: int | None) -> str:
-    return "–" if count is None else f"{count / MIB:,.1f}"
-
-
-def report(run: dict[str, Any], settings: dict[str, Any]) -> str:
-    """Say what a run reached, what it took, and what it doesn't show."""
-    seen, classes = settings["identities_seen"], settings["classes"]
-    titles = {
-        "trained": f"the {seen:,} identities trained on",
-        "untrained": f"the {classes - seen:,} others",
-    }
-    table = text_table(
-        ("new samples of", "loss before", "after", "accuracy before", "after"),
-        [
-            [
-                title,
-                *(number(run[when][name]["loss"]) for when in ("before", "after")),
-                *(f"{run[when][name]['accuracy']:.1f} %" for when in ("before", "after")),
-            ]
-            for name, title in titles.items()
-            if run["before"][name] is not None
-        ],
-    )
-    memory = run["memory"]
-    how = "measured" if memory["peak_growth_is_exact"] else "at least"
-    memory_table = text_table(
-        ("memory", "MiB"),
-        [
-            ["class weights", mib(memory["class_weights"])],
-            ["their gradient", mib(memory["gradient"])],
-            [f"all else (network, cosines, ...), {how}", mib(memory["above_weights_and_gradient"])],
-            ["careful eager code: the loss alone, by formula", mib(memory["eager_by_formula"])],
-        ],
-    )
-    losses, seconds = run["losses"], run["seconds"]
-    head = (
-        f"{run['loss']}, scale {run['scale']:.2f}: training loss {losses[0]:.2f} in step 1, "
-        f"{losses[-1]:.2f} in step {len(losses)}; ln C is {math.log(classes):.2f}"
-    )
-    times = (
-        f"{len(seconds)} steps in {sum(seconds):.0f} s, {run['steps_per_second']:.2f} steps/s; "
-        f"measuring {run['measuring_seconds']:.0f} s, "
-        f"checkpoints {run['checkpoint_seconds']:.0f} s"
-    )
-    return "\n".join([head, table, times, memory_table])
-
-
-def comparison_report(run: dict[str, Any]) -> str:
-    rows = [
-        [
-            title,
-            f"{statistics.median(run[name]['seconds']):.2f}",
-            mib(run[name]["above_weights_and_gradient"]),
-            f"{run[name]['loss']:.5f}",
-        ]
-        for name, title in (("fused", "fused_margin"), ("eager", "careful eager code"))
-    ]
-    return text_table(
-        ("forward + backward", "seconds", "MiB above weights and gradient", "loss"), rows
-    )
-
-
-def describe_run(run: dict[str, Any], settings: dict[str, Any]) -> str:
-    return comparison_report(run) if run["what"] == "comparison" else report(run, settings)
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options] (--help lists them)",
@@ -547,34 +455,6 @@ def parse_arguments(
     check_memory(parser, arguments)
     check_disk(parser, arguments)
     return arguments
-
-
-def check_memory(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse what doesn't fit: the system would otherwise kill the process half-way."""
-    needed, available = needed_bytes(arguments), available_bytes(arguments.device)
-    if available is None:
-        print("this system doesn't say how much memory is available: not checked", file=sys.stderr)
-    elif needed > available:
-        eager = "leave out --compare-eager, or " if arguments.compare_eager else ""
-        parser.error(
-            f"{needed / GIB:,.2f} GiB of memory needed for {arguments.classes:,} classes x "
-            f"{arguments.embedding} (weights and gradient "
-            f"{2 * weight_bytes(arguments) / GIB:,.2f}), {available / GIB:,.2f} GiB available; "
-            f"{eager}lower --classes, --embedding or --batch"
-        )
-
-
-def check_disk(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse a folder that has no room for a checkpoint, written beside the one before."""
-    if arguments.json is not None:
-        needed = 2 * weight_bytes(arguments)
-        free = shutil.disk_usage(arguments.json.parent).free
-        if needed > free:
-            parser.error(
-                f"--json: two checkpoints take {needed / GIB:,.2f} GiB and {free / GIB:,.2f} GiB "
-                f"is free in {arguments.json.parent}; name a file on another disk, or leave out "
-                "--json"
-            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

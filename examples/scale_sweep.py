@@ -32,9 +32,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from article_mnist import load_data
-from digits_data import DataError
 from study.command import real_number, whole_number
+from study.digits import DataError, load_data
 from study.images import ImageError, load_folder, split_images
 from study.measure import (
     arg_max_accuracy,

@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits_data import NUM_CLASSES, DataError, Digits, load_mnist, load_scikit_learn_digits
 from study.command import default_device, learning_rate, usable_device, versions, whole_number
 from study.criteria import LinearCrossEntropy
+from study.digits import NUM_CLASSES, DataError, Digits, load_mnist, load_scikit_learn_digits
 from study.measure import DivergedError, arg_max_accuracy, embed, nearest_neighbour_accuracy
 from study.store import write_text
 from study.tables import number, plus_minus, text_table

@@ -4,10 +4,28 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
+from torch import Tensor, dtype
 
 # Labels as `check_labels` and ``margin_ce`` return them.
 IGNORED, INVALID = -1, -2
+
+
+class Inputs(NamedTuple):
+    """What a forward starts from, and its backward again.
+
+    Attributes:
+        x: embeddings (N, D). w: class weights (C, D), any floating dtype and strides.
+        labels: (N,), any integer dtype; outside [0, C) means no target.
+        scale: s > 0. scale_tensor: 0-d, which then counts instead; None if s is a number.
+        compute_dtype: the dtype asked for in products.
+    """
+
+    x: Tensor
+    w: Tensor
+    labels: Tensor
+    scale: float
+    scale_tensor: Tensor | None
+    compute_dtype: dtype
 
 
 class Swept(NamedTuple):
@@ -19,11 +37,44 @@ class Swept(NamedTuple):
         kept: cosines or exponentials that need not be formed again, as the backend lays them out.
     """
 
-    lse: torch.Tensor
-    u: torch.Tensor
-    inv_x: torch.Tensor
-    inv_w: torch.Tensor
-    kept: torch.Tensor
+    lse: Tensor
+    u: Tensor
+    inv_x: Tensor
+    inv_w: Tensor
+    kept: Tensor
+
+
+class Losses(NamedTuple):
+    """What ``margin_ce`` makes of a sweep, accumulation dtype.
+
+    Attributes:
+        loss: (N,), or 0-d once reduced.
+        slope_lse, slope_u: derivatives of each row's own loss by lse and u, (N,).
+        num_counted: rows that are not ignored, 0-d.
+        targets: labels as `check_labels` returns them, (N,) int64.
+    """
+
+    loss: Tensor
+    slope_lse: Tensor
+    slope_u: Tensor
+    num_counted: Tensor
+    targets: Tensor
+
+
+class Slopes(NamedTuple):
+    """Where a backward starts.
+
+    Attributes:
+        lse, u: derivatives of each row's own loss, (N,), to be multiplied by ``grad``; the
+            gradients of lse and u themselves where there is none.
+        grad: gradient of the loss, 0-d or (N,). num_counted: 0-d, over what a mean
+            was taken.
+    """
+
+    lse: Tensor
+    u: Tensor
+    grad: Tensor | None
+    num_counted: Tensor | None
 
 
 class Needs(NamedTuple):
@@ -37,6 +88,6 @@ class Needs(NamedTuple):
 class Gradients(NamedTuple):
     """d_x (N, D), d_w (C, D) in their input's dtype, d_scale 0-d; None where not asked for."""
 
-    x: torch.Tensor | None
-    w: torch.Tensor | None
-    scale: torch.Tensor | None
+    x: Tensor | None
+    w: Tensor | None
+    scale: Tensor | None

@@ -34,36 +34,19 @@ def _forward(x: Tensor, w: Tensor, *args: Any, **kwargs: Any) -> int:
     return _product(x, w)
 
 
-def _backward(
-    d_lse: Tensor,
-    d_u: Tensor,
-    grad_loss: Tensor | None,
-    count: Tensor | None,
-    x: Tensor,
-    w: Tensor,
-    labels: Tensor,
-    numbers: Tensor,
-    scale_tensor: Tensor | None,
-    compute: torch.dtype,
-    backend: str,
-    lse: Tensor,
-    u: Tensor,
-    inv_x: Tensor,
-    inv_w: Tensor,
-    kept: Tensor,
-    need_x: bool,
-    need_w: bool,
-    need_scale: bool,
-    **kwargs: Any,
-) -> int:
+def _backward(*args: Any, **kwargs: Any) -> int:
     """A product for each gradient, and the cosines as often as they are formed again."""
-    product, gradients = _product(x, w), (need_x or need_scale) + need_w
-    if backend == "cpu":
-        kept_classes = _cpu.kept_classes(x, w, compute, kept.shape[0])
+    schema = torch.ops.fused_margin.cosine_lse_backward.default._schema
+    call = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    x, w, kept, compute_dtype = (call[name] for name in ("x", "w", "kept", "compute_dtype"))
+    gradients = (call["need_x"] or call["need_scale"]) + call["need_w"]
+    product = _product(x, w)
+    if call["backend"] == "cpu":
+        kept_classes = _cpu.kept_classes(x, w, compute_dtype, kept.shape[0])
         return gradients * product + product * (w.shape[0] - kept_classes) // w.shape[0]
     from fused_margin._triton import planning
 
-    strategy = planning.backward_strategy(x, w, planning.plan(x, w, compute), kept)
+    strategy = planning.backward_strategy(x, w, planning.plan(x, w, compute_dtype), kept)
     products = {"kept": gradients, "chunked": gradients + 1, "fused": 2 * gradients}
     return products[strategy] * product
 

@@ -40,7 +40,7 @@ def shrinkage(x: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(largest).masked_fill(is_huge, 2.0 ** -(half + 12))
 
 
-def compute_dtype(x: torch.Tensor, w: torch.Tensor) -> torch.dtype:
+def requested_dtype(x: torch.Tensor, w: torch.Tensor) -> torch.dtype:
     """The dtype in which products are asked for: autocast's if it is on, else the embeddings'.
 
     As under autocast itself, fp64 is never lowered.

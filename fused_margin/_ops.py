@@ -16,7 +16,16 @@ import numpy as np
 import torch
 
 from fused_margin import _cpu, _transforms, _validate
-from fused_margin._arguments import IGNORED, INVALID, Needs, Swept
+from fused_margin._arguments import (
+    IGNORED,
+    INVALID,
+    Gradients,
+    Inputs,
+    Losses,
+    Needs,
+    Slopes,
+    Swept,
+)
 from fused_margin._numerics import accumulation_dtype
 from fused_margin.margins import Margin
 
@@ -31,22 +40,22 @@ _lib.define(
 )
 _lib.define(
     "cosine_lse(Tensor x, Tensor w, Tensor labels, Tensor numbers, Tensor? scale_tensor,"
-    " ScalarType compute, str backend, SymInt budget)"
+    " ScalarType compute_dtype, str backend, SymInt budget)"
     " -> (Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _lib.define(
     "margin_ce(Tensor x, Tensor w, Tensor labels, Tensor numbers, bool straight_through,"
-    " str reduction, SymInt ignore_index, ScalarType compute, str backend, SymInt budget)"
-    " -> (Tensor loss, Tensor d_lse, Tensor d_u, Tensor count, Tensor targets,"
+    " str reduction, SymInt ignore_index, ScalarType compute_dtype, str backend, SymInt budget)"
+    " -> (Tensor loss, Tensor slope_lse, Tensor slope_u, Tensor num_counted, Tensor targets,"
     " Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _lib.define(
-    "cosine_lse_backward(Tensor d_lse, Tensor d_u, Tensor? grad_loss, Tensor? count, Tensor x,"
-    " Tensor w, Tensor labels, Tensor numbers, Tensor? scale_tensor, ScalarType compute,"
-    " str backend, Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept,"
-    " bool need_x, bool need_w, bool need_scale)"
+    "cosine_lse_backward(Tensor slope_lse, Tensor slope_u, Tensor? grad, Tensor? num_counted,"
+    " Tensor x, Tensor w, Tensor labels, Tensor numbers, Tensor? scale_tensor,"
+    " ScalarType compute_dtype, str backend, Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w,"
+    " Tensor kept, bool need_x, bool need_w, bool need_scale)"
     " -> (Tensor d_x, Tensor d_w, Tensor d_scale)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -83,9 +92,7 @@ def _(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
 # --- cosine_lse -----------------------------------------------------------------------------------
 
 
-def _scale_value(numbers: Tensor, scale_tensor: Tensor | None) -> float:
-    if scale_tensor is None:
-        return numbers.tolist()[0]
+def _scale_value(scale_tensor: Tensor) -> float:
     return _validate.positive_scale(scale_tensor.detach().item())
 
 
@@ -100,36 +107,47 @@ def _plain_numbers() -> contextlib.AbstractContextManager[Any]:
     return stack
 
 
+def _problem(
+    inputs: Inputs, labels: Tensor, targets: _cpu.Targets, ignored: Tensor | None
+) -> _cpu.Problem:
+    """What the CPU backend starts from; ``labels`` (N,) int64."""
+    x, w, _, scale, scale_tensor, compute_dtype = inputs
+    if scale_tensor is not None:
+        scale = _scale_value(scale_tensor)
+    return _cpu.Problem(
+        x, w, labels, targets, ignored, scale, compute_dtype, accumulation_dtype(x, w)
+    )
+
+
 def _cosine_lse(
     x: Tensor,
     w: Tensor,
     labels: Tensor,
     numbers: Tensor,
     scale_tensor: Tensor | None,
-    compute: torch.dtype,
+    compute_dtype: torch.dtype,
     backend: str,
     budget: int,
 ) -> Swept:
+    (scale,) = numbers.tolist()
+    inputs = Inputs(x, w, labels, scale, scale_tensor, compute_dtype)
     if backend == "triton":
         if scale_tensor is not None and scale_tensor.device.type == "cpu":
-            _scale_value(numbers, scale_tensor)
-        scale = numbers.tolist()[0]
-        return _triton().cosine_lse(x, w, labels, scale, scale_tensor, compute, budget)
+            _scale_value(scale_tensor)
+        return _triton().cosine_lse(inputs, budget)
     with _plain_numbers():
-        scale = _scale_value(numbers, scale_tensor)
         labels = labels.long()
         targets = _cpu.find_targets(labels, w.shape[0])
-        return _cpu.forward(
-            _cpu.Problem(x, w, labels, targets, None, scale, compute, accumulation_dtype(x, w)),
-            budget,
-        )
+        return _cpu.forward(_problem(inputs, labels, targets, None), budget)
 
 
-def _fake_swept(x: Tensor, w: Tensor, compute: torch.dtype, backend: str, budget: int) -> Swept:
+def _fake_swept(
+    x: Tensor, w: Tensor, compute_dtype: torch.dtype, backend: str, budget: int
+) -> Swept:
     dtype = accumulation_dtype(x, w)
     num_rows, num_classes = x.shape[0], w.shape[0]
     if backend == "triton":
-        shape = _triton().kept_shape(x, w, compute, budget)
+        shape = _triton().kept_shape(x, w, compute_dtype, budget)
     else:
         shape = (_cpu.kept_bytes(x, w, budget),)
     return Swept(
@@ -142,26 +160,11 @@ def _fake_swept(x: Tensor, w: Tensor, compute: torch.dtype, backend: str, budget
 
 
 @torch.library.register_fake("fused_margin::cosine_lse", lib=_lib)
-def _(x, w, labels, numbers, scale_tensor, compute, backend, budget):
-    return _fake_swept(x, w, compute, backend, budget)
+def _(x, w, labels, numbers, scale_tensor, compute_dtype, backend, budget):
+    return _fake_swept(x, w, compute_dtype, backend, budget)
 
 
 # --- margin_ce ------------------------------------------------------------------------------------
-
-
-class _MarginOutputs(NamedTuple):
-    """What ``margin_ce`` returns before what every sweep does; all of N or no dimension.
-
-    Attributes:
-        loss: (N,), or 0-d once reduced. d_lse, d_u: derivatives of each row's loss, (N,).
-        num_counted: rows that are not ignored, 0-d. targets: labels as `check_labels` returns them.
-    """
-
-    loss: Tensor
-    d_lse: Tensor
-    d_u: Tensor
-    num_counted: Tensor
-    targets: Tensor
 
 
 def _margin_ce(
@@ -172,75 +175,78 @@ def _margin_ce(
     straight_through: bool,
     reduction: str,
     ignore_index: int,
-    compute: torch.dtype,
+    compute_dtype: torch.dtype,
     backend: str,
     budget: int,
 ) -> tuple[Tensor, ...]:
     scale, cos, sin, threshold, offset = numbers.tolist()
     margin = Margin(cos, sin, threshold, offset, straight_through)
+    inputs = Inputs(x, w, labels, scale, None, compute_dtype)
     if backend == "triton":
         if labels.device.type == "cpu" or _validate.checks_labels_on_gpu():
             _validate.label_range(labels.long(), w.shape[0], ignore_index)
-        return _triton().margin_ce(
-            x, w, labels, scale, margin, reduction, ignore_index, compute, budget
-        )
-    with _plain_numbers():
-        labels, ignored = labels.long(), None
-        num_classes, count = w.shape[0], labels.shape[0]
-        found = _cpu.find_targets(labels, num_classes)
-        if found.rows is not None or 0 <= ignore_index < num_classes:
-            _validate.label_range(labels, num_classes, ignore_index)
-            ignored = labels == ignore_index
-            labels = labels.masked_fill(ignored, IGNORED)
-            found = _cpu.find_targets(labels, num_classes)
-            count -= int(ignored.sum())
-        swept = _cpu.forward(
-            _cpu.Problem(x, w, labels, found, ignored, scale, compute, accumulation_dtype(x, w)),
-            budget,
-        )
-        losses = _cpu.losses(swept.lse, swept.u, ignored, scale, margin)
-        loss = losses.loss
-        if reduction != "none":
-            loss = np.asarray(loss.sum() / (max(count, 1) if reduction == "mean" else 1))
-        dtype = swept.inv_x.dtype
-        return (
-            _MarginOutputs(
-                loss=_cpu.rounded(loss, dtype),
-                d_lse=_cpu.rounded(losses.d_lse, dtype),
-                d_u=_cpu.rounded(losses.d_u, dtype),
-                num_counted=_cpu.rounded(np.array(float(count)), dtype),
-                targets=labels if ignored is not None else labels.clone(),  # no input is returned
-            )
-            + swept
-        )
+        losses, swept = _triton().margin_ce(inputs, margin, reduction, ignore_index, budget)
+    else:
+        with _plain_numbers():
+            losses, swept = _margin_ce_on_cpu(inputs, margin, reduction, ignore_index, budget)
+    return losses + swept
+
+
+def _margin_ce_on_cpu(
+    inputs: Inputs, margin: Margin, reduction: str, ignore_index: int, budget: int
+) -> tuple[Losses, Swept]:
+    labels, ignored = inputs.labels.long(), None
+    num_classes, count = inputs.w.shape[0], labels.shape[0]
+    targets = _cpu.find_targets(labels, num_classes)
+    if targets.rows is not None or 0 <= ignore_index < num_classes:
+        _validate.label_range(labels, num_classes, ignore_index)
+        ignored = labels == ignore_index
+        labels = labels.masked_fill(ignored, IGNORED)
+        targets = _cpu.find_targets(labels, num_classes)
+        count -= int(ignored.sum())
+    swept = _cpu.forward(_problem(inputs, labels, targets, ignored), budget)
+    found = _cpu.losses(swept.lse, swept.u, ignored, inputs.scale, margin)
+    loss = found.loss
+    if reduction != "none":
+        loss = np.asarray(loss.sum() / (max(count, 1) if reduction == "mean" else 1))
+    dtype = swept.inv_x.dtype
+    losses = Losses(
+        loss=_cpu.rounded(loss, dtype),
+        slope_lse=_cpu.rounded(found.slope_lse, dtype),
+        slope_u=_cpu.rounded(found.slope_u, dtype),
+        num_counted=_cpu.rounded(np.array(float(count)), dtype),
+        targets=labels if ignored is not None else labels.clone(),  # no input is returned
+    )
+    return losses, swept
 
 
 @torch.library.register_fake("fused_margin::margin_ce", lib=_lib)
-def _(x, w, labels, numbers, straight_through, reduction, ignore_index, compute, backend, budget):
+def _(x, w, labels, numbers, straight_through, reduction, ignore_index, compute_dtype, backend,
+      budget):  # fmt: skip
     dtype, num_rows = accumulation_dtype(x, w), x.shape[0]
-    return _MarginOutputs(
+    return Losses(
         loss=x.new_empty((num_rows,) if reduction == "none" else (), dtype=dtype),
-        d_lse=x.new_empty(num_rows, dtype=dtype),
-        d_u=x.new_empty(num_rows, dtype=dtype),
+        slope_lse=x.new_empty(num_rows, dtype=dtype),
+        slope_u=x.new_empty(num_rows, dtype=dtype),
         num_counted=x.new_empty((), dtype=dtype),
         targets=x.new_empty(num_rows, dtype=torch.int64),
-    ) + _fake_swept(x, w, compute, backend, budget)
+    ) + _fake_swept(x, w, compute_dtype, backend, budget)
 
 
 # --- backward -------------------------------------------------------------------------------------
 
 
 def _backward(
-    d_lse: Tensor,
-    d_u: Tensor,
-    grad_loss: Tensor | None,
-    count: Tensor | None,
+    slope_lse: Tensor,
+    slope_u: Tensor,
+    grad: Tensor | None,
+    num_counted: Tensor | None,
     x: Tensor,
     w: Tensor,
     labels: Tensor,
     numbers: Tensor,
     scale_tensor: Tensor | None,
-    compute: torch.dtype,
+    compute_dtype: torch.dtype,
     backend: str,
     lse: Tensor,
     u: Tensor,
@@ -251,41 +257,37 @@ def _backward(
     need_w: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = Inputs(x, w, labels, numbers.tolist()[0], scale_tensor, compute_dtype)
+    swept, needs = Swept(lse, u, inv_x, inv_w, kept), Needs(need_x, need_w, need_scale)
+    slopes = Slopes(slope_lse, slope_u, grad, num_counted)
     if backend == "triton":
-        d_x, d_w, d_scale = _triton().backward(
-            d_lse, d_u, grad_loss, count, x, w, labels, numbers.tolist()[0], scale_tensor, compute,
-            lse, u, inv_x, inv_w, kept, need_x=need_x, need_w=need_w, need_scale=need_scale,
-        )  # fmt: skip
+        d_x, d_w, d_scale = _triton().backward(slopes, inputs, swept, needs)
     else:
         with _plain_numbers():
-            labels, ignored = labels.long(), None
-            found = _cpu.find_targets(labels, w.shape[0])
-            if grad_loss is not None and found.rows is not None:
-                ignored = labels == IGNORED  # which margin_ce has marked
-            scale = _scale_value(numbers, scale_tensor)
-            d_x, d_w, d_scale = _cpu.backward(
-                _cpu.chain(d_lse, d_u, grad_loss, count, ignored),
-                _cpu.Problem(
-                    x, w, labels, found, ignored, scale, compute, accumulation_dtype(x, w)
-                ),
-                Swept(lse, u, inv_x, inv_w, kept),
-                Needs(need_x, need_w, need_scale),
-            )
+            d_x, d_w, d_scale = _backward_on_cpu(slopes, inputs, swept, needs)
+    like_scale = x if scale_tensor is None else scale_tensor
     if d_scale is not None and scale_tensor is not None:
         d_scale = d_scale.to(scale_tensor.dtype).reshape(scale_tensor.shape)
-    return tuple(
-        like.new_empty(0) if grad is None else grad
-        for grad, like in (
-            (d_x, x),
-            (d_w, w),
-            (d_scale, x if scale_tensor is None else scale_tensor),
-        )
-    )  # type: ignore[return-value]  # a 3-tuple; the generator hides its length
+    # an operator returns tensors only: an empty one for what isn't needed
+    return (
+        x.new_empty(0) if d_x is None else d_x,
+        w.new_empty(0) if d_w is None else d_w,
+        like_scale.new_empty(0) if d_scale is None else d_scale,
+    )
+
+
+def _backward_on_cpu(slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs) -> Gradients:
+    labels, ignored = inputs.labels.long(), None
+    targets = _cpu.find_targets(labels, inputs.w.shape[0])
+    if slopes.grad is not None and targets.rows is not None:
+        ignored = labels == IGNORED  # which margin_ce has marked
+    problem = _problem(inputs, labels, targets, ignored)
+    return _cpu.backward(_cpu.chain(slopes, ignored), problem, swept, needs)
 
 
 @torch.library.register_fake("fused_margin::cosine_lse_backward", lib=_lib)
-def _(d_lse, d_u, grad_loss, count, x, w, labels, numbers, scale_tensor, compute, backend,
-      lse, u, inv_x, inv_w, kept, need_x, need_w, need_scale):  # fmt: skip
+def _(slope_lse, slope_u, grad, num_counted, x, w, labels, numbers, scale_tensor, compute_dtype,
+      backend, lse, u, inv_x, inv_w, kept, need_x, need_w, need_scale):  # fmt: skip
     like_scale = x if scale_tensor is None else scale_tensor
     return (
         x.new_empty(x.shape if need_x else (0,)),
@@ -304,14 +306,21 @@ for _key in ("CPU", "CUDA"):
 
 
 class _Saved(NamedTuple):
-    """What autograd keeps of a call, all tensors."""
+    """What autograd keeps of a call: tensors, as the backward operator takes them."""
 
     x: Tensor
     w: Tensor
     labels: Tensor
     numbers: Tensor
     scale_tensor: Tensor | None
-    swept: Swept
+
+
+class _Settings(NamedTuple):
+    """What else the backward has to know of a call."""
+
+    compute_dtype: torch.dtype
+    backend: str
+    needs: Needs
 
 
 def _is_unobserved(x: Tensor, w: Tensor, backend: str) -> bool:
@@ -332,32 +341,16 @@ def _is_unobserved(x: Tensor, w: Tensor, backend: str) -> bool:
 
 
 def _gradients(
-    saved: _Saved,
-    d_lse: Tensor,
-    d_u: Tensor,
-    grad_loss: Tensor | None,
-    count: Tensor | None,
-    compute: torch.dtype,
-    backend: str,
-    needs: Needs,
+    slopes: Slopes, saved: _Saved, swept: Swept, settings: _Settings
 ) -> tuple[Tensor | None, ...]:
-    args: tuple[Any, ...] = (
-        d_lse,
-        d_u,
-        grad_loss,
-        count,
-        *saved[:-1],
-        compute,
-        backend,
-        *saved.swept,
-        *needs,
-    )
-    if torch.is_grad_enabled() or _transforms.is_transformed(d_lse, d_u, grad_loss):
+    """d_x, d_w and d_scale, None where they are not needed."""
+    compute_dtype, backend, needs = settings
+    args: tuple[Any, ...] = (*slopes, *saved, compute_dtype, backend, *swept, *needs)
+    incoming = slopes.lse, slopes.u, slopes.grad
+    if torch.is_grad_enabled() or _transforms.is_transformed(*incoming):
         # with create_graph, or a tangent: to be refused
         gradients = _ops.cosine_lse_backward.default(*args)
-    elif _is_unobserved(saved.x, saved.w, backend) and not _transforms.is_batched(
-        d_lse, d_u, grad_loss
-    ):
+    elif _is_unobserved(saved.x, saved.w, backend) and not _transforms.is_batched(*incoming):
         gradients = _backward(*args)
     else:
         with torch._C._AutoDispatchBelowAutograd():
@@ -370,19 +363,18 @@ def _gradients(
 
 class _CosineLse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w, labels, numbers, scale_tensor, compute, backend, budget):
+    def forward(ctx: Any, x, w, labels, numbers, scale_tensor, compute_dtype, backend, budget):
         with torch._C._AutoDispatchBelowAutograd():
             swept = Swept(
                 *_ops.cosine_lse.default(
-                    x, w, labels, numbers, scale_tensor, compute, backend, budget
+                    x, w, labels, numbers, scale_tensor, compute_dtype, backend, budget
                 )
             )
         ctx.save_for_backward(x, w, labels, numbers, scale_tensor, *swept)
         ctx.mark_non_differentiable(swept.inv_x, swept.inv_w, swept.kept)
         ctx.set_materialize_grads(False)
-        ctx.compute, ctx.backend = compute, backend
         needs_x, needs_w, _, _, needs_scale, *_ = ctx.needs_input_grad
-        ctx.needs = Needs(needs_x, needs_w, needs_scale)
+        ctx.settings = _Settings(compute_dtype, backend, Needs(needs_x, needs_w, needs_scale))
         return tuple(swept)
 
     @staticmethod
@@ -390,31 +382,33 @@ class _CosineLse(torch.autograd.Function):
         g_lse, g_u, *_ = grad_outputs
         if g_lse is None and g_u is None:
             return (None,) * 8
-        x, w, labels, numbers, scale_tensor, *swept = ctx.saved_tensors
-        saved = _Saved(x, w, labels, numbers, scale_tensor, Swept(*swept))
-        g_lse = torch.zeros_like(saved.swept.lse) if g_lse is None else g_lse
-        g_u = torch.zeros_like(saved.swept.u) if g_u is None else g_u
+        x, w, labels, numbers, scale_tensor, *rest = ctx.saved_tensors
+        swept = Swept(*rest)
+        g_lse = torch.zeros_like(swept.lse) if g_lse is None else g_lse
+        g_u = torch.zeros_like(swept.u) if g_u is None else g_u
         d_x, d_w, d_scale = _gradients(
-            saved, g_lse, g_u, None, None, ctx.compute, ctx.backend, ctx.needs
+            Slopes(g_lse, g_u, None, None),
+            _Saved(x, w, labels, numbers, scale_tensor),
+            swept,
+            ctx.settings,
         )
         return d_x, d_w, None, None, d_scale, None, None, None
 
 
 def _record_margin_ce(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
     """Outputs of ``margin_ce``, with ``ctx`` holding what its backward needs."""
-    x, w, _, numbers, _, reduction, _, compute, backend, _ = args
+    x, w, _, numbers, _, reduction, _, compute_dtype, backend, _ = args
     if _is_unobserved(x, w, backend):
         outputs = _margin_ce(*args)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             outputs = _ops.margin_ce.default(*args)
-    _, d_lse, d_u, count, targets, *swept = outputs
-    count = count if reduction == "mean" else None
-    ctx.save_for_backward(x, w, targets, numbers, d_lse, d_u, count, *swept)
+    _, slope_lse, slope_u, num_counted, targets, *swept = outputs
+    num_counted = num_counted if reduction == "mean" else None
+    ctx.save_for_backward(x, w, targets, numbers, slope_lse, slope_u, num_counted, *swept)
     ctx.set_materialize_grads(False)
-    ctx.compute, ctx.backend = compute, backend
     needs_x, needs_w, *_ = ctx.needs_input_grad
-    ctx.needs = Needs(needs_x, needs_w, False)
+    ctx.settings = _Settings(compute_dtype, backend, Needs(needs_x, needs_w, False))
     return outputs
 
 
@@ -427,13 +421,15 @@ class _MarginCe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        grad_loss, *_ = grad_outputs
-        if grad_loss is None:
+        grad, *_ = grad_outputs
+        if grad is None:
             return (None,) * 10
-        x, w, targets, numbers, d_lse, d_u, count, *swept = ctx.saved_tensors
-        saved = _Saved(x, w, targets, numbers, None, Swept(*swept))
+        x, w, targets, numbers, slope_lse, slope_u, num_counted, *swept = ctx.saved_tensors
         d_x, d_w, _ = _gradients(
-            saved, d_lse, d_u, grad_loss, count, ctx.compute, ctx.backend, ctx.needs
+            Slopes(slope_lse, slope_u, grad, num_counted),
+            _Saved(x, w, targets, numbers, None),
+            Swept(*swept),
+            ctx.settings,
         )
         return d_x, d_w, *(None,) * 8
 
@@ -463,14 +459,6 @@ class _Backward(torch.autograd.Function):
 _lib.impl("cosine_lse", _transforms.refusing(_CosineLse.apply), "Autograd")
 _lib.impl("margin_ce", _transforms.refusing(_MarginCe.apply), "Autograd")
 _lib.impl("cosine_lse_backward", _transforms.refusing(_Backward.apply), "Autograd")
-
-
-def _tune_on_demand(x: Tensor, w: Tensor, compute: torch.dtype, backend: str) -> None:
-    """With FUSED_MARGIN_TUNE=1 tune tiles that aren't yet; in eager code only."""
-    if backend == "triton" and _validate.tunes_on_demand() and not torch.compiler.is_compiling():
-        from fused_margin import tuning  # which stands above the operators
-
-        tuning.tune_once(x, w, compute)
 
 
 DEFAULT_BUDGET, KEEP_NOTHING = -1, 0  # the backend's own rule; no bytes
@@ -507,7 +495,7 @@ def cosine_lse(
     w: Tensor,
     labels: Tensor,
     scale: float | Tensor,
-    compute: torch.dtype,
+    compute_dtype: torch.dtype,
     backend: str,
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor]:
@@ -515,10 +503,9 @@ def cosine_lse(
 
     Differentiable in x, w and a tensor scale.
     """
-    _tune_on_demand(x, w, compute, backend)
     value, tensor = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
     lse, u, *_ = _ops.cosine_lse.default(
-        x, w, labels, _numbers(value), tensor, compute, backend,
+        x, w, labels, _numbers(value), tensor, compute_dtype, backend,
         _budget(memory_budget, x, w, tensor),
     )  # fmt: skip
     return lse, u
@@ -532,19 +519,18 @@ def margin_ce(
     margin: Margin,
     reduction: str,
     ignore_index: int,
-    compute: torch.dtype,
+    compute_dtype: torch.dtype,
     backend: str,
     memory_budget: int | None,
 ) -> Tensor:
     """The loss by the ``margin_ce`` operator; differentiable in x and w."""
-    _tune_on_demand(x, w, compute, backend)
     *coefficients, straight_through = margin
     budget = _budget(memory_budget, x, w)
     is_traced = torch.compiler.is_compiling() or _is_traced_by_jit()
     is_plain = not is_traced and not _transforms.is_transformed(x, w)
     args = (
         x, w, labels, _numbers(scale, *coefficients), straight_through, reduction, ignore_index,
-        compute, backend, budget,
+        compute_dtype, backend, budget,
     )  # fmt: skip
     if is_plain and budget != KEEP_NOTHING:  # autograd records
         return _MarginLoss.apply(*args)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_margin import _ops, _reference, _validate, margins
-from fused_margin._numerics import accumulation_dtype, compute_dtype
+from fused_margin._numerics import accumulation_dtype, requested_dtype
 
 __all__ = [
     "arcface",
@@ -56,9 +56,9 @@ def _margin_softmax(
     backend = _validate.backend(backend, embeddings.device)
     built_in = psi if isinstance(psi, margins.Margin) and not psi.is_tensor else None
     if built_in is not None and not isinstance(scale, torch.Tensor) and backend != "reference":
-        compute = compute_dtype(embeddings, weight)
+        compute_dtype = _compute_dtype(embeddings, weight, backend)
         return _ops.margin_ce(
-            embeddings, weight, labels, scale, built_in, reduction, ignore_index, compute,
+            embeddings, weight, labels, scale, built_in, reduction, ignore_index, compute_dtype,
             backend, memory_budget,
         )  # fmt: skip
     labels = _ops.check_labels(labels, weight.shape[0], ignore_index)
@@ -68,8 +68,10 @@ def _margin_softmax(
     if backend == "reference":
         lse, u = _reference.cosine_lse(embeddings, weight, labels, scale)
     else:
-        compute = compute_dtype(embeddings, weight)
-        lse, u = _ops.cosine_lse(embeddings, weight, labels, scale, compute, backend, memory_budget)
+        compute_dtype = _compute_dtype(embeddings, weight, backend)
+        lse, u = _ops.cosine_lse(
+            embeddings, weight, labels, scale, compute_dtype, backend, memory_budget
+        )
     with torch.autocast(embeddings.device.type, enabled=False):
         # -log sigmoid(t - lse) is the cross-entropy without cancellation (eq. 4)
         loss = -F.logsigmoid(scale * _target(psi, u) - lse)
@@ -83,6 +85,17 @@ def _margin_softmax(
         if reduction == "sum":
             return total
         return total / (~ignored).sum().clamp_min(1)
+
+
+def _compute_dtype(embeddings: torch.Tensor, weight: torch.Tensor, backend: str) -> torch.dtype:
+    """The dtype asked for in products; with FUSED_MARGIN_TUNE=1 tiles not yet tuned are."""
+    dtype = requested_dtype(embeddings, weight)
+    is_eager = not torch.compiler.is_compiling()
+    if backend == "triton" and _validate.tunes_on_demand() and is_eager:
+        from fused_margin import tuning
+
+        tuning.tune_once(embeddings, weight, dtype)
+    return dtype
 
 
 def _target(psi: Psi, u: torch.Tensor) -> torch.Tensor:
@@ -369,8 +382,10 @@ def cosine_lse(
     if backend == "reference":
         lse, u = _reference.cosine_lse(embeddings, weight, labels, scale)
         return lse, u.to(lse.dtype)
-    compute = compute_dtype(embeddings, weight)
-    lse, u = _ops.cosine_lse(embeddings, weight, labels, scale, compute, backend, memory_budget)
+    compute_dtype = _compute_dtype(embeddings, weight, backend)
+    lse, u = _ops.cosine_lse(
+        embeddings, weight, labels, scale, compute_dtype, backend, memory_budget
+    )
     dtype = accumulation_dtype(embeddings, weight)
     return lse.to(dtype), u.to(dtype)
 

@@ -24,22 +24,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fused_margin import _validate, functional
-from fused_margin._numerics import compute_dtype
+from fused_margin import _ops, _validate, margins
+from fused_margin._numerics import requested_dtype
 
 if TYPE_CHECKING:
-    from fused_margin._triton.configs import Config, Tile
+    from fused_margin._triton.tiles import Tile, Tiles
 
 __all__ = ["Tuned", "tune"]
 
-FUSED = ("fused_weight", "fused_embeddings")  # in the order of `Config.fused`
+FUSED = ("fused_weight", "fused_embeddings")  # in the order of `Tiles.fused`
 WARM_UPS, REPEATS = 2, 7
-# Rows and columns of the candidates for products of tiles; the fused kernels have their own.
-TILES = ((64, 128), (128, 128), (256, 128), (128, 64), (64, 64), (64, 256), (128, 256))
+# Extent of the candidates along a result's two axes; the fused kernels have their own.
+SHAPES = ((64, 128), (128, 128), (256, 128), (128, 64), (64, 64), (64, 256), (128, 256))
 TOLERANCE = {"bf16": 2e-2, "fp16": 5e-3, "tf32": 5e-3, "ieee": 1e-4, "fp64": 1e-9}
 
 
@@ -48,7 +48,7 @@ class Tuned:
     """Result of `tune`.
 
     Attributes:
-        config: the tiles that won.
+        tiles: the tiles that won.
         rows: one dict for each candidate: ``kernel``, ``tile`` (its fields), ``milliseconds`` of
             the forward, or of forward and backward, or ``error``.
         complete: False if time ran out before every candidate was tried.
@@ -56,69 +56,70 @@ class Tuned:
             was to be saved, or no candidate was timed.
     """
 
-    config: Config
+    tiles: Tiles
     rows: list[dict[str, Any]]
     complete: bool
     saved_as: tuple[Path, str] | None
 
 
 def _candidates(
-    config: Config, operands: str, num_rows: int, num_classes: int, dim: int
+    tiles: Tiles, operands: str, num_rows: int, num_classes: int, dim: int
 ) -> Iterator[tuple[str, Tile]]:
     """(kernel, tile): the present tile of each kernel, and others.
 
     The kernels take turns, so that each has had some when time runs out. A tile that this N, C or D
-    would cut down is left out: it would be saved untried.
+    would cut down along its result is left out: it would be saved untried.
     """
-    from fused_margin._triton import configs
-    from fused_margin._triton.planning import power_of_two
+    from fused_margin._triton.tiles import AXES, Tile, power_of_two
 
     has_matrix_unit = operands in ("bf16", "fp16", "tf32")
+    sizes = {"n": num_rows, "c": num_classes, "d": dim}
     wide = [
-        configs.Tile(rows, columns, inner, warps, stages)
-        for rows, columns in TILES
+        (first, second, inner, warps, stages)
+        for first, second in SHAPES
         for warps, stages in ((8, 3), (4, 3), (8, 4), (4, 4), (8, 2), (8, 1), (4, 1))
         for inner in (64, 32)
-        if has_matrix_unit or rows * columns * inner <= 64 * 64 * 32
+        if has_matrix_unit or first * second * inner <= 64 * 64 * 32
     ]
     narrow = [
-        (rows, columns, warps, stages)
-        for rows, columns in ((64, 32), (32, 64), (64, 64), (32, 32), (32, 128), (128, 32))
+        (n, c, warps, stages)
+        for n, c in ((64, 32), (32, 64), (64, 64), (32, 32), (32, 128), (128, 32))
         for warps, stages in ((8, 2), (4, 2), (8, 3), (4, 3), (4, 1))
     ]
 
-    def turn(kernel: str, present: Tile, others: list[Tile], rows: int, columns: int):
-        """The present tile, and those of the others that rows and columns don't cut down."""
+    def turn(kernel: str, present: Tile, others: Iterator[Tile], axes: tuple[str, ...]):
+        """The present tile, and those of the others that the sizes don't cut down."""
         yield kernel, present
         for tile in others:
-            fits = (
-                power_of_two(rows, tile.rows) == tile.rows
-                and power_of_two(columns, tile.columns) == tile.columns
-            )
+            extents = {axis: getattr(tile, axis) for axis in axes}
+            fits = all(power_of_two(sizes[axis], size) == size for axis, size in extents.items())
             if tile != present and fits:
                 yield kernel, tile
 
+    def of_axes(axes: tuple[str, str, str]) -> Iterator[Tile]:
+        for *extents, warps, stages in wide:
+            along = dict(zip(axes, extents, strict=True))
+            yield Tile(**along, num_warps=warps, num_stages=stages)
+
     turns = [
-        turn("gradient", config.gradient, wide, num_rows, num_classes),
-        turn("forward", config.forward, wide, num_rows, num_classes),
-        turn("weight", config.weight, wide, num_classes, dim),
-        turn("embeddings", config.embeddings, wide, num_rows, dim),
+        turn(kernel, getattr(tiles, kernel), of_axes(axes), axes[:2])
+        for kernel, axes in AXES.items()
     ]
-    for kernel, present in zip(FUSED, config.fused_tiles(dim) or (), strict=False):
-        others = [configs.Tile(r, c, present.inner, *more) for r, c, *more in narrow]
-        turns.append(turn(kernel, present, others, num_rows, num_classes))
+    for kernel, present in zip(FUSED, tiles.for_fused(dim) or (), strict=False):
+        others = (Tile(n, c, present.d, *more) for n, c, *more in narrow)
+        turns.append(turn(kernel, present, others, ("n", "c")))
     for one_each in zip_longest(*turns):
         yield from (candidate for candidate in one_each if candidate is not None)
 
 
-def _with_tile(config: Config, kernel: str, tile: Tile, dim: int) -> Config:
-    """``config`` with another tile for ``kernel``."""
+def _with_tile(tiles: Tiles, kernel: str, tile: Tile, dim: int) -> Tiles:
+    """``tiles`` with another tile for ``kernel``."""
     if kernel not in FUSED:
-        return replace(config, **{kernel: tile})
-    present = config.fused_tiles(dim)
+        return replace(tiles, **{kernel: tile})
+    present = tiles.for_fused(dim)
     assert present is not None
     pair = (tile, present[1]) if kernel == FUSED[0] else (present[0], tile)
-    return replace(config, fused=tuple(pair if old == present else old for old in config.fused))
+    return replace(tiles, fused=tuple(pair if old == present else old for old in tiles.fused))
 
 
 def _relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -150,6 +151,70 @@ def _timed(device: torch.device, work: Callable[[], Any]) -> float:
         if repeat >= WARM_UPS:
             samples.append(milliseconds)
     return statistics.median(samples)
+
+
+class _Step(NamedTuple):
+    """A step of ArcFace to be timed, on random numbers."""
+
+    x: torch.Tensor
+    w: torch.Tensor
+    labels: torch.Tensor
+    compute_dtype: torch.dtype
+
+    @classmethod
+    def make(
+        cls,
+        num_rows: int,
+        num_classes: int,
+        dim: int,
+        dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+        device: torch.device,
+    ) -> _Step:
+        """Under the autocast of now."""
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(size: int, dtype: torch.dtype) -> torch.Tensor:
+            made = torch.randn(size, dim, generator=generator, device="cpu")
+            return made.to(device, dtype).requires_grad_()
+
+        w, x = normal(num_classes, weight_dtype), normal(num_rows, dtype)
+        labels = torch.randint(num_classes, (num_rows,), generator=generator, device="cpu")
+        return cls(x, w, labels.to(device), requested_dtype(x, w))
+
+    def forward(self) -> torch.Tensor:
+        """The loss."""
+        margin = margins.angular(0.5, "linear", "exact")
+        return _ops.margin_ce(
+            self.x, self.w, self.labels, 64.0, margin, "mean", -100, self.compute_dtype, "triton",
+            None,
+        )  # fmt: skip
+
+    def run(self) -> tuple[torch.Tensor, ...]:
+        """The loss and its gradients."""
+        loss = self.forward()
+        return loss.detach(), *torch.autograd.grad(loss, (self.x, self.w))
+
+
+def _try(
+    work: _Step, kernel: str, trial: Tiles, expected: tuple[torch.Tensor, ...], tolerance: float
+) -> dict[str, Any]:
+    """``milliseconds`` of a step with other tiles for a kernel, or ``error``."""
+    from fused_margin._triton import planning
+
+    try:
+        with planning.override("fused" if kernel in FUSED else "chunked", trial):
+            worst = max(map(_relative_error, work.run(), expected))
+            if not worst <= tolerance:
+                return {"error": f"relative error {worst:.1e} against the default tiles"}
+            if kernel != "forward":
+                return {"milliseconds": _timed(work.x.device, work.run)}
+            with torch.no_grad():
+                return {"milliseconds": _timed(work.x.device, work.forward)}
+    except torch.AcceleratorError:
+        raise  # the device's state is lost
+    except (*planning.FAILURES, RuntimeError) as error:  # memory, or a pass of the compiler
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def tune(
@@ -201,35 +266,18 @@ def tune(
     from fused_margin._triton.launch import guard
 
     deadline = time.monotonic() + seconds
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device="cpu")
-
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(
             torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
         )
-        w = normal(num_classes, embedding_size).to(device, weight_dtype).requires_grad_()
-        x = normal(num_rows, embedding_size).to(device, dtype).requires_grad_()
-        labels = torch.randint(num_classes, (num_rows,), generator=generator, device="cpu")
-        labels = labels.to(device)
-        stack.enter_context(guard(x))
-        stack.enter_context(_tuning())
-
-        def forward() -> torch.Tensor:
-            return functional.arcface(x, w, labels, backend="triton")
-
-        def step() -> tuple[torch.Tensor, ...]:
-            loss = forward()
-            return loss.detach(), *torch.autograd.grad(loss, (x, w))
-
-        p = planning.plan(x, w, compute_dtype(x, w))
-        best, rows, complete = p.config, [], True
+        work = _Step.make(num_rows, num_classes, embedding_size, dtype, weight_dtype, device)
+        stack.enter_context(guard(work.x))
+        p = planning.plan(work.x, work.w, work.compute_dtype)
+        best, rows, complete = p.tiles, [], True
         with planning.override("chunked", best):
-            expected = step()
+            expected = work.run()
         fastest: dict[str, float] = {}
         for kernel, tile in _candidates(best, p.operands, num_rows, num_classes, embedding_size):
             if time.monotonic() > deadline:
@@ -237,55 +285,25 @@ def tune(
                 break
             trial = _with_tile(best, kernel, tile, embedding_size)
             row: dict[str, Any] = {"kernel": kernel, "tile": asdict(tile)}
-            rows.append(row)
-            try:
-                with planning.override("fused" if kernel in FUSED else "chunked", trial):
-                    worst = max(map(_relative_error, step(), expected))
-                    if not worst <= TOLERANCE[p.operands]:
-                        row["error"] = f"relative error {worst:.1e} against the default tiles"
-                        continue
-                    if kernel == "forward":
-                        with torch.no_grad():
-                            row["milliseconds"] = _timed(device, forward)
-                    else:
-                        row["milliseconds"] = _timed(device, step)
-            except torch.AcceleratorError:
-                raise  # the device's state is lost
-            except (*planning.FAILURES, RuntimeError) as error:  # memory, or a pass of the compiler
-                row["error"] = f"{type(error).__name__}: {error}"
-                continue
-            if row["milliseconds"] < fastest.get(kernel, float("inf")):
-                fastest[kernel] = row["milliseconds"]
+            rows.append(row | _try(work, kernel, trial, expected, TOLERANCE[p.operands]))
+            if rows[-1].get("milliseconds", math.inf) < fastest.get(kernel, math.inf):
+                fastest[kernel] = rows[-1]["milliseconds"]
                 best = trial
     saved_as = None
     if save and fastest:
-        about = {
-            "n": num_rows, "c": num_classes, "d": embedding_size,
-            "milliseconds": fastest, "complete": complete,
-        }  # fmt: skip
-        key = tuned.key(*planning.tuned_for(x, w, p))
+        about = {"n": num_rows, "c": num_classes, "d": embedding_size, "complete": complete}
+        about |= {"milliseconds": fastest}
+        key = tuned.key(*planning.tuned_for(work.x, work.w, p))
         saved_as = tuned.save(key, best, about), key
     return Tuned(best, rows, complete, saved_as)
 
 
-_is_tuning = False
 _tried: set[str] = set()  # keys that `tune_once` has tuned, or failed to, in this process
 
 
-@contextlib.contextmanager
-def _tuning() -> Iterator[None]:
-    """Keep the calls inside from tuning on demand."""
-    global _is_tuning
-    before, _is_tuning = _is_tuning, True
-    try:
-        yield
-    finally:
-        _is_tuning = before
-
-
-def tune_once(x: torch.Tensor, w: torch.Tensor, compute: torch.dtype) -> None:
+def tune_once(x: torch.Tensor, w: torch.Tensor, compute_dtype: torch.dtype) -> None:
     """Tune for this call if nothing is saved for it; not while a graph is being captured."""
-    if _is_tuning or not x.shape[0]:
+    if not x.shape[0]:
         return
     from fused_margin._triton import planning, tuned
     from fused_margin._triton.launch import guard
@@ -293,7 +311,7 @@ def tune_once(x: torch.Tensor, w: torch.Tensor, compute: torch.dtype) -> None:
     with guard(x):
         if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
-    p = planning.default_plan(x, w, compute)
+    p = planning.default_plan(x, w, compute_dtype)
     call = planning.tuned_for(x, w, p)
     key = tuned.key(*call)
     if key in _tried or tuned.load(*call) is not None:
@@ -301,7 +319,8 @@ def tune_once(x: torch.Tensor, w: torch.Tensor, compute: torch.dtype) -> None:
     _tried.add(key)
     shape = (x.shape[0], *w.shape)
     print(f"fused_margin: tuning tiles for N, C, D = {shape}, {p.operands}", file=sys.stderr)
-    autocast = compute if p.accumulate is torch.float32 and compute is not x.dtype else None
+    is_autocast = p.accumulate is torch.float32 and compute_dtype is not x.dtype
+    autocast = compute_dtype if is_autocast else None
     try:
         tune(*shape, dtype=x.dtype, weight_dtype=w.dtype, autocast=autocast, device=x.device)
     except (OSError, ValueError, torch.OutOfMemoryError) as error:

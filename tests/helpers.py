@@ -3,7 +3,8 @@
 Values and gradients are judged in a chain. Eager code written here, in fp64, is compared with the
 `reference` backend; the `reference` backend in fp64 is then the yardstick for every backend and
 dtype; and the error allowed is a small multiple of the error that the eager code makes in the same
-dtypes, plus a few units in the last place (`tolerance`).
+dtypes, plus a few units in the last place (`assert_close`). Where the factors come from:
+docs/math.md, "Tolerances of the tests".
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 import fused_margin.functional as fmf
 
 Tensor = torch.Tensor
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -369,8 +372,9 @@ def run_eager(
 
 # --- tolerances -----------------------------------------------------------------------------------
 
-FACTOR = 2.0  # times the error of the eager code
-UNITS = 4.0  # units in the last place of a cosine
+# Derived in docs/math.md, "Tolerances of the tests", as are `sizes` and `error`.
+FACTOR = 2.0  # times the error of the eager code: another order of sums
+UNITS = 4.0  # units in the last place of a cosine: its eight roundings beside the sum
 
 
 def _sensitivity(function: Callable[[Tensor], Tensor], u: Tensor, step: float) -> Tensor:
@@ -396,7 +400,7 @@ def sizes(
     """
     x, w = (leaf.detach() for leaf in given.leaves(mode, dtype=torch.float64))
     scale = loss.scale(w.shape[0])
-    step = 4.0 * torch.finfo(mode.accumulate).eps
+    step = 4.0 * torch.finfo(mode.accumulate).eps  # as `UNITS`
     counted = given.labels != ignore_index
     index = given.labels.where(counted, 0)
     cosine = eager_cosines(x, w)

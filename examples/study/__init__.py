@@ -1,1 +1,1 @@
-"""What the scripts of the study share: runs kept on disk, training, measuring, pictures."""
+"""What the scripts share: runs kept on disk, training, measuring, pictures."""

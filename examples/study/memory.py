@@ -1,14 +1,20 @@
-"""Memory: what is available, what a process has taken, what eager code would take."""
+"""Memory: what is available, what is taken, what eager code and many classes would take."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import torch
+
+from .synthetic import HIDDEN_SIZE, OBSERVED_SIZE
+
+MIB, GIB = 1 << 20, 1 << 30
 
 
 def eager_bytes(loss: str, num_rows: int, num_classes: int, dim: int) -> int:
@@ -113,3 +119,61 @@ class PeakMemory:
     def growth(self) -> int | None:
         now = self._peak()
         return None if now is None or self.before is None else now - self.before
+
+
+def weight_bytes(arguments: argparse.Namespace) -> int:
+    """fp32 class weights; their gradient takes the same again."""
+    return 4 * arguments.classes * arguments.embedding
+
+
+def eager_bytes_of(arguments: argparse.Namespace) -> int:
+    return eager_bytes(arguments.loss, arguments.batch, arguments.classes, arguments.embedding)
+
+
+def working_bytes(arguments: argparse.Namespace) -> int:
+    """All that isn't class weights or their gradient, estimated from above."""
+    kept_cosines = 40 * MIB + max(0, arguments.batch - 256) * 224 * 1024  # for the backward
+    # parameters, gradients and Adam's moments, in fp32, of two hidden layers and the output
+    sizes = OBSERVED_SIZE + HIDDEN_SIZE + arguments.embedding
+    network = 4 * 4 * HIDDEN_SIZE * sizes
+    rows = 8 * 4 * arguments.batch * (HIDDEN_SIZE + arguments.embedding)
+    # The rest: libraries loaded by the first step (140 MiB with torch 2.13), blocks of classes.
+    return kept_cosines + network + rows + 256 * MIB
+
+
+def needed_bytes(arguments: argparse.Namespace) -> int:
+    """Memory of the training; with --compare-eager, of the comparison, which needs more."""
+    weights = weight_bytes(arguments)
+    needed = 2 * weights + working_bytes(arguments)
+    if arguments.compare_eager:
+        # Both gradients: the fused backend puts the memory of its own aside for its next step.
+        needed += weights + eager_bytes_of(arguments)
+    return needed
+
+
+def check_memory(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse what doesn't fit: the system would otherwise kill the process half-way."""
+    needed, available = needed_bytes(arguments), available_bytes(arguments.device)
+    if available is None:
+        print("this system doesn't say how much memory is available: not checked", file=sys.stderr)
+    elif needed > available:
+        eager = "leave out --compare-eager, or " if arguments.compare_eager else ""
+        parser.error(
+            f"{needed / GIB:,.2f} GiB of memory needed for {arguments.classes:,} classes x "
+            f"{arguments.embedding} (weights and gradient "
+            f"{2 * weight_bytes(arguments) / GIB:,.2f}), {available / GIB:,.2f} GiB available; "
+            f"{eager}lower --classes, --embedding or --batch"
+        )
+
+
+def check_disk(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse a folder that has no room for a checkpoint, written beside the one before."""
+    if arguments.json is not None:
+        needed = 2 * weight_bytes(arguments)
+        free = shutil.disk_usage(arguments.json.parent).free
+        if needed > free:
+            parser.error(
+                f"--json: two checkpoints take {needed / GIB:,.2f} GiB and {free / GIB:,.2f} GiB "
+                f"is free in {arguments.json.parent}; name a file on another disk, or leave out "
+                "--json"
+            )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -92,3 +95,28 @@ def timm_network(name: str, channels: int, embedding_size: int, *, pretrained: b
         raise ValueError(f"--model {name}: {error}") from error
     except OSError as error:  # of the network and of the disk
         raise ValueError(f"--model {name} --pretrained: can't get the weights ({error})") from error
+
+
+class PretrainedInput(nn.Module):
+    """A network that gets images as they were when its weights were made.
+
+    Args:
+        body: the network.
+        mean, deviation: of each channel of pixels in [0, 1], subtracted and divided by.
+        channels: of the images; a single one gets the averages over the channels.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self, body: nn.Module, mean: Sequence[float], deviation: Sequence[float], channels: int
+    ) -> None:
+        super().__init__()
+        self.body = body
+        for name, values in (("mean", mean), ("deviation", deviation)):
+            by_channel = list(values) if channels > 1 else [statistics.fmean(values)]
+            self.register_buffer(name, torch.tensor(by_channel).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(((images + 1) / 2 - self.mean) / self.deviation)

@@ -3,10 +3,11 @@
 from fused_margin._cpu.backend import backward, forward, kept_bytes, kept_classes
 from fused_margin._cpu.memory import empty_cache
 from fused_margin._cpu.products import has_bf16_products, product_dtype
-from fused_margin._cpu.rows import Problem, chain, find_targets, losses, rounded
+from fused_margin._cpu.rows import Problem, Targets, chain, find_targets, losses, rounded
 
 __all__ = [
     "Problem",
+    "Targets",
     "backward",
     "chain",
     "empty_cache",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fused_margin._arguments import Slopes
 from fused_margin._numerics import CLAMPED_INVERSE_NORM, NORM_EPS
 from fused_margin.margins import SINE_SQUARED_FLOOR, Margin
 
@@ -64,9 +65,14 @@ class Targets(NamedTuple):
             matrix.index_add_(0, self.rows, values)
 
 
+def view_of(tensor: torch.Tensor) -> np.ndarray:
+    """A caller's tensor as an array. After `Tensor.numpy` FSDP couldn't resize its storage."""
+    return np.from_dlpack(tensor.detach())
+
+
 def find_targets(labels: torch.Tensor, num_classes: int) -> Targets:
     """The labels, (N,) int64, that lie in [0, C)."""
-    values = labels.numpy()
+    values = view_of(labels)
     # read as unsigned, a negative label is larger than any number of classes
     if not values.size or np.maximum.reduce(values.view(np.uint64)) < num_classes:
         return Targets(labels, None)
@@ -130,7 +136,7 @@ def row_dots(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
     """
     if a.numel() > THREADED:
         return torch.linalg.vecdot(a, b).numpy()
-    return np.vecdot(a.detach().numpy(), b.detach().numpy())
+    return np.vecdot(view_of(a), view_of(b))
 
 
 def inverse_norms(rows: torch.Tensor) -> np.ndarray:
@@ -223,8 +229,8 @@ class Losses(NamedTuple):
     """Loss of each row and its derivatives by lse and by u; (N,) fp64 arrays."""
 
     loss: np.ndarray
-    d_lse: np.ndarray
-    d_u: np.ndarray
+    slope_lse: np.ndarray
+    slope_u: np.ndarray
 
 
 def losses(
@@ -253,11 +259,11 @@ def losses(
     # -log sigmoid(gap) and sigmoid(-gap), without cancellation or overflow
     loss = np.maximum(-gap, 0.0) + np.log1p(np.exp(-np.abs(gap)))
     sigma = -np.expm1(-loss)
-    d_u = sigma * slope * -scale
+    slope_u = sigma * slope * -scale
     if ignored is not None:
-        for part in (loss, sigma, d_u):
+        for part in (loss, sigma, slope_u):
             part[ignored.numpy()] = 0.0
-    return Losses(loss, sigma, d_u)
+    return Losses(loss, sigma, slope_u)
 
 
 def project(rows: Rows, gradient: torch.Tensor) -> torch.Tensor:
@@ -283,25 +289,19 @@ class RowGradients(NamedTuple):
     u: np.ndarray
 
 
-def chain(
-    d_lse: torch.Tensor,
-    d_u: torch.Tensor,
-    grad_loss: torch.Tensor | None,
-    count: torch.Tensor | None,
-    ignored: torch.Tensor | None,
-) -> RowGradients:
+def chain(slopes: Slopes, ignored: torch.Tensor | None) -> RowGradients:
     """Multiply the derivatives of the loss by its own gradient, over the count of rows.
 
     Args:
-        d_lse: (N,). d_u: (N,). grad_loss: 0-d or (N,); None where these are gradients already.
-        count: 0-d; None if the losses were not averaged. ignored: (N,) bool, or None.
+        slopes: the derivatives, gradients already where there is no gradient of the loss.
+        ignored: (N,) bool, or None.
     """
-    g_lse, g_u = d_lse.numpy(), d_u.numpy()
-    if grad_loss is None:
+    g_lse, g_u = view_of(slopes.lse), view_of(slopes.u)
+    if slopes.grad is None:
         return RowGradients(g_lse, g_u)
-    factor = grad_loss.item() if grad_loss.ndim == 0 else grad_loss.numpy()
-    if count is not None:
-        factor = factor / max(count.item(), 1.0)
+    factor = slopes.grad.item() if slopes.grad.ndim == 0 else view_of(slopes.grad)
+    if slopes.num_counted is not None:
+        factor = factor / max(slopes.num_counted.item(), 1.0)
     if ignored is not None:  # whose gradient may be infinite or NaN
         factor = np.where(ignored.numpy(), 0.0, factor)
     return RowGradients(g_lse * factor, g_u * factor)

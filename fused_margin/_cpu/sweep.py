@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -179,91 +180,151 @@ def forward(problem: Problem, num_kept: int, num_bytes: int) -> Swept:
     return Swept(lse, u, x.inverse, inv_w, kept)
 
 
+class _Factors(NamedTuple):
+    """G_nk = a_n 2^(z_nk - log2(e) lse_n) for k != y_n, and g_u at the target (eq. 7).
+
+    What the subtrahend loses as it is rounded, much at a large scale, is in a_n.
+
+    Attributes:
+        a: a / ||x||, (N,). of_target: g_u / ||x||, (N,). minus_lse: (1, N).
+        a_per_unit: a over the units of the kept products, (N,). gu_u: g_u u, (N,).
+    """
+
+    a: torch.Tensor
+    of_target: torch.Tensor
+    minus_lse: torch.Tensor
+    a_per_unit: torch.Tensor
+    gu_u: torch.Tensor
+
+    @classmethod
+    def of(cls, g: RowGradients, problem: Problem, swept: Swept, x: Rows) -> _Factors:
+        """The factors for gradients ``g`` of lse and u."""
+        lse, g_lse, accumulate = swept.lse.numpy() * LOG2_E, g.lse, problem.accumulate
+        if problem.w.shape[0] == 1:  # without another class lse is -inf: nothing goes through it
+            is_empty = np.isneginf(lse)
+            lse, g_lse = np.where(is_empty, 0.0, lse), np.where(is_empty, 0.0, g_lse)
+        minus_lse = rounded(-lse, accumulate)
+        a = g_lse * problem.scale * np.exp2(-lse - minus_lse.double().numpy())
+        inv_x = x.inverse.double().numpy()
+        return cls(
+            a=rounded(a * inv_x, accumulate),
+            of_target=rounded(g.u * inv_x, accumulate),
+            minus_lse=minus_lse[None, :],
+            a_per_unit=rounded(a / (problem.scale * LOG2_E), accumulate),
+            gu_u=rounded(g.u * swept.u.numpy(), accumulate),
+        )
+
+
+def _probabilities(block: Block, minus_lse: torch.Tensor, shifts: bool) -> torch.Tensor:
+    """2^(z - log2(e) lse) / ||w||, 0 at the targets, (B, N), in the block's work."""
+    inv_norm = block.weight.inverse[:, None]
+    if shifts:  # rounded as in the forward, where a rounding of s cos is no small error
+        p = torch.mul(block.product, inv_norm, out=block.work).add_(minus_lse)
+    else:
+        p = torch.addcmul(minus_lse, block.product, inv_norm, out=block.work)
+    p.exp2_()
+    p[block.targets, block.rows] = 0.0
+    return p.mul_(inv_norm)
+
+
+class _WeightGradient:
+    """d_w, (C, D), of which one block after the other is written."""
+
+    def __init__(self, problem: Problem, x: Rows, factors: _Factors, sweep: Sweep) -> None:
+        num_classes, dim = problem.w.shape
+        dtype, accumulate = sweep.dtype, sweep.accumulate
+        self.sweep, self.factors = sweep, factors
+        # rows of d_w_hat: of the other classes, (D, N), and of the target's, (N, D)
+        self.operand = (x.values * factors.a[:, None]).to(dtype).t()
+        self.of_target = x.values * factors.of_target[:, None]
+        self.d_w = gradient_memory.empty(num_classes, dim, dtype=problem.w.dtype)
+        shape = sweep.size, dim
+        self.product = None if dtype is accumulate else x.values.new_empty(shape, dtype=dtype)
+        self.block = None if self.d_w.dtype is accumulate else x.values.new_empty(shape)
+
+    def radial(self, block: Block) -> torch.Tensor:
+        """sum_n G c / ||w||^2, (B,), 0 below the norm's clamp; the product is lost unless kept."""
+        inverse = block.weight.inverse
+        radial = self.sweep.row_sums(block, self.factors.a_per_unit).mul_(inverse)
+        of_target = self.factors.gu_u[block.rows] * inverse[block.targets]
+        radial.index_add_(0, block.targets, of_target)
+        return radial.mul_(inverse).masked_fill_(inverse >= CLAMPED_INVERSE_NORM, 0.0)
+
+    def write(self, block: Block, p: torch.Tensor, radial: torch.Tensor) -> None:
+        """The block's rows: d_w_hat / ||w|| less its radial part; p in the product dtype."""
+        length = block.stop - block.start
+        here = self.d_w[block.start : block.stop]
+        grad = here if self.block is None else self.block[:length]
+        if self.product is None:
+            tangent = multiply_transposed(p, self.operand, out=grad)
+        else:
+            tangent = grad.copy_(multiply_transposed(p, self.operand, out=self.product[:length]))
+        if len(block.rows):
+            of_target = self.of_target[block.rows] * block.weight.inverse[block.targets, None]
+            tangent.index_add_(0, block.targets, of_target)
+        torch.addcmul(tangent, block.weight.values, radial[:, None], value=-1.0, out=grad)
+        del tangent
+        block.weight.undo(grad)
+        if self.block is not None:
+            here.copy_(grad)
+
+
+class _EmbeddingsGradient:
+    """v, (N, D), to which one block after the other is added, then d_x and d_scale."""
+
+    def __init__(self, problem: Problem, x: Rows, factors: _Factors, sweep: Sweep) -> None:
+        self.problem, self.x, self.factors = problem, x, factors
+        # contiguous whatever x's strides, as the operator's fake promises
+        shape, dtype = x.values.shape, sweep.dtype
+        self.v = x.values.new_zeros(shape)
+        is_same = dtype is sweep.accumulate
+        self.product = None if is_same else x.values.new_empty(shape, dtype=dtype)
+
+    def add(self, block: Block, p: torch.Tensor) -> None:
+        """p in the product dtype."""
+        if self.product is not None:
+            self.v.add_(torch.mm(p.t(), block.operand, out=self.product))
+        else:
+            self.v.addmm_(p.t(), block.operand)
+
+    def finish(
+        self, swept: Swept, g_u: np.ndarray, needs: Needs
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """d_x and d_scale (eq. 8, 9)."""
+        v, x, targets = self.v, self.x, self.problem.targets
+        v.mul_(self.factors.a[:, None])
+        weight = self.problem.w[targets.classes].to(self.problem.accumulate)
+        rows = shrink_huge(weight, swept.inv_w[targets.classes])
+        factors = targets.of(self.factors.of_target) * rows.inverse
+        targets.add(v, rows.values * factors[:, None])
+        radial = project(x, v)  # sum_k G_nk c_nk
+        d_scale = None
+        if needs.scale:
+            of_others = radial.double().numpy() - g_u * swept.u.numpy()
+            d_scale = torch.from_numpy(of_others).sum() / self.problem.scale
+        return v.to(self.problem.x.dtype) if needs.x else None, d_scale
+
+
 def backward(
     g: RowGradients, problem: Problem, swept: Swept, num_kept: int, needs: Needs
 ) -> Gradients:
     """Vector-Jacobian product of `forward` (eq. 7 to 9), for gradients ``g`` of lse and u."""
     x = shrink_huge(embeddings(problem), swept.inv_x)
-    w, accumulate = problem.w, problem.accumulate
-    num_rows, num_classes, dim = problem.sizes
-    dtype = product_dtype(problem.compute, accumulate)
-    converts = dtype is not accumulate
+    num_rows, num_classes, _ = problem.sizes
+    dtype = product_dtype(problem.compute, problem.accumulate)
     sweep = Sweep(problem, x, _kept_products(swept.kept, (num_kept, num_rows), dtype))
-    shifts = needs_shift(problem.scale, num_classes, accumulate)
-    # G_nk = a_n 2^(z_nk - log2(e) lse_n) for k != y_n. What the subtrahend loses as it is rounded,
-    # much at a large scale, goes into a_n.
-    lse, g_lse = swept.lse.numpy() * LOG2_E, g.lse
-    if num_classes == 1:  # no other class than the target: lse is -inf, and nothing goes through it
-        is_empty = np.isneginf(lse)
-        lse, g_lse = np.where(is_empty, 0.0, lse), np.where(is_empty, 0.0, g_lse)
-    minus_lse = rounded(-lse, accumulate)
-    a = g_lse * problem.scale * np.exp2(-lse - minus_lse.double().numpy())
-    minus_lse = minus_lse[None, :]
-    a_per_unit = rounded(a / (problem.scale * LOG2_E), accumulate)
-    g_u, u = g.u, swept.u.numpy()
-    gu_u = rounded(g_u * u, accumulate)
-    inv_x = x.inverse.double().numpy()
-    # rows of d_w_hat: of the other classes, and of the target's, (N, D)
-    x_operand = (x.values * rounded(a * inv_x, accumulate)[:, None]).to(dtype).t()  # (D, N)
-    x_target = x.values * rounded(g_u * inv_x, accumulate)[:, None]
-
-    # contiguous whatever x's strides, as the operator's fake promises
-    wants_v = needs.x or needs.scale
-    v = x.values.new_zeros(num_rows, dim) if wants_v else None
-    v_product = x.values.new_empty(num_rows, dim, dtype=dtype) if wants_v and converts else None
-    d_w = gradient_memory.empty(num_classes, dim, dtype=w.dtype) if needs.w else None
-    in_place = needs.w and w.dtype is accumulate
-    d_w_product = x.values.new_empty(sweep.size, dim, dtype=dtype) if needs.w and converts else None
-    d_w_block = None if not needs.w or in_place else x.values.new_empty(sweep.size, dim)
-
+    shifts = needs_shift(problem.scale, num_classes, problem.accumulate)
+    factors = _Factors.of(g, problem, swept, x)
+    of_x = _EmbeddingsGradient(problem, x, factors, sweep) if needs.x or needs.scale else None
+    of_w = _WeightGradient(problem, x, factors, sweep) if needs.w else None
     for block in sweep.blocks(swept.inv_w, is_first=False):
-        length = block.stop - block.start
-        inv_norm = block.weight.inverse[:, None]
-        if shifts:  # rounded as in the forward, where a rounding of s cos is no small error
-            p = torch.mul(block.product, inv_norm, out=block.work).add_(minus_lse)  # (B, N)
-        else:
-            p = torch.addcmul(minus_lse, block.product, inv_norm, out=block.work)
-        p.exp2_()
-        p[block.targets, block.rows] = 0.0
-        p.mul_(inv_norm)
-        radial = None
-        if needs.w:
-            radial = sweep.row_sums(block, a_per_unit).mul_(inv_norm[:, 0])  # sum_n G c / ||w||
-            radial.index_add_(0, block.targets, gu_u[block.rows] * inv_norm[block.targets, 0])
-            radial.mul_(inv_norm[:, 0]).masked_fill_(inv_norm[:, 0] >= CLAMPED_INVERSE_NORM, 0.0)
-        if converts:
-            p = sweep.product[:length].copy_(p)
-        if v is not None:
-            if v_product is not None:
-                v.add_(torch.mm(p.t(), block.operand, out=v_product))
-            else:
-                v.addmm_(p.t(), block.operand)
-        if d_w is not None and radial is not None:
-            grad = d_w[block.start : block.stop] if d_w_block is None else d_w_block[:length]
-            if d_w_product is None:
-                tangent = multiply_transposed(p, x_operand, out=grad)
-            else:
-                product = multiply_transposed(p, x_operand, out=d_w_product[:length])
-                tangent = grad.copy_(product)
-            if len(block.rows):
-                tangent.index_add_(0, block.targets, x_target[block.rows] * inv_norm[block.targets])
-            # d_w_hat / ||w|| less its radial part (below the norm's clamp there is none)
-            torch.addcmul(tangent, block.weight.values, radial[:, None], value=-1.0, out=grad)
-            del tangent
-            block.weight.undo(grad)
-            if d_w_block is not None:
-                d_w[block.start : block.stop].copy_(grad)
-
-    d_x = d_scale = None
-    if v is not None:
-        v.mul_(rounded(a * inv_x, accumulate)[:, None])
-        targets = problem.targets
-        rows = shrink_huge(w[targets.classes].to(accumulate), swept.inv_w[targets.classes])
-        factors = targets.of(rounded(g_u * inv_x, accumulate)) * rows.inverse
-        targets.add(v, rows.values * factors[:, None])
-        radial = project(x, v)  # sum_k G_nk c_nk
-        if needs.scale:
-            d_scale = torch.from_numpy(radial.double().numpy() - g_u * u).sum() / problem.scale
-        if needs.x:
-            d_x = v.to(problem.x.dtype)
-    return Gradients(d_x, d_w, d_scale)
+        p = _probabilities(block, factors.minus_lse, shifts)
+        radial = None if of_w is None else of_w.radial(block)
+        if dtype is not problem.accumulate:
+            p = sweep.product[: block.stop - block.start].copy_(p)
+        if of_x is not None:
+            of_x.add(block, p)
+        if of_w is not None and radial is not None:
+            of_w.write(block, p, radial)
+    d_x, d_scale = (None, None) if of_x is None else of_x.finish(swept, g.u, needs)
+    return Gradients(d_x, None if of_w is None else of_w.d_w, d_scale)

@@ -21,6 +21,7 @@ from fused_margin._cpu.rows import (
     project,
     rounded,
     shrink_huge,
+    view_of,
 )
 
 # Up to this many multiplications a call is this module's.
@@ -38,7 +39,7 @@ def _entries(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """Index of the targets in a (C, N) matrix."""
     classes, rows = problem.targets
     found = np.arange(problem.x.shape[0]) if rows is None else rows.numpy()
-    return classes.numpy(), found
+    return view_of(classes), found
 
 
 class _Probabilities(NamedTuple):

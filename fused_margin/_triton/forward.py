@@ -10,23 +10,22 @@ from fused_margin._triton.primitives import (
     IGNORED,
     INVALID,
     NOT_ZERO,
+    at,
     cast,
     dot,
     inverse_norm,
+    load_labels,
     load_scale,
     margin_loss,
     row_inverse_norm,
-    used_rows,
 )
 
 NARROW = tl.constexpr(16)  # columns of a row-wise pass: wider ones hold too many pointers
 
 
 @triton.jit
-def _target_cosine(
-    x_ptr, w_ptr, offs_n, mask_x, labels, stride_xn, stride_xd, stride_wc, stride_wd, C, D,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def _target_cosine(x, w, offs_n, mask_x, labels, C, D,
+                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """u (eq. 1), (BLOCK_N,) fp64 in [-1, 1]: a dot of its own; 0 for a label outside [0, C).
 
     Norms and dot are fp64: near u = 1 the margin, and near theta = 0 the loss itself, would amplify
@@ -36,28 +35,22 @@ def _target_cosine(
     product = tl.zeros([BLOCK_N], tl.float64)
     x_squares = tl.zeros([BLOCK_N], tl.float64)
     w_squares = tl.zeros([BLOCK_N], tl.float64)
-    for k in range(0, D, BLOCK_K):
-        offs_d = k + tl.arange(0, BLOCK_K)
-        mask = has_target[:, None] & (offs_d < D)[None, :]
-        offs_d = offs_d.to(tl.int64)[None, :]
-        w = tl.load(w_ptr + labels[:, None] * stride_wc + offs_d * stride_wd, mask=mask,
-                    other=0.0).to(tl.float64)  # (BLOCK_N, BLOCK_K)  # fmt: skip
-        x = tl.load(x_ptr + offs_n.to(tl.int64)[:, None] * stride_xn + offs_d * stride_xd,
-                    mask=mask, other=0.0).to(tl.float64)  # (BLOCK_N, BLOCK_K)  # fmt: skip
-        product += tl.sum(x * w, axis=1)
-        x_squares += tl.sum(x * x, axis=1)
-        w_squares += tl.sum(w * w, axis=1)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)[None, :]
+        mask = has_target[:, None] & (offs_d < D)
+        w_rows = tl.load(at(w, labels[:, None], offs_d), mask=mask, other=0.0).to(tl.float64)
+        x_rows = tl.load(at(x, offs_n[:, None], offs_d), mask=mask, other=0.0).to(tl.float64)
+        product += tl.sum(x_rows * w_rows, axis=1)
+        x_squares += tl.sum(x_rows * x_rows, axis=1)
+        w_squares += tl.sum(w_rows * w_rows, axis=1)
     u = product * inverse_norm(w_squares) * inverse_norm(x_squares)  # 0 without a target
     return tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u))  # NaN stays
 
 
 @triton.jit
 def _cosines(
-    operand_ptr, w_ptr, offs_n, offs_c, mask_x, mask_c, inv_x, inv_w,
-    stride_on, stride_od, stride_wc, stride_wd, D,
-    ACC: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-    NORMALIZE_FIRST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    operand, w, offs_n, offs_c, mask_x, mask_c, inv_x, inv_w, D, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """x . w, (BLOCK_N, BLOCK_C), and the inverse norms of the classes, (BLOCK_C,), in one pass.
 
@@ -65,108 +58,118 @@ def _cosines(
     the squares of W are summed per element, and over a row only at the end. With NORMALIZE_FIRST
     the norms are given, and the products are cosines.
     """
-    tile = tl.zeros([BLOCK_N, BLOCK_C], ACC)
-    squares = tl.zeros([BLOCK_C, BLOCK_K], ACC)
-    offs_k = tl.arange(0, BLOCK_K)
-    w_rows = w_ptr + offs_c.to(tl.int64)[:, None] * stride_wc
-    x_rows = operand_ptr + offs_n.to(tl.int64)[:, None] * stride_on
-    for k in range(0, D, BLOCK_K):
-        mask_d = (k + offs_k < D)[None, :]
-        offs_d = (k + offs_k).to(tl.int64)[None, :]
-        x = tl.load(x_rows + offs_d * stride_od, mask=mask_x[:, None] & mask_d,
-                    other=0.0)  # (BLOCK_N, BLOCK_K)  # fmt: skip
-        w = tl.load(w_rows + offs_d * stride_wd, mask=mask_c[:, None] & mask_d,
-                    other=0.0)  # (BLOCK_C, BLOCK_K)  # fmt: skip
-        if NORMALIZE_FIRST:
-            x = x.to(ACC) * inv_x[:, None]
-            w = w.to(ACC) * inv_w[:, None]
+    tile = tl.zeros([BLOCK_N, BLOCK_C], P.ACC)
+    squares = tl.zeros([BLOCK_C, BLOCK_D], P.ACC)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)[None, :]
+        mask_d = offs_d < D
+        x_rows = tl.load(at(operand, offs_n[:, None], offs_d), mask=mask_x[:, None] & mask_d,
+                         other=0.0)  # (BLOCK_N, BLOCK_D)  # fmt: skip
+        w_rows = tl.load(at(w, offs_c[:, None], offs_d), mask=mask_c[:, None] & mask_d,
+                         other=0.0)  # (BLOCK_C, BLOCK_D)  # fmt: skip
+        if P.NORMALIZE_FIRST:
+            x_rows = x_rows.to(P.ACC) * inv_x[:, None]
+            w_rows = w_rows.to(P.ACC) * inv_w[:, None]
         else:
-            w_wide = w.to(ACC)
-            squares += w_wide * w_wide
-        tile = dot(cast(x, COMPUTE), tl.trans(cast(w, COMPUTE)), tile, PRECISION)
-    if not NORMALIZE_FIRST:
+            wide = w_rows.to(P.ACC)
+            squares += wide * wide
+        tile = dot(cast(x_rows, P.COMPUTE), tl.trans(cast(w_rows, P.COMPUTE)), tile, P.COSINES)
+    if not P.NORMALIZE_FIRST:
         inv_w = inverse_norm(tl.sum(squares, axis=1))
     return tile, inv_w
 
 
 @triton.jit
+def _keep(kept, z, e, shift, block, offs_n, offs_c):
+    """Store the shift of a block of classes, and of each of its cosines z, where above -1, or e.
+
+    The first is below 0, the second is not.
+    """
+    mask = offs_n < kept.pitch
+    tl.store(kept.shifts + tl.cast(block, tl.int64) * kept.pitch + offs_n, shift, mask=mask)
+    entries = tl.where(z > -1.0, z - NOT_ZERO, e)
+    tl.store(kept.entries + offs_c.to(tl.int64)[None, :] * kept.pitch + offs_n[:, None],
+             cast(entries, kept.entries.dtype.element_ty),
+             mask=mask[:, None])  # whole blocks, 0 past the last class  # fmt: skip
+
+
+@triton.jit
+def _sweep(
+    operand, w, inv_w_ptr, kept, target, factor, inv_x, first, last, offs_n, mask_x, C, D,
+    P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Maximum of z = factor c and sum of exp(z - maximum) over blocks of classes, (BLOCK_N,) each.
+
+    All but the row's target, -1 if it has none.
+    """
+    run_max = tl.full([BLOCK_N], -float("inf"), P.ACC)
+    run_sum = tl.zeros([BLOCK_N], P.ACC)
+    for block in range(first, last):
+        offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask_c = offs_c < C
+        inv_w = tl.zeros([BLOCK_C], P.ACC)
+        if P.NORMALIZE_FIRST:
+            inv_w = row_inverse_norm(w, offs_c, mask_c, D, P.ACC, BLOCK_C, NARROW)
+        z, inv_w = _cosines(
+            operand, w, offs_n, offs_c, mask_x, mask_c, inv_x, inv_w, D, P,
+            BLOCK_N, BLOCK_C, BLOCK_D,
+        )  # (BLOCK_N, BLOCK_C)  # fmt: skip
+        if tl.program_id(0) == 0:
+            tl.store(inv_w_ptr + offs_c, inv_w, mask=mask_c)
+        z = z * factor[:, None]
+        if not P.NORMALIZE_FIRST:
+            z = z * inv_w[None, :]
+        is_left_out = (offs_c[None, :] == target[:, None]) | (offs_c >= C)[None, :]
+        z = tl.where(is_left_out, -float("inf"), z)
+        new_max = tl.maximum(run_max, tl.max(z, axis=1))
+        # a tile may hold nothing but a row's target: -inf - -inf must not become NaN
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+        z = z - shift[:, None]
+        e = tl.exp(z)
+        if kept is not None:
+            _keep(kept, z, e, shift, block, offs_n, offs_c)
+        run_sum = run_sum * tl.exp(run_max - shift) + tl.sum(e, axis=1)
+        run_max = new_max
+    return run_max, run_sum
+
+
+@triton.jit(do_not_specialize=["ignore_index", "N", "blocks_per_split"])
 def sweep_kernel(
-    x_ptr, operand_ptr, w_ptr, labels_ptr, scale_ptr, partial_ptr, u_ptr, inv_x_ptr, inv_w_ptr,
-    kept_ptr, shift_ptr, scale: tl.float64, ignore_index, N, C, D,
-    stride_xn, stride_xd, stride_on, stride_od, stride_wc, stride_wd, stride_label,
-    blocks_per_split,
-    HAS_SCALE_TENSOR: tl.constexpr, SOME_IGNORED: tl.constexpr, KEEP: tl.constexpr,
-    ACC: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-    NORMALIZE_FIRST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, operand, w, rows, partial_ptr, inv_w_ptr, kept, scale: tl.float64, ignore_index, N, C, D,
+    blocks_per_split, SOME_IGNORED: tl.constexpr, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (i, 0) finds norms and target cosines of row block i, (i, j) sweeps split j - 1.
 
     A sweep leaves the maximum of the scaled cosines of all but the target, and the sum of their
-    exponentials relative to it, in ``partial`` (num_splits, 2, N). ``operand`` is x,
-    or x in the dtype of the product. With KEEP it leaves the shift of each block of classes, (class
-    blocks, N), and for each cosine, (C, N) up to whole blocks, either z = s c - shift, where that
-    is above -1, or exp(z); the first is below 0, the second is not.
+    exponentials relative to it, in ``partial`` (num_splits, 2, N). ``operand`` is x, or x in the
+    dtype of the product. With ``kept`` it leaves there, of each cosine, either z = s c - shift,
+    where that is above -1, or exp(z).
     """
-    pid_n = tl.program_id(0)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=mask_n, other=-1).to(
-        tl.int64
-    )
-    mask_x = used_rows(labels, mask_n, ignore_index, SOME_IGNORED)
-    inv_x = row_inverse_norm(x_ptr, offs_n, mask_x, stride_xn, stride_xd, D, ACC, BLOCK_N, NARROW)
+    labels = load_labels(rows, offs_n, mask_n)
+    mask_x = mask_n
+    if SOME_IGNORED:
+        mask_x = mask_n & (labels != ignore_index)
+    inv_x = row_inverse_norm(x, offs_n, mask_x, D, P.ACC, BLOCK_N, NARROW)
     if tl.program_id(1) == 0:
-        u = _target_cosine(
-            x_ptr, w_ptr, offs_n, mask_x, labels,
-            stride_xn, stride_xd, stride_wc, stride_wd, C, D, BLOCK_N, NARROW,
-        )  # fmt: skip
-        tl.store(u_ptr + offs_n, u, mask=mask_n)
-        tl.store(inv_x_ptr + offs_n, inv_x, mask=mask_n)
+        u = _target_cosine(x, w, offs_n, mask_x, labels, C, D, BLOCK_N, NARROW)
+        tl.store(rows.u + offs_n, u, mask=mask_n)
+        tl.store(rows.inv_x + offs_n, inv_x, mask=mask_n)
     else:
         split = tl.program_id(1) - 1
-        factor = tl.zeros([BLOCK_N], ACC) + load_scale(scale, scale_ptr, HAS_SCALE_TENSOR, ACC)
-        if not NORMALIZE_FIRST:
+        factor = tl.zeros([BLOCK_N], P.ACC) + load_scale(scale, rows, P.ACC)
+        if not P.NORMALIZE_FIRST:
             factor = factor * inv_x
         # a label outside [0, C) is no class's
         target = tl.where((labels >= 0) & (labels < C), labels, -1).to(tl.int32)
-        run_max = tl.full([BLOCK_N], -float("inf"), ACC)
-        run_sum = tl.zeros([BLOCK_N], ACC)
         first = split * blocks_per_split
         last = tl.minimum(first + blocks_per_split, tl.cdiv(C, BLOCK_C))
-        for block in range(first, last):
-            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < C
-            inv_w = tl.zeros([BLOCK_C], ACC)
-            if NORMALIZE_FIRST:
-                inv_w = row_inverse_norm(
-                    w_ptr, offs_c, mask_c, stride_wc, stride_wd, D, ACC, BLOCK_C, NARROW
-                )
-            z, inv_w = _cosines(
-                operand_ptr, w_ptr, offs_n, offs_c, mask_x, mask_c, inv_x, inv_w,
-                stride_on, stride_od, stride_wc, stride_wd, D,
-                ACC, COMPUTE, PRECISION, NORMALIZE_FIRST, BLOCK_N, BLOCK_C, BLOCK_K,
-            )  # (BLOCK_N, BLOCK_C)  # fmt: skip
-            if pid_n == 0:
-                tl.store(inv_w_ptr + offs_c, inv_w, mask=mask_c)
-            z = z * factor[:, None]
-            if not NORMALIZE_FIRST:
-                z = z * inv_w[None, :]
-            is_left_out = (offs_c[None, :] == target[:, None]) | (offs_c >= C)[None, :]
-            z = tl.where(is_left_out, -float("inf"), z)
-            new_max = tl.maximum(run_max, tl.max(z, axis=1))
-            # a tile may hold nothing but a row's target: -inf - -inf must not become NaN
-            shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-            z = z - shift[:, None]
-            e = tl.exp(z)
-            if KEEP:
-                tl.store(shift_ptr + tl.cast(block, tl.int64) * N + offs_n, shift, mask=mask_n)
-                kept = tl.where(z > -1.0, z - NOT_ZERO, e)
-                tl.store(kept_ptr + offs_c.to(tl.int64)[None, :] * N + offs_n[:, None],
-                         cast(kept, kept_ptr.dtype.element_ty),
-                         mask=mask_n[:, None])  # whole blocks, 0 past the last class  # fmt: skip
-            run_sum = run_sum * tl.exp(run_max - shift) + tl.sum(e, axis=1)
-            run_max = new_max
+        run_max, run_sum = _sweep(
+            operand, w, inv_w_ptr, kept, target, factor, inv_x, first, last,
+            offs_n, mask_x, C, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
+        )  # fmt: skip
         partial = partial_ptr + split.to(tl.int64) * 2 * N
         tl.store(partial + offs_n, run_max, mask=mask_n)
         tl.store(partial + N + offs_n, run_sum, mask=mask_n)
@@ -194,54 +197,63 @@ def _merge(partial_ptr, offs_n, mask_n, N, num_splits, ACC: tl.constexpr,
 
 
 @triton.jit
-def rows_kernel(
-    partial_ptr, labels_ptr, u_ptr, lse_ptr, row_loss_ptr, loss_ptr, d_lse_ptr, d_u_ptr, count_ptr,
-    targets_ptr, scale: tl.float64,
-    cos_m: tl.float64, sin_m: tl.float64, threshold: tl.float64, offset: tl.float64,
-    ignore_index, N, C, num_splits, rows_per_program, stride_label,
-    HAS_MARGIN: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, REDUCTION: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+def _row_losses(
+    rows, losses, lse, offs_n, mask_n, scale, cos_m, sin_m, threshold, offset, ignore_index, C,
+    STRAIGHT_THROUGH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """lse of each row and, with HAS_MARGIN, its loss, the loss's derivatives and its label's kind.
+    """Store the loss of each row, its derivatives and the kind of its label; returns the loss."""
+    labels = load_labels(rows, offs_n, mask_n)
+    u = tl.load(rows.u + offs_n, mask=mask_n, other=0.0)
+    is_valid = (labels >= 0) & (labels < C)
+    loss, slope_lse, slope_u = margin_loss(
+        u, tl.where(is_valid, lse, float("nan")), tl.full([1], scale, tl.float64),
+        tl.full([1], cos_m, tl.float64), tl.full([1], sin_m, tl.float64),
+        tl.full([1], threshold, tl.float64), tl.full([1], offset, tl.float64),
+        STRAIGHT_THROUGH,
+    )  # fmt: skip
+    is_ignored = labels == ignore_index
+    loss = tl.where(is_ignored, 0.0, loss).to(ACC)
+    targets = tl.where(is_ignored, IGNORED, tl.where(is_valid, labels, INVALID))
+    tl.store(losses.targets + offs_n, targets, mask=mask_n)
+    tl.store(losses.rows + offs_n, loss, mask=mask_n)
+    tl.store(rows.slope_lse + offs_n, tl.where(is_ignored, 0.0, slope_lse).to(ACC), mask=mask_n)
+    tl.store(rows.slope_u + offs_n, tl.where(is_ignored, 0.0, slope_u).to(ACC), mask=mask_n)
+    return tl.where(mask_n, loss, 0.0)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "N", "num_splits", "rows_per_program"])
+def rows_kernel(
+    partial_ptr, rows, losses, scale: tl.float64,
+    cos_m: tl.float64, sin_m: tl.float64, threshold: tl.float64, offset: tl.float64,
+    ignore_index, N, C, num_splits, rows_per_program,
+    STRAIGHT_THROUGH: tl.constexpr, REDUCTION: tl.constexpr,
+    P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """lse of each row and, where ``losses`` are asked for, those with what their backward needs.
 
     A reduced loss is the sum of a single program's rows, which then are all.
     """
-    total = tl.zeros([BLOCK_N], ACC)
+    total = tl.zeros([BLOCK_N], P.ACC)
     start = tl.program_id(0) * rows_per_program
     for n in range(start, tl.minimum(start + rows_per_program, N), BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        lse = _merge(partial_ptr, offs_n, mask_n, N, num_splits, ACC, BLOCK_S, BLOCK_N)
-        tl.store(lse_ptr + offs_n, lse, mask=mask_n)
-        if HAS_MARGIN:
-            labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=mask_n,
-                             other=-1).to(tl.int64)  # fmt: skip
-            u = tl.load(u_ptr + offs_n, mask=mask_n, other=0.0)
-            is_valid = (labels >= 0) & (labels < C)
-            loss, d_lse, d_u = margin_loss(
-                u, tl.where(is_valid, lse, float("nan")), tl.full([1], scale, tl.float64),
-                tl.full([1], cos_m, tl.float64), tl.full([1], sin_m, tl.float64),
-                tl.full([1], threshold, tl.float64), tl.full([1], offset, tl.float64),
-                STRAIGHT_THROUGH,
+        lse = _merge(partial_ptr, offs_n, mask_n, N, num_splits, P.ACC, BLOCK_S, BLOCK_N)
+        tl.store(rows.lse + offs_n, lse, mask=mask_n)
+        if losses is not None:
+            total += _row_losses(
+                rows, losses, lse, offs_n, mask_n, scale, cos_m, sin_m, threshold, offset,
+                ignore_index, C, STRAIGHT_THROUGH, P.ACC,
             )  # fmt: skip
-            is_ignored = labels == ignore_index
-            row_loss = tl.where(is_ignored, 0.0, loss).to(ACC)
-            targets = tl.where(is_ignored, IGNORED, tl.where(is_valid, labels, INVALID))
-            tl.store(targets_ptr + offs_n, targets, mask=mask_n)
-            tl.store(row_loss_ptr + offs_n, row_loss, mask=mask_n)
-            tl.store(d_lse_ptr + offs_n, tl.where(is_ignored, 0.0, d_lse).to(ACC), mask=mask_n)
-            tl.store(d_u_ptr + offs_n, tl.where(is_ignored, 0.0, d_u).to(ACC), mask=mask_n)
-            total += tl.where(mask_n, row_loss, 0.0)
-    if HAS_MARGIN and start == 0:
+    if losses is not None and start == 0:
         count = tl.zeros([BLOCK_N], tl.int64)
         for n in range(0, N, BLOCK_N):
             offs_n = n + tl.arange(0, BLOCK_N)
-            labels = tl.load(labels_ptr + offs_n.to(tl.int64) * stride_label, mask=offs_n < N,
-                             other=0).to(tl.int64)  # fmt: skip
-            count += ((offs_n < N) & (labels != ignore_index)).to(tl.int64)
-        num_counted = tl.sum(count, axis=0).to(ACC)
-        tl.store(count_ptr, num_counted)
+            is_counted = load_labels(rows, offs_n, offs_n < N) != ignore_index
+            count += ((offs_n < N) & is_counted).to(tl.int64)
+        num_counted = tl.sum(count, axis=0).to(P.ACC)
+        tl.store(rows.num_counted, num_counted)
         if REDUCTION == "sum":
-            tl.store(loss_ptr, tl.sum(total, axis=0))
+            tl.store(losses.reduced, tl.sum(total, axis=0))
         if REDUCTION == "mean":
-            tl.store(loss_ptr, tl.sum(total, axis=0) / tl.maximum(num_counted, 1.0))
+            tl.store(losses.reduced, tl.sum(total, axis=0) / tl.maximum(num_counted, 1.0))

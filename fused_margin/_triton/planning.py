@@ -7,16 +7,17 @@ import functools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from fused_margin._numerics import accumulation_dtype
-from fused_margin._triton import configs, tuned
+from fused_margin._triton import tiles, tuned
+from fused_margin._triton.arguments import Kept, Precision, pitch
+from fused_margin._triton.tiles import Tiles, cdiv, power_of_two
 
 Tensor = torch.Tensor
 
@@ -40,22 +41,35 @@ TRITON_DTYPE = {
 
 
 def architecture(device: torch.device | int) -> tuple[str, int | str]:
-    """A GPU as Triton names it and `configs.family` takes it: ("cuda", 90), ("hip", "gfx942")."""
+    """A GPU as Triton names it and `tiles.family` takes it: ("cuda", 90), ("hip", "gfx942")."""
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return "hip", properties.gcnArchName.split(":")[0]
     return "cuda", 10 * properties.major + properties.minor
 
 
+class Device(NamedTuple):
+    """What the choice of dtypes and tiles needs to know of a device.
+
+    Attributes:
+        family: see `tiles.family`.
+        has_tf32: whether it has TF32 products.
+        programs: how many programs run at once.
+    """
+
+    family: str
+    has_tf32: bool
+    programs: int
+
+
 @functools.cache
-def _device(index: int | None) -> tuple[str, bool, int]:
-    """Family, whether it has TF32 products, and how many programs run at once."""
+def _device(index: int | None) -> Device:
     if index is None:
-        return "interpreter", True, INTERPRETER_PROGRAMS
+        return Device("interpreter", True, INTERPRETER_PROGRAMS)
     backend, arch = architecture(index)
     has_tf32 = arch == "gfx942" if backend == "hip" else int(arch) >= 80
     programs = torch.cuda.get_device_properties(index).multi_processor_count
-    return configs.family(backend, arch), has_tf32, programs
+    return Device(tiles.family(backend, arch), has_tf32, programs)
 
 
 @functools.cache
@@ -66,11 +80,6 @@ def _name(index: int | None) -> str:
 def device_name(x: Tensor) -> str:
     """The name of the tensor's device, for which tiles are tuned."""
     return _name(x.device.index if x.device.type == "cuda" else None)
-
-
-def power_of_two(size: int, limit: int) -> int:
-    """The smallest block that covers ``size``, at least 16 (a product's minimum), at most limit."""
-    return min(limit, max(16, triton.next_power_of_2(size)))
 
 
 @dataclass(frozen=True)
@@ -84,42 +93,28 @@ class Plan:
     Attributes:
         accumulate: dtype of sums. compute: dtype of the operands of the cosine product.
         gradient: dtype of the stored G and of the operands of the backward products.
-        precision: of the cosine product; gradient_precision: of the backward products.
-        operands: the operand type of `configs.OPERANDS` that the tiles are for.
+        precision: the same for kernels, with the precision of the products.
+        operands: the operand type of `tiles.OPERANDS` that the tiles are for.
+        tiles: the tiles.
         programs: how many programs fill the device.
     """
 
     accumulate: torch.dtype
     compute: torch.dtype
     gradient: torch.dtype
-    precision: str
-    gradient_precision: str
+    precision: Precision
     operands: str
-    config: configs.Config
+    tiles: Tiles
     programs: int
 
-    @property
-    def normalize_first(self) -> bool:
-        """Whether operands are normalised before the cast."""
-        return self.compute is torch.float16
 
-    def constants(self) -> dict[str, Any]:
-        """Constexprs of the kernels with a cosine tile."""
-        return {
-            "ACC": TRITON_DTYPE[self.accumulate],
-            "COMPUTE": TRITON_DTYPE[self.compute],
-            "PRECISION": self.precision,
-            "NORMALIZE_FIRST": self.normalize_first,
-        }
-
-
-def plan(x: Tensor, w: Tensor, compute: torch.dtype) -> Plan:
+def plan(x: Tensor, w: Tensor, compute_dtype: torch.dtype) -> Plan:
     """Choose dtypes and tiles from the inputs, the device and the float32 matmul precision."""
-    p = default_plan(x, w, compute)
-    if _override.config is not None:
-        return replace(p, config=_override.config)
-    config = tuned.load(*tuned_for(x, w, p))
-    return p if config is None else replace(p, config=config)
+    p = default_plan(x, w, compute_dtype)
+    if _override.tiles is not None:
+        return replace(p, tiles=_override.tiles)
+    saved = tuned.load(*tuned_for(x, w, p))
+    return p if saved is None else replace(p, tiles=saved)
 
 
 def tuned_for(x: Tensor, w: Tensor, p: Plan) -> tuple[Any, ...]:
@@ -127,28 +122,48 @@ def tuned_for(x: Tensor, w: Tensor, p: Plan) -> tuple[Any, ...]:
     return device_name(x), p.operands, x.dtype, w.dtype, *x.shape
 
 
-def default_plan(x: Tensor, w: Tensor, compute: torch.dtype) -> Plan:
+def default_plan(x: Tensor, w: Tensor, compute_dtype: torch.dtype) -> Plan:
     """The plan with the default tiles."""
-    accumulate = accumulation_dtype(x, w)
-    family, has_tf32, programs = _device(x.device.index if x.device.type == "cuda" else None)
-
+    index = x.device.index if x.device.type == "cuda" else None
     lowers = torch.get_float32_matmul_precision() != "highest"
-    tf32 = "tf32" if has_tf32 else "ieee"
-    precision = gradient_precision = "ieee"
+    return plan_on(_device(index), accumulation_dtype(x, w), compute_dtype, lowers)
+
+
+@functools.lru_cache(maxsize=256)  # each call asks
+def plan_on(
+    device: Device, accumulate: torch.dtype, compute_dtype: torch.dtype, lowers: bool
+) -> Plan:
+    """The plan with the default tiles of a device.
+
+    Args:
+        device: the device. accumulate: dtype of sums. compute_dtype: dtype asked for in products.
+        lowers: whether fp32 products may be less than IEEE's.
+    """
+    tf32 = "tf32" if device.has_tf32 else "ieee"
+    cosines = products = "ieee"
+    compute = gradient = torch.float32
     if accumulate is torch.float64:
         compute = gradient = torch.float64
         operands = "fp64"
-    elif compute is torch.bfloat16:
-        gradient, operands = compute, "bf16"
-    elif compute is torch.float16:
-        gradient, gradient_precision, operands = torch.float32, tf32, "fp16"
+    elif compute_dtype is torch.bfloat16:
+        compute = gradient = torch.bfloat16
+        operands = "bf16"
+    elif compute_dtype is torch.float16:
+        compute, products, operands = torch.float16, tf32, "fp16"
     else:
-        compute = gradient = torch.float32
-        precision = gradient_precision = operands = tf32 if lowers else "ieee"
-    config = configs.config(family, operands)
-    return Plan(
-        accumulate, compute, gradient, precision, gradient_precision, operands, config, programs
+        cosines = products = operands = tf32 if lowers else "ieee"
+    precision = Precision(
+        ACC=TRITON_DTYPE[accumulate],
+        COMPUTE=TRITON_DTYPE[compute],
+        GRADIENT=TRITON_DTYPE[gradient],
+        COSINES=cosines,
+        PRODUCTS=products,
+        NORMALIZE_FIRST=compute is torch.float16,
     )
+    return Plan(
+        accumulate, compute, gradient, precision, operands, tiles.default(device.family, operands),
+        device.programs,
+    )  # fmt: skip
 
 
 STRATEGIES = ("chunked", "fused", "kept")
@@ -159,7 +174,7 @@ class Override:
     """What replaces the defaults: a strategy of the backward, tiles."""
 
     strategy: str | None = None
-    config: configs.Config | None = None
+    tiles: Tiles | None = None
 
 
 _override = Override()
@@ -167,7 +182,7 @@ _override_lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def override(strategy: str | None = None, config: configs.Config | None = None) -> Iterator[None]:
+def override(strategy: str | None = None, tiles: Tiles | None = None) -> Iterator[None]:
     """Force a strategy or tiles, in the whole process: for tests, benchmarks and tuning.
 
     Autograd's own threads have to see it, and other threads see it, too: they must not use the
@@ -177,7 +192,7 @@ def override(strategy: str | None = None, config: configs.Config | None = None) 
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
     with _override_lock:
-        before, _override = _override, Override(strategy, config)
+        before, _override = _override, Override(strategy, tiles)
         try:
             yield
         finally:
@@ -185,7 +200,7 @@ def override(strategy: str | None = None, config: configs.Config | None = None) 
 
 
 def strategy_for(
-    num_rows: int, num_classes: int, dim: int, config: configs.Config, kept_bytes: int, budget: int
+    num_rows: int, num_classes: int, dim: int, tiles: Tiles, kept_bytes: int, budget: int
 ) -> str:
     """Which backward a call gets (docs/design.md).
 
@@ -194,27 +209,27 @@ def strategy_for(
     else ``"chunked"``.
     """
     if _override.strategy is not None:
-        if _override.strategy == "fused" and config.fused_tiles(dim) is None:
+        if _override.strategy == "fused" and tiles.for_fused(dim) is None:
             raise ValueError(f"no fused tiles for D = {dim}")
         return _override.strategy
     if kept_bytes <= budget:
         return "kept"
     is_small = dim <= FUSED_DIM or num_rows * num_classes <= LAUNCH_BOUND
-    return "fused" if is_small and config.fused_tiles(dim) is not None else "chunked"
+    return "fused" if is_small and tiles.for_fused(dim) is not None else "chunked"
 
 
 def _kept_bytes(block_c: int, num_rows: int, p: Plan) -> int:
     """Bytes of the entries of a block of classes, with its shifts."""
-    return num_rows * (block_c * p.gradient.itemsize + p.accumulate.itemsize)
+    return pitch(num_rows) * (block_c * p.gradient.itemsize + p.accumulate.itemsize)
 
 
 def _kept_block(num_classes: int, p: Plan) -> int:
     """Classes that share a shift: the default tile's, so that a graph outlives another tuning."""
-    return power_of_two(num_classes, p.config.forward.columns)
+    return power_of_two(num_classes, p.tiles.forward.c)
 
 
 def kept_shape(
-    x: Tensor, w: Tensor, compute: torch.dtype, budget: int
+    x: Tensor, w: Tensor, compute_dtype: torch.dtype, budget: int
 ) -> tuple[int, int | torch.SymInt]:
     """Shape of the bytes that the forward keeps: blocks of classes, bytes of each, or `NOTHING`.
 
@@ -225,9 +240,9 @@ def kept_shape(
     if budget <= 0 and _override.strategy != "kept":
         return 0, NOTHING
     num_rows, num_classes = x.shape[0], int(w.shape[0])
-    p = default_plan(x, w, compute)
+    p = default_plan(x, w, compute_dtype)
     block_c = _kept_block(num_classes, p)
-    blocks, size = triton.cdiv(num_classes, block_c), _kept_bytes(block_c, num_rows, p)
+    blocks, size = cdiv(num_classes, block_c), _kept_bytes(block_c, num_rows, p)
     if _override.strategy is not None:
         fits = int(_override.strategy == "kept")
     else:
@@ -244,13 +259,19 @@ def backward_strategy(x: Tensor, w: Tensor, p: Plan, kept: Tensor) -> str:
     """Which backward follows a forward: whether anything is kept was the forward's to decide."""
     if keeps(kept):
         return "kept"
-    return strategy_for(x.shape[0], w.shape[0], x.shape[1], p.config, kept_bytes=1, budget=0)
+    return strategy_for(x.shape[0], w.shape[0], x.shape[1], p.tiles, kept_bytes=1, budget=0)
 
 
-def kept_parts(kept: Tensor, num_rows: int, p: Plan) -> tuple[Tensor, Tensor, int]:
-    """The entries and the shifts in ``kept``, and the classes of a block."""
+def kept_parts(kept: Tensor, num_rows: int, p: Plan) -> tuple[Kept | None, int]:
+    """What is in ``kept``, and the classes of a block; None and 0 if nothing is.
+
+    The block is that of the forward, whatever tiles or precision have been chosen since.
+    """
+    if not keeps(kept):
+        return None, 0
     blocks, size = kept.shape
-    block_c = (size // num_rows - p.accumulate.itemsize) // p.gradient.itemsize
-    end = blocks * block_c * num_rows * p.gradient.itemsize
+    columns = pitch(num_rows)
+    block_c = (size // columns - p.accumulate.itemsize) // p.gradient.itemsize
+    end = blocks * block_c * columns * p.gradient.itemsize
     flat = kept.view(-1)
-    return flat[:end].view(p.gradient), flat[end:].view(p.accumulate), block_c
+    return Kept(flat[:end].view(p.gradient), flat[end:].view(p.accumulate), columns), block_c

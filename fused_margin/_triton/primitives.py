@@ -61,16 +61,22 @@ def inverse_norm(sum_squares):
 
 
 @triton.jit
-def row_inverse_norm(ptr, offs, mask, stride_row, stride_d, D, ACC: tl.constexpr,
-                     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def at(matrix, rows, dims):
+    """Pointers to elements of a `Matrix`; rows and dims broadcast, as (R, 1) and (1, K) do."""
+    return matrix.ptr + rows.to(tl.int64) * matrix.stride_row + dims.to(tl.int64) * matrix.stride_d
+
+
+@triton.jit
+def row_inverse_norm(matrix, offs, mask, D, ACC: tl.constexpr, BLOCK: tl.constexpr,
+                     BLOCK_D: tl.constexpr):  # fmt: skip
     """1 / max(||row||, eps) of the rows ``offs``, (BLOCK,)."""
     sum_squares = tl.zeros([BLOCK], ACC)
-    for k in range(0, D, BLOCK_K):
-        offs_d = k + tl.arange(0, BLOCK_K)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
         rows = tl.load(
-            ptr + offs.to(tl.int64)[:, None] * stride_row + offs_d.to(tl.int64)[None, :] * stride_d,
+            at(matrix, offs[:, None], offs_d[None, :]),
             mask=mask[:, None] & (offs_d < D)[None, :], other=0.0,
-        ).to(ACC)  # (BLOCK, BLOCK_K)  # fmt: skip
+        ).to(ACC)  # (BLOCK, BLOCK_D)  # fmt: skip
         sum_squares += tl.sum(rows * rows, axis=1)
     return inverse_norm(sum_squares)
 
@@ -98,18 +104,17 @@ def in_parts(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def used_rows(labels, mask_n, ignored, SOME_IGNORED: tl.constexpr):
-    """Rows of which x may be loaded, (BLOCK_N,): with SOME_IGNORED not those labelled so."""
-    if SOME_IGNORED:
-        mask_n = mask_n & (labels != ignored)
-    return mask_n
+def load_labels(rows, offs_n, mask_n):
+    """Labels, (BLOCK_N,) int64, -1 past the end."""
+    offs = offs_n.to(tl.int64) * rows.stride_label
+    return tl.load(rows.labels + offs, mask=mask_n, other=-1).to(tl.int64)
 
 
 @triton.jit
-def load_scale(scale, scale_ptr, HAS_SCALE_TENSOR: tl.constexpr, ACC: tl.constexpr):
+def load_scale(scale, rows, ACC: tl.constexpr):
     """s, (1,): from memory, or from an fp64 argument."""
-    if HAS_SCALE_TENSOR:
-        return tl.full([1], 0.0, ACC) + tl.load(scale_ptr).to(ACC)
+    if rows.scale is not None:
+        return tl.full([1], 0.0, ACC) + tl.load(rows.scale).to(ACC)
     else:
         return tl.full([1], scale, ACC)
 

@@ -1,7 +1,7 @@
 """Tiles that were tuned on this machine: a JSON file in the user's cache directory.
 
 Read once per process, written atomically. Without the file, or without an entry for a device,
-operand type, dtypes and range of N and D, the defaults of `configs` stand.
+operand type, dtypes and range of N and D, the defaults of `tiles` stand.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 import torch
 import triton
 
-from fused_margin._triton import configs
+from fused_margin._triton.tiles import AXES, Tile, Tiles
 
 try:
     import fcntl
 except ImportError:  # not a Unix system
     fcntl = None
 
-VERSION = 1  # of the file's layout
+VERSION = 2  # of the file's layout
 
 
 def cache_file() -> Path:
@@ -43,7 +43,7 @@ def key(device: str, operands: str, x: torch.dtype, w: torch.dtype, num_rows: in
     """What an entry is for.
 
     Args:
-        device: its name. operands: one of `configs.OPERANDS`.
+        device: its name. operands: one of `tiles.OPERANDS`.
         x: dtype of the embeddings. w: dtype of the weights.
         num_rows: N, of which the range counts. dim: D, likewise.
     """
@@ -80,7 +80,7 @@ def _read() -> dict[str, Any]:
             raise UnusableFileError(f"{file} was written by another version of fused_margin")
         entries = dict(content["entries"])
         for entry in entries.values():
-            _config(entry)
+            _tiles(entry)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, UnusableFileError):
             raise
@@ -103,9 +103,9 @@ def _entries() -> dict[str, Any]:
         return {}
 
 
-def _tile(values: list[int]) -> configs.Tile:
-    tile = configs.Tile(*values)
-    sizes = (tile.rows, tile.columns, tile.inner, tile.num_warps)
+def _tile(values: list[int]) -> Tile:
+    tile = Tile(*values)
+    sizes = (tile.n, tile.c, tile.d, tile.num_warps)
     if any(type(size) is not int or size < 1 or size & (size - 1) for size in sizes) or (
         min(sizes[:3]) < 16 or type(tile.num_stages) is not int or tile.num_stages < 1
     ):
@@ -113,17 +113,16 @@ def _tile(values: list[int]) -> configs.Tile:
     return tile
 
 
-def _config(entry: dict[str, Any]) -> configs.Config:
-    tiles = {name: _tile(entry[name]) for name in configs.KERNELS}
+def _tiles(entry: dict[str, Any]) -> Tiles:
     fused = tuple((_tile(w), _tile(x)) for w, x in entry["fused"])
-    return configs.Config(**tiles, fused=fused)
+    return Tiles(**{name: _tile(entry[name]) for name in AXES}, fused=fused)
 
 
 @functools.lru_cache(maxsize=256)  # by what `key` takes: every call of a kernel asks
-def load(*call: Any) -> configs.Config | None:
+def load(*call: Any) -> Tiles | None:
     """The tuned tiles for the arguments of `key`, or None."""
     entry = _entries().get(key(*call))
-    return None if entry is None else _config(entry)
+    return None if entry is None else _tiles(entry)
 
 
 @contextlib.contextmanager
@@ -137,12 +136,12 @@ def _lock(file: Path) -> Iterator[None]:
         yield
 
 
-def save(key: str, config: configs.Config, about: dict[str, Any]) -> Path:
+def save(key: str, tiles: Tiles, about: dict[str, Any]) -> Path:
     """Add an entry to the file, and to this process.
 
     Args:
         key: see `key`.
-        config: the tiles.
+        tiles: the tiles.
         about: what else to write down, for people.
 
     Returns:
@@ -151,8 +150,8 @@ def save(key: str, config: configs.Config, about: dict[str, Any]) -> Path:
     Raises:
         UnusableFileError: there is a file that can't be used; it is left alone.
     """
-    entry: dict[str, Any] = {name: astuple(getattr(config, name)) for name in configs.KERNELS}
-    entry["fused"] = [[astuple(tile) for tile in tiles] for tiles in config.fused]
+    entry: dict[str, Any] = {name: astuple(getattr(tiles, name)) for name in AXES}
+    entry["fused"] = [[astuple(tile) for tile in pair] for pair in tiles.fused]
     file = cache_file()
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _lock(file):

@@ -1,0 +1,175 @@
+"""The kernels that a call of the package launches on any architecture, without a device.
+
+Calls are made with tensors that have no memory; the launches are recorded instead of run, with the
+arguments that a GPU would get.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from fused_margin._arguments import Inputs, Needs, Slopes
+from fused_margin._triton import launch, planning, tiles
+from fused_margin.margins import angular
+
+KERNELS = tuple(name for name in vars(launch) if name.endswith("_kernel"))
+
+
+class Operands(NamedTuple):
+    """Dtypes of a call, and whether fp32 products may run in TF32."""
+
+    x: torch.dtype
+    w: torch.dtype
+    lowers: bool = True
+
+
+TYPES = {
+    "bf16": Operands(torch.bfloat16, torch.float32),
+    "fp16": Operands(torch.float16, torch.float32),
+    "tf32": Operands(torch.float32, torch.float32),
+    "ieee": Operands(torch.float32, torch.float32, lowers=False),
+    "fp64": Operands(torch.float64, torch.float64),
+    # on request: embeddings and weight that differ
+    "bf16+fp64": Operands(torch.bfloat16, torch.float64),
+    "fp64+bf16": Operands(torch.float64, torch.bfloat16),
+}
+# N and C of calls: with several chunks of the classes; with one, whose d_x takes no partials; with
+# entries kept
+MANY, ONE, KEPT = (1024, 300_000), (1024, 256), (1024, 2048)
+MULTIPROCESSORS = 132  # as an H100 has; no other code comes of it
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with what it was launched with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+def plan_for(
+    target: GPUTarget,
+    x: torch.dtype,
+    w: torch.dtype,
+    compute_dtype: torch.dtype,
+    lowers: bool,
+) -> planning.Plan:
+    """The plan of a call on an architecture."""
+    device = planning.Device(tiles.family(target.backend, target.arch), True, MULTIPROCESSORS)
+    accumulate = torch.float64 if torch.float64 in (x, w) else torch.float32
+    return planning.plan_on(device, accumulate, compute_dtype, lowers)
+
+
+class _Recorder:
+    def __init__(self, kernel: Any, found: list[Launch]) -> None:
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def record(*arguments: Any, **keywords: Any) -> None:
+            self.found.append(Launch(self.kernel, grid, arguments, keywords))
+
+        return record
+
+
+@contextlib.contextmanager
+def recorded(target: GPUTarget, lowers: bool = True) -> Iterator[list[Launch]]:
+    """Launches of the calls inside, as they are made for an architecture."""
+    found: list[Launch] = []
+
+    def plan(x: torch.Tensor, w: torch.Tensor, compute_dtype: torch.dtype) -> planning.Plan:
+        return plan_for(target, x.dtype, w.dtype, compute_dtype, lowers)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(launch, "plan", plan))
+        stack.enter_context(mock.patch.object(planning, "default_plan", plan))
+        for name in KERNELS:
+            recorder = _Recorder(getattr(launch, name), found)
+            stack.enter_context(mock.patch.object(launch, name, recorder))
+        yield found
+
+
+def step(
+    num_rows: int, num_classes: int, dim: int, x: torch.dtype, w: torch.dtype, budget: int = 0
+) -> None:
+    """Forward and backward of ArcFace's mean loss, with tensors that have no memory."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    labels = empty(num_rows, dtype=torch.int64)
+    inputs = Inputs(
+        empty(num_rows, dim, dtype=x), empty(num_classes, dim, dtype=w), labels, 64.0, None, x
+    )
+    margin = angular(0.5, "linear", "exact")
+    losses, swept = launch.margin_ce(inputs, margin, "mean", -100, budget)
+    grad = empty(dtype=losses.loss.dtype)
+    slopes = Slopes(losses.slope_lse, losses.slope_u, grad, losses.num_counted)
+    inputs = inputs._replace(labels=losses.targets)
+    launch.backward(slopes, inputs, swept, Needs(True, True, False))
+
+
+def _variant(launched: Launch) -> str:
+    """The kernel's name, and a word for what makes it another kernel to the compiler."""
+    given = dict(zip(launched.kernel.arg_names, launched.arguments, strict=False))
+    name = launched.kernel.__name__
+    words = {
+        "sweep_kernel": "keeping" if given.get("kept") is not None else "",
+        "gradient_kernel": "kept" if given.get("kept") is not None
+        else "only" if given.get("chunk") and given["chunk"].row_radial is not None else "",
+        "embeddings_kernel": "only" if given.get("partial_ptr") is None else "",
+    }  # fmt: skip
+    word = words.get(name)
+    return f"{name}, {word}" if word else name
+
+
+def defaults(target: GPUTarget, operands: str, dim: int) -> dict[str, Launch]:
+    """Every kernel for D = ``dim`` with the default tiles, by its name and variant."""
+    x, w, lowers = TYPES[operands]
+    with recorded(target, lowers) as found:
+        with planning.override("chunked"):
+            step(*MANY, dim, x, w)
+            step(*ONE, dim, x, w)
+        with planning.override("kept"):
+            step(*KEPT, dim, x, w)
+        if plan_for(target, x, w, x, lowers).tiles.for_fused(dim) is not None:
+            with planning.override("fused"):
+                step(*MANY, dim, x, w)
+    variants: dict[str, Launch] = {}
+    for launched in found:
+        variants.setdefault(_variant(launched), launched)
+    return variants
+
+
+def _bound(launched: Launch, target: GPUTarget) -> tuple[Any, Any, Any]:
+    kernel, backend = launched.kernel, make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    keywords = launched.keywords | {"debug": False, "instrumentation_mode": ""}
+    return bind(*launched.arguments, **keywords)
+
+
+def key(launched: Launch, target: GPUTarget) -> str:
+    """What the compiler tells apart: launches with the same key run the same code."""
+    _, specialization, options = _bound(launched, target)
+    return f"{launched.kernel.__name__} {specialization} {options}"
+
+
+def source(launched: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+    """What `triton.compile` takes."""
+    kernel = launched.kernel
+    bound, specialization, options = _bound(launched, target)
+    _, signature, constants, attributes = kernel._pack_args(
+        make_backend(target), options, bound, specialization, options
+    )
+    return ASTSource(kernel, signature, constants, attributes), options

@@ -1,0 +1,120 @@
+"""What kernels take as one argument each: Triton opens a NamedTuple inside the kernel.
+
+A field that is None is known at compile time, so that its presence is a flag. Sizes are arguments
+of their own, as are fp64 numbers: Triton types a float in a tuple as fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+# Of a matrix with a column for each row of the batch, rows lie a multiple of this apart, as the
+# compiler knows: loads are wide whatever N is. Of N itself it knows nothing, so that no kernel is
+# compiled again for another batch.
+PITCH = 16
+
+
+def pitch(num_rows: int) -> int:
+    """N up to a multiple of `PITCH`; a formula without cases, as N may be symbolic."""
+    return (num_rows + PITCH - 1) // PITCH * PITCH
+
+
+class Matrix(NamedTuple):
+    """(R, D), any strides: a row for each embedding or for each class."""
+
+    ptr: Tensor
+    stride_row: int
+    stride_d: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Matrix:
+        """The matrix in a tensor."""
+        return cls(tensor, *tensor.stride())
+
+
+class Rows(NamedTuple):
+    """What is known of each row of the batch, (N,) each.
+
+    Attributes:
+        labels: of any integer dtype, with their stride.
+        u: target cosines, fp64. inv_x: inverse norms. lse: fp64 (eq. 2).
+        slope_lse, slope_u: derivatives of the row's own loss by lse and u; gradients of these two
+            where there is no ``grad``.
+        grad: gradient of the loss, with its stride: 0 where it is one number. Labels that come with
+            it are `margin_ce`'s, which mark ignored rows.
+        num_counted: 0-d, over what a mean was taken.
+        scale: 0-d, where it is no Python number.
+    """
+
+    labels: Tensor
+    stride_label: int
+    u: Tensor
+    inv_x: Tensor | None = None
+    lse: Tensor | None = None
+    slope_lse: Tensor | None = None
+    slope_u: Tensor | None = None
+    grad: Tensor | None = None
+    stride_grad: int = 0
+    num_counted: Tensor | None = None
+    scale: Tensor | None = None
+
+
+class Losses(NamedTuple):
+    """What `rows_kernel` makes of a margin.
+
+    Attributes:
+        rows: loss of each row, (N,). reduced: 0-d, None where it isn't. targets: labels with
+            ignored and invalid rows marked, (N,) int64.
+    """
+
+    rows: Tensor
+    reduced: Tensor | None
+    targets: Tensor
+
+
+class Kept(NamedTuple):
+    """What a sweep keeps of its cosines.
+
+    Attributes:
+        entries: (C, pitch), up to whole blocks of classes, in the dtype of G. shifts: (class
+            blocks, pitch), relative to which they are. pitch: N up to a multiple of `PITCH`.
+    """
+
+    entries: Tensor
+    shifts: Tensor
+    pitch: int
+
+
+class Chunk(NamedTuple):
+    """What `gradient_kernel` leaves for the two products.
+
+    Attributes:
+        g: G / (||x|| ||w||), (K, pitch), 0 past N. radial: sum_n G c of each class and row block,
+            (K, row blocks). row_radial: sum_k G c of each row, (class blocks, N), where one chunk
+            is all. pitch: N up to a multiple of `PITCH`.
+    """
+
+    g: Tensor
+    radial: Tensor
+    row_radial: Tensor | None
+    pitch: int
+
+
+class Precision(NamedTuple):
+    """Constants of a call, known at compile time; dtypes are Triton's.
+
+    Attributes:
+        ACC: dtype of sums. COMPUTE: of the operands of the cosines. GRADIENT: of G and of the
+            operands of the products with it.
+        COSINES, PRODUCTS: precision of these products, "ieee" or "tf32".
+        NORMALIZE_FIRST: whether operands are normalised before they are cast to COMPUTE.
+    """
+
+    ACC: Any
+    COMPUTE: Any
+    GRADIENT: Any
+    COSINES: str
+    PRODUCTS: str
+    NORMALIZE_FIRST: bool

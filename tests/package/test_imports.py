@@ -1,0 +1,205 @@
+"""What importing costs, what is shipped, who imports whom, and the public signatures."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib.resources
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fused_margin as fm
+
+PACKAGE = Path(fm.__file__).parent
+
+
+def _run(code: str, **environment: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment | {"PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout.strip()
+
+
+def test_importing_never_imports_triton() -> None:
+    """Nor does using the package on a CPU, or asking it for its configuration."""
+    code = """
+import sys, torch
+before = "triton" in sys.modules
+import fused_margin as fm
+fm.show_config()
+criterion = fm.ArcFaceLoss(5, 4)
+criterion(torch.randn(3, 4), torch.tensor([0, 1, 2])).backward()
+loaded = [name for name in sys.modules if name.startswith("fused_margin._triton")]
+print(before, "triton" in sys.modules, loaded)
+"""
+    assert _run(code).splitlines()[-1] == "False False []"
+
+
+def test_cpu_tensors_on_triton_need_the_interpreter() -> None:
+    """Without TRITON_INTERPRET=1 they are refused, before Triton is loaded."""
+    code = """
+import sys, torch, fused_margin as fm
+try:
+    fm.ArcFaceLoss(5, 4, backend="triton")(torch.randn(1, 4), torch.tensor([0]))
+except ValueError as error:
+    print("triton" in sys.modules, error)
+"""
+    answer = _run(code, TRITON_INTERPRET="0")
+    assert answer.startswith("False ")
+    assert "TRITON_INTERPRET=1" in answer
+
+
+def test_typed() -> None:
+    assert importlib.resources.files(fm).joinpath("py.typed").is_file()
+
+
+# From the bottom up; a folder counts as one. Each imports from its own layer and those below it.
+LAYERS = (
+    {"_version", "_arguments", "_numerics"},
+    {"margins", "_transforms", "_remedies"},
+    {"_validate"},
+    {"_cpu", "_triton", "_reference"},
+    {"_ops", "_weight_sweeps"},
+    {"_flops", "tuning", "_setup"},
+    {"functional", "regularizers", "config"},
+    {"losses"},
+    {"__init__"},
+)
+
+
+def _imports() -> dict[str, set[str]]:
+    """What each module of the package imports, inside of functions too, as "folder.module"."""
+    modules = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}".removeprefix("fused_margin.")
+                    is_module = inner in modules or f"{inner}.__init__" in modules
+                    found.add(f"{node.module}.{alias.name}" if is_module else str(node.module))
+        inside = {found_name.removeprefix("fused_margin.") for found_name in found}
+        graph[name] = {f"{n}.__init__" if f"{n}.__init__" in modules else n for n in inside}
+    return graph
+
+
+def test_layers() -> None:
+    rank = {name: index for index, layer in enumerate(LAYERS) for name in layer}
+    for module, imported in _imports().items():
+        for other in imported & set(_imports()):
+            lower, upper = other.split(".")[0], module.split(".")[0]
+            assert rank[lower] <= rank[upper], f"{module} imports {other}"
+
+
+def test_no_circles() -> None:
+    graph = _imports()
+    inside = {module: imported & set(graph) for module, imported in graph.items()}
+    graphlib.TopologicalSorter(inside).prepare()
+
+
+def test_only_the_kernels_import_triton() -> None:
+    for module, imported in _imports().items():
+        if not module.startswith("_triton."):
+            assert not {name for name in imported if name.split(".")[0] == "triton"}, module
+
+
+def test_only_functional_imports_the_reference() -> None:
+    """An oracle that shares code with what it judges proves nothing."""
+    users = {module for module, imported in _imports().items() if "_reference" in imported}
+    assert users == {"functional"}
+
+
+def _raised(path: Path) -> set[str]:
+    """Names of the exceptions that a module raises."""
+    raised = (n.exc for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Raise))
+    calls = (exc.func if isinstance(exc, ast.Call) else exc for exc in raised)
+    return {called.id for called in calls if isinstance(called, ast.Name)}
+
+
+# tuning and the kernels' planning raise about the machine and about tiles, not about arguments
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "_cpu").glob("*.py")]
+        if path.name not in ("_validate.py", "tuning.py")
+    ],
+    ids=lambda path: path.name,
+)
+def test_errors_of_arguments_live_in_one_place(path: Path) -> None:
+    assert not {"ValueError", "TypeError"} & _raised(path)
+
+
+def _signature(function: Callable[..., Any]) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
+    """Positional (name, default) in order, and keyword-only name -> default."""
+    parameters = inspect.signature(function).parameters.values()
+    positional, keywords = [], {}
+    for parameter in parameters:
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            keywords[parameter.name] = parameter.default
+        else:
+            assert parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+            positional.append((parameter.name, parameter.default))
+    return positional, keywords
+
+
+REQUIRED = inspect.Parameter.empty
+BACKEND = {"backend": "auto", "memory_budget": None}
+OPTIONS = {"reduction": "mean", "ignore_index": -100} | BACKEND
+COMMON = OPTIONS | {"device": None, "dtype": None}
+SIZES = [("num_classes", REQUIRED), ("embedding_size", REQUIRED)]
+TENSORS = [("embeddings", REQUIRED), ("weight", REQUIRED), ("labels", REQUIRED)]
+ANGULAR = {"boundary": "linear", "grad": "exact"}
+SIGNATURES = {
+    fm.MarginSoftmaxLoss: ([*SIZES, ("scale", 64.0)], COMMON),
+    fm.ArcFaceLoss: ([*SIZES, ("margin", 0.5), ("scale", 64.0)], ANGULAR | COMMON),
+    fm.CosFaceLoss: ([*SIZES, ("margin", 0.35), ("scale", 64.0)], COMMON),
+    fm.FixedAdaCosLoss: (SIZES, COMMON),
+    fm.NormalizedSoftmaxLoss: ([*SIZES, ("scale", 20.0)], COMMON),
+    fm.functional.arcface: ([*TENSORS, ("margin", 0.5), ("scale", 64.0)], ANGULAR | OPTIONS),
+    fm.functional.cosface: ([*TENSORS, ("margin", 0.35), ("scale", 64.0)], OPTIONS),
+    fm.functional.fixed_adacos: (TENSORS, OPTIONS),
+    fm.functional.normalized_softmax: ([*TENSORS, ("scale", REQUIRED)], OPTIONS),
+    fm.functional.cosine_lse: ([*TENSORS, ("scale", REQUIRED)], BACKEND),
+    fm.check_setup: ([("criterion", REQUIRED), ("optimizer", None)], {"group": None}),
+    fm.regularizers.center_invariant: ([("weight", REQUIRED)], {}),
+    fm.regularizers.regular_face: ([("weight", REQUIRED)], {}),
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__name__)
+def test_signatures(function: Callable[..., Any]) -> None:
+    assert _signature(function) == SIGNATURES[function]
+
+
+@pytest.mark.parametrize("criterion", [f for f in SIGNATURES if isinstance(f, type)])
+def test_call_signature_of_modules(criterion: type[torch.nn.Module]) -> None:
+    names = list(inspect.signature(criterion.forward).parameters)
+    assert names == ["self", "embeddings", "labels"]
+    logits = inspect.getattr_static(criterion, "logits")
+    assert list(inspect.signature(logits).parameters) == ["self", "embeddings"]
+
+
+def test_exports() -> None:
+    for name in fm.__all__:
+        assert hasattr(fm, name)
+    for name in fm.functional.__all__:
+        assert callable(getattr(fm.functional, name))

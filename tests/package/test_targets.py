@@ -1,0 +1,194 @@
+"""Every kernel, with its default configuration, compiled for four architectures without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+OPERANDS = ("bf16", "fp16", "tf32", "ieee", "fp64")
+WITH_PRODUCTS = {
+    "sweep_kernel",
+    "sweep_kernel, keeping",
+    "gradient_kernel",
+    "gradient_kernel, only",
+    "weight_kernel",
+    "embeddings_kernel",
+    "embeddings_kernel, only",
+    "fused_weight_kernel",
+    "fused_embeddings_kernel",
+}
+WITHOUT_PRODUCTS = {"rows_kernel", "gradient_kernel, kept", "finish_kernel"}
+
+
+def _compile(architectures: tuple[str, ...], directory: Path, *options: str) -> list[dict]:
+    file = directory / f"{architectures[0]}.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.kernels", *options, "--json", str(file)]
+    run = subprocess.run(
+        [*command, "--architectures", *architectures],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert file.exists(), run.stdout + run.stderr
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The compile report of all architectures, made by two processes side by side."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    directory = tmp_path_factory.mktemp("kernels")
+    halves = (("sm_90", "gfx942"), ("sm_80", "sm_100"))
+    with ThreadPoolExecutor(len(halves)) as pool:
+        reports = pool.map(lambda half: _compile(half, directory), halves)
+        return [row for report in reports for row in report]
+
+
+def _names(rows: list[dict]) -> list[str]:
+    return [f"{r['kernel']} {r['architecture']} {r['operands']} D={r['dim']}" for r in rows]
+
+
+def test_report_covers_every_default(rows: list[dict]) -> None:
+    assert {(r["architecture"], r["operands"], r["dim"]) for r in rows} == {
+        (a, o, d) for a in ARCHITECTURES for o in OPERANDS for d in (64, 128, 512, 1024)
+    }
+    assert {r["kernel"] for r in rows} == WITH_PRODUCTS | WITHOUT_PRODUCTS
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_default_spills(rows: list[dict], architecture: str) -> None:
+    mine = [r for r in rows if r["architecture"] == architecture]
+    assert not _names([r for r in mine if r["spill_bytes"]])
+
+
+@pytest.mark.parametrize("operands", ["bf16", "fp16", "tf32", "fp64"])
+def test_matrix_unit_on_sm_90(rows: list[dict], operands: str) -> None:
+    expected = "DMMA" if operands == "fp64" else "HGMMA"
+    mine = [
+        r for r in rows
+        if (r["architecture"], r["operands"]) == ("sm_90", operands)
+        and r["kernel"] in WITH_PRODUCTS
+    ]  # fmt: skip
+    assert mine
+    assert not _names([r for r in mine if expected not in r["matrix"]])
+
+
+def test_matrix_unit_elsewhere(rows: list[dict]) -> None:
+    """Not so for fp64 on sm_100, for which Triton emits no matrix instruction."""
+    mine = [
+        r for r in rows
+        if r["operands"] != "ieee" and r["kernel"] in WITH_PRODUCTS
+        and (r["operands"], r["architecture"]) != ("fp64", "sm_100")
+    ]  # fmt: skip
+    assert not _names([r for r in mine if not r["matrix"]])
+
+
+def test_loads_are_wide(rows: list[dict]) -> None:
+    """Tiles of x, W and G are read 16 bytes at a time."""
+    mine = [r for r in rows if r["operands"] == "bf16" and r["kernel"] in WITH_PRODUCTS]
+    assert not _names([r for r in mine if "128b" not in r["loads"]])
+
+
+def test_occupancy_is_a_share(rows: list[dict]) -> None:
+    assert all(0.0 < r["occupancy"] <= 1.0 for r in rows)
+
+
+def test_offsets_are_64_bit(rows: list[dict]) -> None:
+    """C D and N C pass 2^31: no offset may multiply in 32 bits."""
+    assert not _names([r for r in rows if not r["wide_offsets"]])
+
+
+def test_shared_memory_fits(rows: list[dict]) -> None:
+    limits = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+    assert not _names([r for r in rows if r["shared_bytes"] > limits[r["architecture"]]])
+
+
+def test_operands_of_different_widths_compile(tmp_path: Path) -> None:
+    """Triton's fp64 product takes no operand that was loaded with 16 bits, unless it can't tell."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    types = ("bf16+fp64", "fp64+bf16")
+    mixed = _compile(("sm_80", "sm_90"), tmp_path, "--dims", "64", "--operands", *types)
+    assert {(r["architecture"], r["operands"]) for r in mixed} == {
+        (a, o) for a in ("sm_80", "sm_90") for o in types
+    }
+    assert not _names([r for r in mixed if r["spill_bytes"]])
+    with_products = [r for r in mixed if r["kernel"] in WITH_PRODUCTS]
+    assert not _names([r for r in with_products if "DMMA" not in r["matrix"]])
+
+
+_NARROW = """
+import benchmarks.kernels as kernels
+import triton
+import triton.language as tl
+from triton.compiler import ASTSource
+
+@triton.jit
+def narrow(x_ptr, row, stride):
+    tl.store(x_ptr + (row + tl.arange(0, 16)) * stride, 1.0)
+
+@triton.jit
+def wide(x_ptr, row, stride):
+    tl.store(x_ptr + (row + tl.arange(0, 16)).to(tl.int64) * stride, 1.0)
+
+for kernel in (narrow, wide):
+    source = ASTSource(kernel, {"x_ptr": "*fp32", "row": "i32", "stride": "i32"}, {}, {})
+    compiled = triton.compile(source, target=kernels.TARGETS["sm_90"], options={})
+    print(kernel.__name__, kernels._wide_offsets(compiled.asm["ttir"]))
+"""
+
+
+def _run_without_interpreter(code: str, directory: Path) -> str:
+    script = directory / "script.py"
+    script.write_text(code)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    run = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True
+    )
+    return run.stdout
+
+
+def test_the_offset_check_can_fail(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    printed = _run_without_interpreter(_NARROW, tmp_path)
+    assert printed.split() == ["narrow", "False", "wide", "True"]
+
+
+_BATCHES = """
+import collections
+import json
+
+from benchmarks import kernels, launches
+
+target, variants = kernels.TARGETS["sm_90"], collections.defaultdict(set)
+for num_rows in range(1, 1026):
+    with launches.recorded(target) as found:
+        launches.step(num_rows, 100_003, 512, *launches.TYPES["bf16"][:2])
+    for launch in found:
+        variants[launch.kernel.__name__].add(launches.key(launch, target))
+print(json.dumps({name: len(keys) for name, keys in variants.items()}))
+"""
+
+
+def test_no_compilation_for_another_batch(tmp_path: Path) -> None:
+    """Nor for another chunk: only for a tile's rows, a power of 2 from 16 on."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    counts = json.loads(_run_without_interpreter(_BATCHES, tmp_path))
+    assert counts == {
+        "sweep_kernel": 5,
+        "rows_kernel": 2,
+        "gradient_kernel": 4,
+        "weight_kernel": 3,
+        "embeddings_kernel": 5,
+        "finish_kernel": 1,
+    }
