@@ -32,7 +32,8 @@ from fused_margin.margins import Margin
 Tensor = torch.Tensor
 
 # `numbers` is what Python floats become, fp64 on the CPU: the scale and, in ``margin_ce``, the four
-# coefficients of the margin. As `float` arguments they would be constants of a compiled graph.
+# coefficients of the margin. As `float` arguments they would be constants of a compiled graph;
+# so would integers, were they not `SymInt`.
 _lib = torch.library.Library("fused_margin", "DEF")
 _lib.define(
     "check_labels(Tensor labels, int num_classes, SymInt ignore_index) -> Tensor",
