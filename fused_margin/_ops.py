@@ -32,7 +32,8 @@ from fused_margin.margins import Margin
 Tensor = torch.Tensor
 
 # `numbers` is what Python floats become, fp64 on the CPU: the scale and, in ``margin_ce``, the four
-# coefficients of the margin. As `float` arguments they would be constants of a compiled graph.
+# coefficients of the margin. As `float` arguments they would be constants of a compiled graph;
+# so would integers, were they not `SymInt`.
 _lib = torch.library.Library("fused_margin", "DEF")
 _lib.define(
     "check_labels(Tensor labels, int num_classes, SymInt ignore_index) -> Tensor",
@@ -46,8 +47,7 @@ _lib.define(
 )
 _lib.define(
     "margin_ce(Tensor x, Tensor w, Tensor labels, Tensor numbers, bool straight_through,"
-    " str reduction, SymInt ignore_index, ScalarType compute_dtype, str backend,"
-    " SymInt budget)"
+    " str reduction, SymInt ignore_index, ScalarType compute_dtype, str backend, SymInt budget)"
     " -> (Tensor loss, Tensor slope_lse, Tensor slope_u, Tensor num_counted, Tensor targets,"
     " Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept)",
     tags=torch.Tag.pt2_compliant_tag,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
@@ -119,3 +120,24 @@ def of_dtensor(name: str) -> str:
     if name == "scale":
         return "pass scale.full_tensor()"
     return f"pass this rank's rows, {name}.to_local() if rows are sharded, else .full_tensor()"
+
+
+def holds_several(value: Any) -> bool:
+    """Whether ``value`` is an array or a list, where one number is asked for."""
+    return isinstance(value, Sized) and not isinstance(value, str)
+
+
+def of_size(name: str, value: Any) -> str:
+    """How ``value``, which is no int, becomes a number of classes or columns."""
+    if isinstance(value, torch.Tensor):
+        if value.ndim == 0:
+            return "; convert it with int()"
+        return (
+            "; a loss is built first, criterion = ArcFaceLoss(num_classes, embedding_size), and"
+            " then called, criterion(embeddings, labels)"
+        )
+    if holds_several(value):
+        return f"; pass how many there are, len({name})"
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return "; convert it with int(), or divide by //"
+    return ""

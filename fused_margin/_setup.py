@@ -113,7 +113,7 @@ def warn_if_unsynchronized(criterion: nn.Module) -> None:
         "criterion, optimizer) says whether all is right. If you average the gradients yourself,"
         " ignore fused_margin.UnsynchronizedWeightsWarning with warnings.filterwarnings",
         UnsynchronizedWeightsWarning,
-        stacklevel=5,  # the caller of the criterion, past forward and nn.Module's two frames
+        stacklevel=6,  # the caller of the criterion, past forward's two frames and nn.Module's two
     )
 
 

@@ -10,12 +10,12 @@ import numbers
 import operator
 import os
 import sys
-from collections.abc import Sized
 from typing import Any, NoReturn
 
 import torch
 
 from fused_margin import _remedies, _transforms, margins
+from fused_margin._compiled import known
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 REDUCTIONS = ("mean", "sum", "none")
@@ -91,10 +91,10 @@ def _shown(value: Any) -> str:
         return "None"
     kind = type(value).__name__
     if isinstance(value, torch.Tensor):
-        return f"{kind} of shape {tuple(value.shape)} and {value.dtype}"
+        return f"{kind} of shape {known(value.shape)} and {value.dtype}"
     if isinstance(value, str):
         return f"{kind} {value!r}"
-    return f"{kind} {value}" if isinstance(value, numbers.Number) else kind
+    return f"{kind} {known(value)}" if isinstance(value, numbers.Number) else kind
 
 
 def _integer(name: str, value: Any, kinds: str = "an int", remedy: str = "") -> int:
@@ -125,7 +125,9 @@ def _real(name: str, value: Any, kinds: str, remedy: str = "") -> float:
 
 def _is_bool(value: Any) -> bool:
     """Whether ``value`` is a truth value: Python's, NumPy's or a tensor's."""
-    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+    if isinstance(value, (int, float)):  # first, as Dynamo traces it on a symbolic number
+        return isinstance(value, bool)
+    return str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def _is_real(value: Any) -> bool:
@@ -167,12 +169,13 @@ def tensors(
     if labels.dtype not in INTEGERS:
         raise TypeError(
             f"labels must have an integer dtype, got {labels.dtype} of shape"
-            f" {tuple(labels.shape)}; {_remedies.of_labels_dtype(labels)}"
+            f" {known(labels.shape)}; {_remedies.of_labels_dtype(labels)}"
         )
     if labels.ndim != 1 or labels.shape[0] != num_rows:
         raise ValueError(
-            f"labels must have shape ({num_rows},), one class index per row of embeddings, got"
-            f" {tuple(labels.shape)}" + _remedies.of_labels_shape(labels, num_rows, weight.shape[0])
+            f"labels must have shape ({known(num_rows)},), one class index per row of embeddings,"
+            f" got {known(labels.shape)}"
+            f"{_remedies.of_labels_shape(labels, num_rows, weight.shape[0])}"
         )
     if labels.device != embeddings.device:
         raise ValueError(
@@ -190,8 +193,8 @@ def _order(embeddings: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor)
         is_row_per_label = tensor is embeddings and tensor.shape[:1] == labels.shape[:1]
         if is_column and (tensor.dtype in INTEGERS or (tensor.ndim == 1 and is_row_per_label)):
             raise TypeError(
-                f"{name} and labels look swapped: {name} has shape {tuple(tensor.shape)} and"
-                f" {tensor.dtype}, labels {tuple(labels.shape)} and {labels.dtype}; the order is"
+                f"{name} and labels look swapped: {name} has shape {known(tensor.shape)} and"
+                f" {tensor.dtype}, labels {known(labels.shape)} and {labels.dtype}; the order is"
                 " criterion(embeddings, labels), and (embeddings, weight, labels) for a function"
             )
 
@@ -226,19 +229,19 @@ def matrices(embeddings: torch.Tensor, weight: torch.Tensor, min_classes: int = 
             remedy = _remedies.of_weight_shape if is_weight else _remedies.of_embeddings_shape
             raise ValueError(
                 f"{name} must have shape {'(C, D)' if is_weight else '(N, D)'}, got"
-                f" {tuple(tensor.shape)}{remedy(tensor.shape)}"
+                f" {known(tensor.shape)}{remedy(tensor.shape)}"
             )
     if weight.shape[0] < min_classes:
         raise ValueError(
-            f"weight must have C >= {min_classes} rows (classes), got {weight.shape[0]}"
+            f"weight must have C >= {min_classes} rows (classes), got {known(weight.shape[0])}"
         )
     if weight.shape[1] < 1:
         raise ValueError("embeddings and weight must have D >= 1 columns, got D = 0")
     if embeddings.shape[1] != weight.shape[1]:
-        num_classes, dim = weight.shape
+        (num_classes, dim), given = known(weight.shape), known(embeddings.shape[1])
         raise ValueError(
-            f"embeddings have D = {embeddings.shape[1]} columns but weight has C, D ="
-            f" {num_classes}, {dim}; {_remedies.of_columns(embeddings.shape[1], num_classes, dim)}"
+            f"embeddings have D = {given} columns but weight has C, D = {num_classes}, {dim};"
+            f" {_remedies.of_columns(given, num_classes, dim)}"
         )
     if weight.dtype not in (torch.float32, torch.float64, embeddings.dtype):
         raise TypeError(
@@ -267,12 +270,12 @@ def class_weights(weight: torch.Tensor) -> None:
     _dense("weight", weight)
     if weight.ndim != 2:
         raise ValueError(
-            f"weight must have shape (C, D), a row per class, got {tuple(weight.shape)}"
+            f"weight must have shape (C, D), a row per class, got {known(weight.shape)}"
         )
     if weight.shape[0] < 2:
         raise ValueError(
-            f"weight must have C >= 2 rows (classes) to compare, got {weight.shape[0]} from shape"
-            f" {tuple(weight.shape)}; a weight of shape (D, C) needs .t()"
+            f"weight must have C >= 2 rows (classes) to compare, got {known(weight.shape[0])} from"
+            f" shape {known(weight.shape)}; a weight of shape (D, C) needs .t()"
         )
     if weight.shape[1] < 1:
         raise ValueError("weight must have D >= 1 columns, got D = 0; check embedding_size")
@@ -340,7 +343,7 @@ def scale(value: Any, device: torch.device) -> float | torch.Tensor:
         if value.ndim != 0:
             remedy = "use .squeeze()" if value.numel() == 1 else "all rows share one scale"
             raise ValueError(
-                f"a tensor scale must be 0-d, got shape {tuple(value.shape)}; {remedy}"
+                f"a tensor scale must be 0-d, got shape {known(value.shape)}; {remedy}"
             )
         if value.device != device:
             raise ValueError(f"scale is on {value.device}, embeddings on {device}; move the scale")
@@ -360,11 +363,11 @@ def _scale_number(value: Any) -> float:
     if value is None:
         remedy = "; functional.fixed_adacos_scale(num_classes) is a choice"
     else:
-        remedy = "; all rows share one scale" if _holds_several(value) else ""
+        remedy = "; all rows share one scale" if _remedies.holds_several(value) else ""
     number = _real("scale", value, "a number or a 0-d tensor", remedy)
     # plain comparisons: Dynamo can trace them on a symbolic float, and not math.isfinite
     if not 0 < number <= LARGEST_SCALE:
-        raise ValueError(f"scale must be finite in fp32 and > 0, got {number}")
+        raise ValueError(f"scale must be finite in fp32 and > 0, got {known(number)}")
     return number
 
 
@@ -390,10 +393,10 @@ def _margin(
                 + _remedies.of_dtype("margin", value)
             )
         if value.shape != labels.shape:
-            num_rows = labels.shape[0]
+            num_rows = known(labels.shape[0])
             raise ValueError(
                 f"a tensor margin must have shape ({num_rows},), one {unit} per row, got"
-                f" {tuple(value.shape)}{_remedies.of_margin_shape(value, num_rows)}"
+                f" {known(value.shape)}{_remedies.of_margin_shape(value, num_rows)}"
             )
         if value.device != labels.device:
             raise ValueError(
@@ -403,7 +406,7 @@ def _margin(
     _no_tensor("margin", value)
     if value is None:
         remedy = "; 0.0 is no margin"
-    elif not _holds_several(value):
+    elif not _remedies.holds_several(value):
         remedy = ""
     elif labels is None:
         remedy = "; a module takes float(margin), and margins per row go to the functional form"
@@ -413,14 +416,10 @@ def _margin(
     return _real("margin", value, kinds, remedy)
 
 
-def _holds_several(value: Any) -> bool:
-    return isinstance(value, Sized) and not isinstance(value, str)
-
-
 def _beyond(margin: float | torch.Tensor, limit: float) -> tuple[float, str] | None:
     """A margin above ``limit`` or NaN, and its place; None too where it can't be read."""
     if not isinstance(margin, torch.Tensor):
-        return None if abs(margin) <= limit else (margin, "")
+        return None if abs(margin) <= limit else (known(margin), "")
     if not _transforms.is_readable(margin):
         return None
     beyond = ~(margin.detach().abs() <= limit)
@@ -486,19 +485,7 @@ def _no_tensor(name: str, value: Any) -> None:
 
 def size(name: str, value: int, minimum: int) -> int:
     """Check a dimension."""
-    remedy = ""
-    if isinstance(value, torch.Tensor):
-        remedy = "; convert it with int()"
-        if value.ndim > 0:
-            remedy = (
-                "; a loss is built first, criterion = ArcFaceLoss(num_classes, embedding_size), and"
-                " then called, criterion(embeddings, labels)"
-            )
-    elif _holds_several(value):
-        remedy = f"; pass how many there are, len({name})"
-    elif _is_real(value):
-        remedy = "; convert it with int(), or divide by //"
-    value = _integer(name, value, remedy=remedy)
+    value = _integer(name, value, remedy=_remedies.of_size(name, value))
     if value < minimum:
         raise ValueError(f"{name} must be >= {minimum}, got {value}")
     if value >= 2**63:
@@ -510,7 +497,7 @@ def ignore_index(value: int) -> int:
     """Check that ignore_index is an int of 64 bits, as labels are."""
     value = _integer("ignore_index", value)
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"ignore_index must fit in int64, as labels do, got {value}")
+        raise ValueError(f"ignore_index must fit in int64, as labels do, got {known(value)}")
     return value
 
 
@@ -522,7 +509,7 @@ def memory_budget(value: int | None) -> int | None:
     value = _integer("memory_budget", value, "a whole number of bytes or None", remedy)
     if value < 0:
         raise ValueError(
-            f"memory_budget must be >= 0 bytes, got {value}; None stands for the default"
+            f"memory_budget must be >= 0 bytes, got {known(value)}; None stands for the default"
         )
     return min(value, 2**63 - 1)  # what the operator's schema holds
 
@@ -540,9 +527,9 @@ def fixed_adacos_classes(num_classes: int) -> int:
     num_classes = _integer("num_classes", num_classes)
     if num_classes < 3:
         raise ValueError(
-            f"Fixed AdaCos needs C >= 3 classes, got {num_classes}: its scale sqrt(2) * ln(C - 1)"
-            " is 0 for C = 2, which gives no gradient; use NormalizedSoftmaxLoss with a scale of"
-            " your choice"
+            f"Fixed AdaCos needs C >= 3 classes, got {known(num_classes)}: its scale"
+            " sqrt(2) * ln(C - 1) is 0 for C = 2, which gives no gradient; use"
+            " NormalizedSoftmaxLoss with a scale of your choice"
         )
     return num_classes
 
@@ -559,9 +546,9 @@ def psi(value: Any) -> None:
 def psi_values(value: Any, u: torch.Tensor) -> torch.Tensor:
     """Check what a function has made of target cosines u, (N,)."""
     if not isinstance(value, torch.Tensor) or value.shape != u.shape:
-        given = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+        given = f"shape {known(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
         raise ValueError(
-            f"psi must return a tensor of its argument's shape, {tuple(u.shape)}; got {given}"
+            f"psi must return a tensor of its argument's shape, {known(u.shape)}; got {given}"
         )
     return value
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from fused_margin import _ops, _reference, _validate, margins
+from fused_margin import _compiled, _ops, _reference, _validate, margins
 from fused_margin._numerics import accumulation_dtype, requested_dtype
 
 __all__ = [
@@ -105,6 +105,7 @@ def _target(psi: Psi, u: torch.Tensor) -> torch.Tensor:
     return _validate.psi_values(psi(margins.clamp_cosine(u)), u)
 
 
+@_compiled.raising()
 def margin_softmax(
     embeddings: torch.Tensor,
     weight: torch.Tensor,
@@ -147,6 +148,7 @@ def margin_softmax(
     )
 
 
+@_compiled.raising()
 def arcface(
     embeddings: torch.Tensor,
     weight: torch.Tensor,
@@ -199,6 +201,9 @@ def arcface(
             since raising would need a synchronisation; with ``FUSED_MARGIN_CHECK_LABELS=1`` in
             the environment it raises there too.
 
+        `torch.compile` with ``fullgraph=True`` raises the same, as the graph runs: not where a
+        compiled function would catch it.
+
     References:
         Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019,
         arXiv:1801.07698, eq. 3.
@@ -215,6 +220,7 @@ def arcface(
     )
 
 
+@_compiled.raising()
 def cosface(
     embeddings: torch.Tensor,
     weight: torch.Tensor,
@@ -264,6 +270,7 @@ def cosface(
     )
 
 
+@_compiled.raising()
 def fixed_adacos(
     embeddings: torch.Tensor,
     weight: torch.Tensor,
@@ -305,6 +312,7 @@ def fixed_adacos_scale(num_classes: int) -> float:
     return math.sqrt(2.0) * math.log(_validate.fixed_adacos_classes(num_classes) - 1)
 
 
+@_compiled.raising()
 def normalized_softmax(
     embeddings: torch.Tensor,
     weight: torch.Tensor,
@@ -343,6 +351,7 @@ def normalized_softmax(
     )  # fmt: skip
 
 
+@_compiled.raising(num_outputs=2)
 def cosine_lse(
     embeddings: torch.Tensor,
     weight: torch.Tensor,

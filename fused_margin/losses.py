@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fused_margin import _setup, _validate, functional, margins
+from fused_margin import _compiled, _setup, _validate, functional, margins
 
 __all__ = [
     "ArcFaceLoss",
@@ -139,6 +139,7 @@ class MarginSoftmaxLoss(nn.Module):
             " target cosines"
         )
 
+    @_compiled.raising()
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss of embeddings (N, D) and labels (N,): 0-d, or (N,) for ``reduction="none"``."""
         _setup.warn_if_unsynchronized(self)

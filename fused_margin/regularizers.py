@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fused_margin import _validate, _weight_sweeps
+from fused_margin import _compiled, _validate, _weight_sweeps
 from fused_margin._numerics import accumulation_dtype
 
 __all__ = ["CenterInvariant", "RegularFace", "center_invariant", "regular_face"]
 
 
+@_compiled.raising()
 def center_invariant(weight: torch.Tensor) -> torch.Tensor:
     r"""Pull the norms of all class weights towards each other.
 
@@ -54,6 +55,7 @@ def center_invariant(weight: torch.Tensor) -> torch.Tensor:
     return (deviations.square().mean() / 4.0).to(accumulation_dtype(weight, weight))
 
 
+@_compiled.raising()
 def regular_face(weight: torch.Tensor) -> torch.Tensor:
     r"""Push each class weight away from the one nearest to it by angle.
 

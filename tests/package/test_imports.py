@@ -68,7 +68,7 @@ def test_typed() -> None:
 # From the bottom up; a folder counts as one. Each imports from its own layer and those below it.
 LAYERS = (
     {"_version", "_arguments", "_numerics"},
-    {"margins", "_transforms", "_remedies"},
+    {"margins", "_transforms", "_remedies", "_compiled"},
     {"_validate"},
     {"_cpu", "_triton", "_reference"},
     {"_ops", "_weight_sweeps"},

@@ -1,0 +1,67 @@
+"""What `torch.compile` needs, so that errors of arguments are the same under it.
+
+An exception that leaves a function which Dynamo traces becomes one of Dynamo's own, a RuntimeError,
+under ``fullgraph=True``: nothing has run that could raise it. An operator that raises as the graph
+runs keeps its type and its text, as it does in eager code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_ERRORS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError}
+
+_lib = torch.library.Library("fused_margin", "FRAGMENT")
+_lib.define(
+    "refuse(Tensor like, str kind, str message) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+
+
+def _refuse(like: torch.Tensor, kind: str, message: str) -> torch.Tensor:
+    raise _ERRORS[kind](message)
+
+
+_lib.impl("refuse", _refuse, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fused_margin::refuse", lib=_lib)
+def _(like: torch.Tensor, kind: str, message: str) -> torch.Tensor:
+    return like.new_empty(())
+
+
+def raising(num_outputs: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function that returns so many tensors, and checks what it is given."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except (TypeError, ValueError) as error:
+                if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+                    raise
+                kind = "TypeError" if isinstance(error, TypeError) else "ValueError"
+                like = torch.empty((), device="cpu")
+                output = torch.ops.fused_margin.refuse.default(like, kind, str(error))
+                return output if num_outputs == 1 else (output,) * num_outputs
+
+        return wrapped
+
+    return decorate
+
+
+def known(value: Any) -> Any:
+    """A number, or a shape as a tuple, that a message can show: in a graph it may be symbolic."""
+    is_shape = isinstance(value, tuple)
+    if not torch.compiler.is_dynamo_compiling():
+        return tuple(value) if is_shape else value
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # which imports SymPy
+
+    return tuple([guard_scalar(size) for size in value]) if is_shape else guard_scalar(value)
