@@ -53,7 +53,12 @@ MULTIPROCESSOR = {
 }
 AMD_REGISTERS, AMD_WAVES, AMD_SIMDS = 512, 8, 4  # of a SIMD's lane, of a SIMD, of a compute unit
 AMD_SHARED = 64 << 10
-WITHOUT_PRODUCT = ("rows_kernel", "finish_kernel", "gradient_kernel, kept")
+WITHOUT_PRODUCT = (
+    "prepare_kernel",
+    "rows_kernel",
+    "finish_kernel",
+    "gradient_kernel, kept",
+)
 DIMS = (64, 128, 512, 1024)
 ALL_DIMS = tuple(1 << exponent for exponent in range(4, 14))  # a tile is as wide where D is narrow
 # instructions of the matrix units: NVIDIA's warp-group, warp and fp64 products, Blackwell's, AMD's
@@ -61,6 +66,7 @@ MATRIX = re.compile(r"\b(HGMMA|HMMA|DMMA|UTCHMMA|UTC\w*MMA|v_mfma\w*|v_smfma\w*)
 SPILLS = re.compile(r"\b(LDL|STL)\b")
 CUDA_LOADS = re.compile(r"\bLDG(?:STS)?\.([\w.]+)")  # to registers, or straight to shared memory
 HIP_LOADS = re.compile(r"\b(?:global|buffer|flat)_load_(\w+)")
+CUDA_BLOCKS = re.compile(r"\bUTMALDG")  # a block of a matrix by its descriptor
 CUDA_WIDTHS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 HIP_WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
 
@@ -197,7 +203,9 @@ def _loads(assembly: str, is_cuda: bool) -> str:
         for kind in HIP_LOADS.findall(assembly):
             width = HIP_WIDTHS.get(kind, 16 if "short" in kind else 8)
             counts[width] = counts.get(width, 0) + 1
-    return " ".join(f"{width}b x{counts[width]}" for width in sorted(counts, reverse=True))
+    blocks = len(CUDA_BLOCKS.findall(assembly)) if is_cuda else 0
+    found = [f"{width}b x{counts[width]}" for width in sorted(counts, reverse=True)]
+    return " ".join([f"blocks x{blocks}", *found] if blocks else found)
 
 
 def compile_row(

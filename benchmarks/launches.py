@@ -65,11 +65,12 @@ def plan_for(
     w: torch.dtype,
     compute_dtype: torch.dtype,
     lowers: bool,
+    is_described: bool = False,
 ) -> planning.Plan:
     """The plan of a call on an architecture."""
     device = planning.Device(tiles.family(target.backend, target.arch), True, MULTIPROCESSORS)
     accumulate = torch.float64 if torch.float64 in (x, w) else torch.float32
-    return planning.plan_on(device, accumulate, compute_dtype, lowers)
+    return planning.plan_on(device, accumulate, compute_dtype, lowers, is_described)
 
 
 class _Recorder:
@@ -84,12 +85,21 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def recorded(target: GPUTarget, lowers: bool = True) -> Iterator[list[Launch]]:
-    """Launches of the calls inside, as they are made for an architecture."""
+def recorded(
+    target: GPUTarget, lowers: bool = True, described: bool = True
+) -> Iterator[list[Launch]]:
+    """Launches of the calls inside, as they are made for an architecture.
+
+    Args:
+        target: the architecture.
+        lowers: whether fp32 products may run in TF32.
+        described: whether tensor descriptors may be used.
+    """
     found: list[Launch] = []
 
     def plan(x: torch.Tensor, w: torch.Tensor, compute_dtype: torch.dtype) -> planning.Plan:
-        return plan_for(target, x.dtype, w.dtype, compute_dtype, lowers)
+        is_described = described and planning.describable(x, w)
+        return plan_for(target, x.dtype, w.dtype, compute_dtype, lowers, is_described)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(launch, "plan", plan))
@@ -121,34 +131,37 @@ def step(
 
 
 def _variant(launched: Launch) -> str:
-    """The kernel's name, and a word for what makes it another kernel to the compiler."""
+    """The kernel's name, and words for what makes it another kernel to the compiler."""
     given = dict(zip(launched.kernel.arg_names, launched.arguments, strict=False))
-    name = launched.kernel.__name__
-    words = {
-        "sweep_kernel": "keeping" if given.get("kept") is not None else "",
-        "gradient_kernel": "kept" if given.get("kept") is not None
-        else "only" if given.get("chunk") and given["chunk"].row_radial is not None else "",
-        "embeddings_kernel": "only" if given.get("partial_ptr") is None else "",
-    }  # fmt: skip
-    word = words.get(name)
-    return f"{name}, {word}" if word else name
+    name, words = launched.kernel.__name__, []
+    if given.get("kept") is not None:
+        words.append("keeping" if name == "sweep_kernel" else "kept")
+    chunk = given.get("chunk")
+    if name == "gradient_kernel" and chunk is not None and chunk.row_radial is not None:
+        words.append("only")
+    if name == "embeddings_kernel" and given["partial_ptr"] is None:
+        words.append("only")
+    if given.get("x_desc") is not None:
+        words.append("described")
+    return ", ".join([name, *words])
 
 
 def defaults(target: GPUTarget, operands: str, dim: int) -> dict[str, Launch]:
     """Every kernel for D = ``dim`` with the default tiles, by its name and variant."""
     x, w, lowers = TYPES[operands]
-    with recorded(target, lowers) as found:
-        with planning.override("chunked"):
-            step(*MANY, dim, x, w)
-            step(*ONE, dim, x, w)
-        with planning.override("kept"):
-            step(*KEPT, dim, x, w)
-        if plan_for(target, x, w, x, lowers).tiles.for_fused(dim) is not None:
-            with planning.override("fused"):
-                step(*MANY, dim, x, w)
     variants: dict[str, Launch] = {}
-    for launched in found:
-        variants.setdefault(_variant(launched), launched)
+    for described in (False, True):
+        with recorded(target, lowers, described) as found:
+            with planning.override("chunked"):
+                step(*MANY, dim, x, w)
+                step(*ONE, dim, x, w)
+            with planning.override("kept"):
+                step(*KEPT, dim, x, w)
+            if plan_for(target, x, w, x, lowers).tiles.for_fused(dim) is not None:
+                with planning.override("fused"):
+                    step(*MANY, dim, x, w)
+        for launched in found:
+            variants.setdefault(_variant(launched), launched)
     return variants
 
 

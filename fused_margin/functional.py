@@ -187,9 +187,10 @@ def arcface(
             ``"reference"``, ``"cpu"`` or ``"triton"``.
         memory_budget: bytes that the forward may keep for the backward, which then forms fewer
             cosines again. By default nothing on a GPU, and on a CPU 40 MiB and 224 KiB more for
-            each row above 256. A CPU keeps what fits. A GPU keeps all or nothing: N C' times 2
+            each row above 256. A CPU keeps what fits. A GPU keeps all or nothing: N' C' times 2
             bytes with bf16 products, 8 in fp64, else 4, and up to 3 % more for their shifts, where
-            C' is C rounded up to a multiple of 128. ``"reference"`` keeps everything in any case.
+            N' is N rounded up to a multiple of 16, C' is C to one of 128. ``"reference"`` keeps
+            everything in any case.
 
     Returns:
         0-d loss, or (N,) for ``reduction="none"``; fp32, or fp64 if an input is fp64.

@@ -101,7 +101,8 @@ def _kept_gradient_tile(kept, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse,
 
 @triton.jit
 def _products(
-    operand, w, offs_n, offs_c, mask_x, mask_c, inv_x, inv_w, D, P: tl.constexpr,
+    operand, w, x_desc, w_desc, first_row, first_class, offs_n, offs_c, mask_x, mask_c,
+    inv_x, inv_w, D, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """w . x of one tile, (BLOCK_C, BLOCK_N); with NORMALIZE_FIRST the cosines.
@@ -112,20 +113,24 @@ def _products(
     """
     tile = tl.zeros([BLOCK_C, BLOCK_N], P.ACC)
     for d in range(0, D, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < D
-        w_rows = tl.load(
-            at(w, offs_c[:, None], offs_d[None, :]), mask=mask_c[:, None] & mask_d[None, :],
-            other=0.0,
-        )  # (BLOCK_C, BLOCK_D)  # fmt: skip
-        x_rows = tl.load(
-            at(operand, offs_n[None, :], offs_d[:, None]), mask=mask_d[:, None] & mask_x[None, :],
-            other=0.0,
-        )  # (BLOCK_D, BLOCK_N)  # fmt: skip
+        if x_desc is not None:
+            w_rows = w_desc.load([first_class, d])  # (BLOCK_C, BLOCK_D)
+            x_rows = x_desc.load([first_row, d]).T  # (BLOCK_D, BLOCK_N)
+        else:
+            offs_d = d + tl.arange(0, BLOCK_D)
+            mask_d = offs_d < D
+            w_rows = tl.load(
+                at(w, offs_c[:, None], offs_d[None, :]), mask=mask_c[:, None] & mask_d[None, :],
+                other=0.0,
+            )  # fmt: skip
+            x_rows = tl.load(
+                at(operand, offs_n[None, :], offs_d[:, None]),
+                mask=mask_d[:, None] & mask_x[None, :], other=0.0,
+            )  # fmt: skip
         if P.NORMALIZE_FIRST:
             w_rows = w_rows.to(P.ACC) * inv_w[:, None]
             x_rows = x_rows.to(P.ACC) * inv_x[None, :]
-        tile = dot(cast(w_rows, P.COMPUTE), cast(x_rows, P.COMPUTE), tile, P.COSINES)
+        tile = dot(cast(w_rows, P.COMPUTE), cast(x_rows, P.COMPUTE), tile, P, True)
     return tile
 
 
@@ -162,8 +167,9 @@ def _finish_gradient(
 
 @triton.jit(do_not_specialize=["first_class", "num_classes", "N", "num_row_blocks"])
 def gradient_kernel(
-    operand, w, rows, inv_w_ptr, kept, chunk, scale: tl.float64, first_class, num_classes, N, D,
-    num_row_blocks, KEPT_BLOCK: tl.constexpr, P: tl.constexpr,
+    operand, w, x_desc, w_desc, rows, inv_w_ptr, kept, chunk, scale: tl.float64, first_class,
+    num_classes, N, D, num_row_blocks, KEPT_BLOCK: tl.constexpr, EIGHTHS: tl.constexpr,
+    P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of a `Chunk` of ``num_classes`` classes from ``first_class`` on.
@@ -185,13 +191,13 @@ def gradient_kernel(
         if P.NORMALIZE_FIRST:
             inv_x = tl.load(rows.inv_x + offs_n, mask=mask_x, other=0.0)
         tile = _products(
-            operand, w, offs_n, offs_c, mask_x, mask_c, inv_x, inv_w, D, P,
-            BLOCK_N, BLOCK_C, BLOCK_D,
+            operand, w, x_desc, w_desc, pid_n * BLOCK_N, first_class + pid_c * BLOCK_C,
+            offs_n, offs_c, mask_x, mask_c, inv_x, inv_w, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
         )  # fmt: skip
     row_radial = chunk.row_radial
     if row_radial is not None:
         row_radial += pid_c.to(tl.int64) * N
-    parts = in_parts(tile, BLOCK_C, BLOCK_N)
+    parts = in_parts(tile, BLOCK_C, BLOCK_N, EIGHTHS)
     PARTS: tl.constexpr = len(parts)
     radial = tl.zeros([BLOCK_C], P.ACC)
     for i in tl.static_range(PARTS):
@@ -224,8 +230,9 @@ def _store_d_x(d_x_ptr, tile, x, radial, inv_x, row, offs_d, mask, D, ACC: tl.co
 
 @triton.jit(do_not_specialize=["first_class", "num_classes", "N", "num_row_blocks"])
 def weight_kernel(
-    x, w, rows, chunk, inv_w_ptr, d_w_ptr, first_class, num_classes, N, D, num_row_blocks,
-    P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, w, x_desc, g_desc, rows, chunk, inv_w_ptr, d_w_ptr, first_class, num_classes, N, D,
+    num_row_blocks, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """d_w of one tile (eq. 8), (BLOCK_C, BLOCK_D), written once to d_w (C, D) contiguous."""
     num_blocks_d = tl.cdiv(D, BLOCK_D)
@@ -242,19 +249,25 @@ def weight_kernel(
     offs_c = (first_class + offs_local).to(tl.int64)
     inv_w = tl.load(inv_w_ptr + offs_c, mask=mask_c, other=0.0)
     tile = tl.zeros([BLOCK_C, BLOCK_D], P.ACC)
-    offs_n = tl.arange(0, BLOCK_N)
-    _, mask_x = _used_rows(rows, offs_n, offs_n < N)
-    for n in range(0, N, BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)
-        mask_g = mask_c[:, None] & (offs_n < chunk.pitch)[None, :]
-        g = tl.load(g_rows + offs_n[None, :], mask=mask_g, other=0.0)  # (BLOCK_C, BLOCK_N)
-        x_rows = tl.load(
-            at(x, offs_n[:, None], offs_d[None, :]), mask=mask_x[:, None] & mask_d[None, :],
-            other=0.0,
-        )  # (BLOCK_N, BLOCK_D)  # fmt: skip
-        tile = dot(g, cast(x_rows, P.GRADIENT), tile, P.PRODUCTS)
-        offs_n += BLOCK_N
+    if x_desc is not None:
+        for n in range(0, N, BLOCK_N):
+            g = g_desc.load([pid_c * BLOCK_C, n])  # (BLOCK_C, BLOCK_N)
+            x_rows = x_desc.load([n, pid_d * BLOCK_D])  # (BLOCK_N, BLOCK_D)
+            tile = dot(g, x_rows, tile, P, False)
+    else:
+        offs_n = tl.arange(0, BLOCK_N)
         _, mask_x = _used_rows(rows, offs_n, offs_n < N)
+        for n in range(0, N, BLOCK_N):
+            offs_n = n + tl.arange(0, BLOCK_N)
+            mask_g = mask_c[:, None] & (offs_n < chunk.pitch)[None, :]
+            g = tl.load(g_rows + offs_n[None, :], mask=mask_g, other=0.0)
+            x_rows = tl.load(
+                at(x, offs_n[:, None], offs_d[None, :]), mask=mask_x[:, None] & mask_d[None, :],
+                other=0.0,
+            )  # fmt: skip
+            tile = dot(g, cast(x_rows, P.GRADIENT), tile, P, False)
+            offs_n += BLOCK_N
+            _, mask_x = _used_rows(rows, offs_n, offs_n < N)
     parts = in_parts(tile, BLOCK_C, BLOCK_D)
     PARTS: tl.constexpr = len(parts)
     WIDTH: tl.constexpr = BLOCK_D // PARTS
@@ -295,7 +308,7 @@ def embeddings_kernel(
             at(w, (first_class + offs_local)[:, None], offs_d[None, :]),
             mask=mask_c[:, None] & mask_d[None, :], other=0.0,
         )  # (BLOCK_C, BLOCK_D)  # fmt: skip
-        tile = dot(g, cast(w_rows, P.GRADIENT), tile, P.PRODUCTS)
+        tile = dot(g, cast(w_rows, P.GRADIENT), tile, P, False)
     row = offs_n.to(tl.int64)
     radial = tl.zeros([BLOCK_N], P.ACC)  # sum_k G_nk c_nk
     inv_x = tl.zeros([BLOCK_N], P.ACC)
@@ -356,13 +369,13 @@ def fused_weight_kernel(
             x_operand = cast(x_rows.to(P.ACC) * inv_x[:, None], P.COMPUTE)
         else:
             x_operand = cast(x_rows, P.COMPUTE)
-        cos = dot(operand, tl.trans(x_operand), tl.zeros([BLOCK_C, BLOCK_N], P.ACC), P.COSINES)
+        cos = dot(operand, tl.trans(x_operand), tl.zeros([BLOCK_C, BLOCK_N], P.ACC), P, True)
         if not P.NORMALIZE_FIRST:
             cos = cos * inv_w[:, None] * inv_x[None, :]
         g, cos = _gradient_tile(cos, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
         radial += tl.sum(g * cos, axis=1)
         g = g * inv_x[None, :]
-        tile = dot(cast(g, P.GRADIENT), cast(x_rows, P.GRADIENT), tile, P.PRODUCTS)
+        tile = dot(cast(g, P.GRADIENT), cast(x_rows, P.GRADIENT), tile, P, False)
     w_rows = tl.load(at(w, offs_c[:, None], offs_d), mask=mask, other=0.0)  # in its own precision
     tile = tile * inv_w[:, None]
     _store_d_w(d_w_ptr, tile, w_rows, radial, inv_w, offs_c.to(tl.int64), offs_d, mask, D, P.ACC)
@@ -404,12 +417,12 @@ def fused_embeddings_kernel(
             w_operand = cast(w_rows.to(P.ACC) * inv_w[:, None], P.COMPUTE)
         else:
             w_operand = cast(w_rows, P.COMPUTE)
-        cos = dot(w_operand, operand, tl.zeros([BLOCK_C, BLOCK_N], P.ACC), P.COSINES)
+        cos = dot(w_operand, operand, tl.zeros([BLOCK_C, BLOCK_N], P.ACC), P, True)
         if not P.NORMALIZE_FIRST:
             cos = cos * inv_w[:, None] * inv_x[None, :]
         g, _ = _gradient_tile(cos, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
         g = tl.trans(g * inv_w[:, None])  # (BLOCK_N, BLOCK_C)
-        tile = dot(cast(g, P.GRADIENT), cast(w_rows, P.GRADIENT), tile, P.PRODUCTS)
+        tile = dot(cast(g, P.GRADIENT), cast(w_rows, P.GRADIENT), tile, P, False)
     partial = partial_ptr + (split.to(tl.int64) * N + offs_n.to(tl.int64))[:, None] * D + offs_d
     tl.store(partial, tile * inv_x[:, None], mask=mask_n[:, None] & mask_d)
 

@@ -47,9 +47,34 @@ def _target_cosine(x, w, offs_n, mask_x, labels, C, D,
     return tl.where(u > 1.0, 1.0, tl.where(u < -1.0, -1.0, u))  # NaN stays
 
 
+@triton.jit(do_not_specialize=["ignore_index", "N"])
+def prepare_kernel(
+    x, rows, operand_ptr, inv_x_ptr, stride_operand, ignore_index, N, D, SOME_IGNORED: tl.constexpr,
+    P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x in the dtype of products, 0 where it is ignored, and inverse norms if asked for."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    mask_x = mask_n
+    if SOME_IGNORED:
+        mask_x = mask_n & (load_labels(rows, offs_n, mask_n) != ignore_index)
+    sum_squares = tl.zeros([BLOCK_N], P.ACC)
+    operand = operand_ptr + offs_n.to(tl.int64)[:, None] * stride_operand
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)[None, :]
+        x_rows = tl.load(at(x, offs_n[:, None], offs_d), mask=mask_x[:, None] & (offs_d < D),
+                         other=0.0)  # (BLOCK_N, BLOCK_D)  # fmt: skip
+        wide = x_rows.to(P.ACC)
+        sum_squares += tl.sum(wide * wide, axis=1)
+        tl.store(operand + offs_d, cast(x_rows, P.COMPUTE), mask=mask_n[:, None] & (offs_d < D))
+    if inv_x_ptr is not None:
+        tl.store(inv_x_ptr + offs_n, inverse_norm(sum_squares), mask=mask_n)
+
+
 @triton.jit
 def _cosines(
-    operand, w, offs_n, offs_c, mask_x, mask_c, inv_x, inv_w, D, P: tl.constexpr,
+    operand, w, x_desc, w_desc, first_row, first_class, offs_n, offs_c, mask_x, mask_c,
+    inv_x, inv_w, D, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """x . w, (BLOCK_N, BLOCK_C), and the inverse norms of the classes, (BLOCK_C,), in one pass.
@@ -61,19 +86,23 @@ def _cosines(
     tile = tl.zeros([BLOCK_N, BLOCK_C], P.ACC)
     squares = tl.zeros([BLOCK_C, BLOCK_D], P.ACC)
     for d in range(0, D, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)[None, :]
-        mask_d = offs_d < D
-        x_rows = tl.load(at(operand, offs_n[:, None], offs_d), mask=mask_x[:, None] & mask_d,
-                         other=0.0)  # (BLOCK_N, BLOCK_D)  # fmt: skip
-        w_rows = tl.load(at(w, offs_c[:, None], offs_d), mask=mask_c[:, None] & mask_d,
-                         other=0.0)  # (BLOCK_C, BLOCK_D)  # fmt: skip
+        if x_desc is not None:
+            x_rows = x_desc.load([first_row, d])  # (BLOCK_N, BLOCK_D)
+            w_rows = w_desc.load([first_class, d])  # (BLOCK_C, BLOCK_D)
+        else:
+            offs_d = d + tl.arange(0, BLOCK_D)[None, :]
+            mask_d = offs_d < D
+            x_rows = tl.load(at(operand, offs_n[:, None], offs_d), mask=mask_x[:, None] & mask_d,
+                             other=0.0)  # fmt: skip
+            w_rows = tl.load(at(w, offs_c[:, None], offs_d), mask=mask_c[:, None] & mask_d,
+                             other=0.0)  # fmt: skip
         if P.NORMALIZE_FIRST:
             x_rows = x_rows.to(P.ACC) * inv_x[:, None]
             w_rows = w_rows.to(P.ACC) * inv_w[:, None]
         else:
             wide = w_rows.to(P.ACC)
             squares += wide * wide
-        tile = dot(cast(x_rows, P.COMPUTE), tl.trans(cast(w_rows, P.COMPUTE)), tile, P.COSINES)
+        tile = dot(cast(x_rows, P.COMPUTE), tl.trans(cast(w_rows, P.COMPUTE)), tile, P, True)
     if not P.NORMALIZE_FIRST:
         inv_w = inverse_norm(tl.sum(squares, axis=1))
     return tile, inv_w
@@ -95,8 +124,9 @@ def _keep(kept, z, e, shift, block, offs_n, offs_c):
 
 @triton.jit
 def _sweep(
-    operand, w, inv_w_ptr, kept, target, factor, inv_x, first, last, offs_n, mask_x, C, D,
-    P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    operand, w, x_desc, w_desc, inv_w_ptr, kept, target, factor, inv_x, first, last,
+    offs_n, mask_x, C, D, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Maximum of z = factor c and sum of exp(z - maximum) over blocks of classes, (BLOCK_N,) each.
 
@@ -111,8 +141,8 @@ def _sweep(
         if P.NORMALIZE_FIRST:
             inv_w = row_inverse_norm(w, offs_c, mask_c, D, P.ACC, BLOCK_C, NARROW)
         z, inv_w = _cosines(
-            operand, w, offs_n, offs_c, mask_x, mask_c, inv_x, inv_w, D, P,
-            BLOCK_N, BLOCK_C, BLOCK_D,
+            operand, w, x_desc, w_desc, tl.program_id(0) * BLOCK_N, block * BLOCK_C,
+            offs_n, offs_c, mask_x, mask_c, inv_x, inv_w, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
         )  # (BLOCK_N, BLOCK_C)  # fmt: skip
         if tl.program_id(0) == 0:
             tl.store(inv_w_ptr + offs_c, inv_w, mask=mask_c)
@@ -135,16 +165,16 @@ def _sweep(
 
 @triton.jit(do_not_specialize=["ignore_index", "N", "blocks_per_split"])
 def sweep_kernel(
-    x, operand, w, rows, partial_ptr, inv_w_ptr, kept, scale: tl.float64, ignore_index, N, C, D,
-    blocks_per_split, SOME_IGNORED: tl.constexpr, P: tl.constexpr,
+    x, operand, w, x_desc, w_desc, rows, partial_ptr, inv_w_ptr, kept, scale: tl.float64,
+    ignore_index, N, C, D, blocks_per_split, SOME_IGNORED: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (i, 0) finds norms and target cosines of row block i, (i, j) sweeps split j - 1.
 
     A sweep leaves the maximum of the scaled cosines of all but the target, and the sum of their
     exponentials relative to it, in ``partial`` (num_splits, 2, N). ``operand`` is x, or x in the
-    dtype of the product. With ``kept`` it leaves there, of each cosine, either z = s c - shift,
-    where that is above -1, or exp(z).
+    dtype of the product; with descriptors, what `prepare_kernel` made of x. With ``kept`` a sweep
+    leaves there, of each cosine, either z = s c - shift, where that is above -1, or exp(z).
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -152,11 +182,15 @@ def sweep_kernel(
     mask_x = mask_n
     if SOME_IGNORED:
         mask_x = mask_n & (labels != ignore_index)
-    inv_x = row_inverse_norm(x, offs_n, mask_x, D, P.ACC, BLOCK_N, NARROW)
+    if x_desc is not None:
+        inv_x = tl.load(rows.inv_x + offs_n, mask=mask_n, other=0.0)
+    else:
+        inv_x = row_inverse_norm(x, offs_n, mask_x, D, P.ACC, BLOCK_N, NARROW)
     if tl.program_id(1) == 0:
         u = _target_cosine(x, w, offs_n, mask_x, labels, C, D, BLOCK_N, NARROW)
         tl.store(rows.u + offs_n, u, mask=mask_n)
-        tl.store(rows.inv_x + offs_n, inv_x, mask=mask_n)
+        if x_desc is None:
+            tl.store(rows.inv_x + offs_n, inv_x, mask=mask_n)
     else:
         split = tl.program_id(1) - 1
         factor = tl.zeros([BLOCK_N], P.ACC) + load_scale(scale, rows, P.ACC)
@@ -167,7 +201,7 @@ def sweep_kernel(
         first = split * blocks_per_split
         last = tl.minimum(first + blocks_per_split, tl.cdiv(C, BLOCK_C))
         run_max, run_sum = _sweep(
-            operand, w, inv_w_ptr, kept, target, factor, inv_x, first, last,
+            operand, w, x_desc, w_desc, inv_w_ptr, kept, target, factor, inv_x, first, last,
             offs_n, mask_x, C, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
         )  # fmt: skip
         partial = partial_ptr + split.to(tl.int64) * 2 * N

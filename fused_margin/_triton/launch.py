@@ -6,8 +6,9 @@ import contextlib
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_margin._arguments import Gradients, Inputs, Losses, Needs, Slopes, Swept
+from fused_margin._arguments import IGNORED, Gradients, Inputs, Losses, Needs, Slopes, Swept
 from fused_margin._triton import arguments
 from fused_margin._triton.arguments import Chunk, Matrix, Rows, pitch
 from fused_margin._triton.backward import (
@@ -18,7 +19,7 @@ from fused_margin._triton.backward import (
     gradient_kernel,
     weight_kernel,
 )
-from fused_margin._triton.forward import rows_kernel, sweep_kernel
+from fused_margin._triton.forward import prepare_kernel, rows_kernel, sweep_kernel
 from fused_margin._triton.planning import (
     LAUNCH_BOUND,
     Plan,
@@ -37,6 +38,8 @@ CHUNK_BYTES = 64 << 20
 PARTIAL_BYTES = 64 << 20
 # Most rows of a tile in a sweep that keeps its exponentials: with more the tile spills.
 KEPT_ROWS = 128
+# Likewise of `gradient_kernel` where it has no product.
+KEPT_GRADIENT_ROWS = 64
 # Rows and columns that a program of `finish_kernel` works on at a time: few, to fill a GPU.
 FINISH_ROWS, FINISH_COLUMNS = 4, 128
 # Splits and rows that `rows_kernel` merges at a time: many, as a single program may go through all.
@@ -73,6 +76,25 @@ def _operand(x: Tensor, num_classes: int, p: Plan) -> Tensor:
     return x.to(p.compute)
 
 
+def _prepare(
+    p: Plan, x: Tensor, rows: Rows, inv_x: Tensor | None, ignore_index: int | None
+) -> Tensor:
+    """x as products and descriptors want it, (N, D), 0 in ignored rows; fills ``inv_x``."""
+    num_rows, dim = x.shape
+    operand = x.new_empty((num_rows, -(-dim // 8) * 8), dtype=p.compute)  # rows of whole 16 bytes
+    prepare_kernel[(cdiv(num_rows, FINISH_ROWS),)](
+        Matrix.of(x), rows, operand, inv_x, operand.stride(0), ignore_index or 0, num_rows, dim,
+        SOME_IGNORED=ignore_index is not None, P=p.precision,
+        BLOCK_N=FINISH_ROWS, BLOCK_D=FINISH_COLUMNS, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return operand[:, :dim]
+
+
+def _describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of blocks of a matrix."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
 def sweep_tile(tile: Tile, is_kept: bool) -> Tile:
     """The tile of a sweep, with fewer rows where it also holds what it keeps."""
     return tile.with_rows(KEPT_ROWS) if is_kept else tile
@@ -95,8 +117,14 @@ def _sweep(inputs: Inputs, p: Plan, rows: Rows, swept: Swept, ignore_index: int 
     blocks_per_split = cdiv(class_blocks, splits)
     splits = cdiv(class_blocks, blocks_per_split)
     partial = x.new_empty((splits, 2, num_rows), dtype=p.accumulate)
+    x_desc = w_desc = None
+    if p.descriptors:
+        operand = _prepare(p, x, rows, swept.inv_x, ignore_index)
+        x_desc, w_desc = _describe(operand, tile.n, tile.d), _describe(w, tile.c, tile.d)
+    else:
+        operand = _operand(x, num_classes, p)
     sweep_kernel[(row_blocks, splits + 1)](
-        Matrix.of(x), Matrix.of(_operand(x, num_classes, p)), Matrix.of(w), rows, partial,
+        Matrix.of(x), Matrix.of(operand), Matrix.of(w), x_desc, w_desc, rows, partial,
         swept.inv_w, kept, inputs.scale, ignore_index or 0, num_rows, num_classes, dim,
         blocks_per_split, SOME_IGNORED=ignore_index is not None, P=p.precision, **_run(tile),
     )  # fmt: skip
@@ -268,7 +296,8 @@ def _chunked(
     x, w, inv_w = inputs.x, inputs.w, swept.inv_w
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     kept, kept_block = kept_parts(swept.kept, num_rows, p)
-    tile = cut(p.tiles.gradient, num_rows, num_classes, dim)
+    tile = p.tiles.gradient if kept is None else p.tiles.gradient.with_rows(KEPT_GRADIENT_ROWS)
+    tile = cut(tile, num_rows, num_classes, dim)
     row_blocks, class_blocks = cdiv(num_rows, tile.n), cdiv(num_classes, tile.c)
     size = _chunk_size(pitch(num_rows), num_classes, tile.c, p.gradient.itemsize)
     weight_tile = cut(p.tiles.weight, num_rows, size, dim)
@@ -294,19 +323,30 @@ def _chunked(
     )
     partial = empty(splits, num_rows, dim) if needs_v and not is_only else None
     x_in, w_in = Matrix.of(x), Matrix.of(w)
-    operand = Matrix.of(_operand(x, num_classes, p))
+    x_desc = w_desc = x_factor = g_desc = None
+    if p.descriptors:
+        operand = _prepare(p, x, rows, None, IGNORED if rows.grad is not None else None)
+        if kept is None:
+            x_desc, w_desc = _describe(operand, tile.n, tile.d), _describe(w, tile.c, tile.d)
+        x_factor = _describe(operand, weight_tile.n, weight_tile.d)
+    else:
+        operand = _operand(x, num_classes, p)
+    operand = Matrix.of(operand)
     for first in range(0, num_classes, size):
         length = min(size, num_classes - first)
+        if p.descriptors and (g_desc is None or length < size):
+            g_desc = _describe(chunk.g[:length], weight_tile.c, weight_tile.n)
         # one axis: the others of a CUDA grid end at 65,535
         gradient_kernel[(cdiv(length, tile.c) * row_blocks,)](
-            operand, w_in, rows, inv_w, kept, chunk, inputs.scale, first, length, num_rows, dim,
-            row_blocks, KEPT_BLOCK=kept_block, P=p.precision, **_run(tile),
+            operand, w_in, x_desc, w_desc, rows, inv_w, kept, chunk, inputs.scale, first, length,
+            num_rows, dim, row_blocks, KEPT_BLOCK=kept_block,
+            EIGHTHS=p.tiles.eighths, P=p.precision, **_run(tile),
         )  # fmt: skip
         if needs.w:
             blocks = cdiv(dim, weight_tile.d) * cdiv(length, weight_tile.c)
             weight_kernel[(blocks,)](
-                x_in, w_in, rows, chunk, inv_w, gradients.w, first, length, num_rows, dim,
-                row_blocks, P=p.precision, **_run(weight_tile),
+                x_in, w_in, x_factor, g_desc, rows, chunk, inv_w, gradients.w, first, length,
+                num_rows, dim, row_blocks, P=p.precision, **_run(weight_tile),
             )  # fmt: skip
         if needs_v:
             embeddings_kernel[(*grid, splits)](

@@ -95,6 +95,7 @@ class Plan:
         gradient: dtype of the stored G and of the operands of the backward products.
         precision: the same for kernels, with the precision of the products.
         operands: the operand type of `tiles.OPERANDS` that the tiles are for.
+        descriptors: whether W, x and G are read through tensor descriptors.
         tiles: the tiles.
         programs: how many programs fill the device.
     """
@@ -104,6 +105,7 @@ class Plan:
     gradient: torch.dtype
     precision: Precision
     operands: str
+    descriptors: bool
     tiles: Tiles
     programs: int
 
@@ -111,6 +113,8 @@ class Plan:
 def plan(x: Tensor, w: Tensor, compute_dtype: torch.dtype) -> Plan:
     """Choose dtypes and tiles from the inputs, the device and the float32 matmul precision."""
     p = default_plan(x, w, compute_dtype)
+    if _override.descriptors is not None:
+        p = replace(p, descriptors=_override.descriptors)
     if _override.tiles is not None:
         return replace(p, tiles=_override.tiles)
     saved = tuned.load(*tuned_for(x, w, p))
@@ -126,18 +130,36 @@ def default_plan(x: Tensor, w: Tensor, compute_dtype: torch.dtype) -> Plan:
     """The plan with the default tiles."""
     index = x.device.index if x.device.type == "cuda" else None
     lowers = torch.get_float32_matmul_precision() != "highest"
-    return plan_on(_device(index), accumulation_dtype(x, w), compute_dtype, lowers)
+    is_described = index is not None and describable(x, w)
+    return plan_on(_device(index), accumulation_dtype(x, w), compute_dtype, lowers, is_described)
+
+
+def describable(x: Tensor, w: Tensor) -> bool:
+    """Whether a tensor descriptor can address W, and a call is large enough to make some.
+
+    W has rows of contiguous elements, at multiples of 16 bytes.
+    """
+    is_large = x.shape[0] * w.shape[0] > LAUNCH_BOUND
+    stride_row, stride_d = w.stride()
+    is_real = type(w) in (Tensor, torch.nn.Parameter)
+    start = w.data_ptr() if is_real else w.storage_offset() * w.itemsize
+    return is_large and stride_d == 1 and (stride_row * w.itemsize) % 16 == 0 and start % 16 == 0
 
 
 @functools.lru_cache(maxsize=256)  # each call asks
 def plan_on(
-    device: Device, accumulate: torch.dtype, compute_dtype: torch.dtype, lowers: bool
+    device: Device,
+    accumulate: torch.dtype,
+    compute_dtype: torch.dtype,
+    lowers: bool,
+    is_described: bool,
 ) -> Plan:
     """The plan with the default tiles of a device.
 
     Args:
         device: the device. accumulate: dtype of sums. compute_dtype: dtype asked for in products.
         lowers: whether fp32 products may be less than IEEE's.
+        is_described: whether tensor descriptors can be used.
     """
     tf32 = "tf32" if device.has_tf32 else "ieee"
     cosines = products = "ieee"
@@ -160,8 +182,10 @@ def plan_on(
         PRODUCTS=products,
         NORMALIZE_FIRST=compute is torch.float16,
     )
+    described = tiles.DESCRIBED.get((device.family, operands)) if is_described else None
+    chosen = tiles.default(device.family, operands) if described is None else described
     return Plan(
-        accumulate, compute, gradient, precision, operands, tiles.default(device.family, operands),
+        accumulate, compute, gradient, precision, operands, described is not None, chosen,
         device.programs,
     )  # fmt: skip
 
@@ -171,10 +195,11 @@ STRATEGIES = ("chunked", "fused", "kept")
 
 @dataclass(frozen=True)
 class Override:
-    """What replaces the defaults: a strategy of the backward, tiles."""
+    """What replaces the defaults: a strategy of the backward, tiles, the use of descriptors."""
 
     strategy: str | None = None
     tiles: Tiles | None = None
+    descriptors: bool | None = None
 
 
 _override = Override()
@@ -182,8 +207,10 @@ _override_lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def override(strategy: str | None = None, tiles: Tiles | None = None) -> Iterator[None]:
-    """Force a strategy or tiles, in the whole process: for tests, benchmarks and tuning.
+def override(
+    strategy: str | None = None, tiles: Tiles | None = None, descriptors: bool | None = None
+) -> Iterator[None]:
+    """Force a strategy, tiles or descriptors in the whole process: for tests and tuning.
 
     Autograd's own threads have to see it, and other threads see it, too: they must not use the
     losses meanwhile.
@@ -192,7 +219,7 @@ def override(strategy: str | None = None, tiles: Tiles | None = None) -> Iterato
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
     with _override_lock:
-        before, _override = _override, Override(strategy, tiles)
+        before, _override = _override, Override(strategy, tiles, descriptors)
         try:
             yield
         finally:

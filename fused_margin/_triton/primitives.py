@@ -32,12 +32,15 @@ def cast(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b."""
+def dot(a, b, acc, P: tl.constexpr, OF_COSINES: tl.constexpr):
+    """acc + a b, in the precision of cosines or of the products with G."""
     if INTERPRETED:  # the interpreter's product of bf16 operands multiplies their bit patterns
         a = a.to(acc.dtype)
         b = b.to(acc.dtype)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    if OF_COSINES:
+        return tl.dot(a, b, acc, input_precision=P.COSINES, out_dtype=acc.dtype)
+    else:
+        return tl.dot(a, b, acc, input_precision=P.PRODUCTS, out_dtype=acc.dtype)
 
 
 @triton.jit
@@ -89,18 +92,29 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def in_parts(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A wide tile's quarters from left to right: for one of them an epilogue fits in registers.
+def _quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile's quarters from left to right."""
+    left, right = _halves(tile, ROWS, COLUMNS)
+    first, second = _halves(left, ROWS, COLUMNS // 2)
+    third, fourth = _halves(right, ROWS, COLUMNS // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
+def in_parts(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EIGHTHS: tl.constexpr = False):
+    """A wide tile's quarters or eighths, left to right: an epilogue of one fits in registers.
 
     A narrow tile is its only part.
     """
     if COLUMNS < QUARTERED:
         return (tile,)
-    else:
+    elif EIGHTHS and COLUMNS > QUARTERED:
         left, right = _halves(tile, ROWS, COLUMNS)
-        first, second = _halves(left, ROWS, COLUMNS // 2)
-        third, fourth = _halves(right, ROWS, COLUMNS // 2)
-        return first, second, third, fourth
+        a, b, c, d = _quarters(left, ROWS, COLUMNS // 2)
+        e, f, g, h = _quarters(right, ROWS, COLUMNS // 2)
+        return a, b, c, d, e, f, g, h
+    else:
+        return _quarters(tile, ROWS, COLUMNS)
 
 
 @triton.jit

@@ -41,7 +41,8 @@ class Tiles:
     """Tiles of the kernels with products.
 
     ``fused`` are those of `fused_weight_kernel` and `fused_embeddings_kernel`, from small D to
-    large. Beyond the last there is no fused backward: its tiles would spill.
+    large. Beyond the last there is no fused backward: its tiles would spill. ``eighths`` is whether
+    a wide tile of `gradient_kernel` is finished in eighths, else in quarters.
     """
 
     forward: Tile
@@ -49,6 +50,7 @@ class Tiles:
     weight: Tile
     embeddings: Tile
     fused: tuple[tuple[Tile, Tile], ...]
+    eighths: bool = False
 
     def for_fused(self, dim: int) -> tuple[Tile, Tile] | None:
         """The fused tiles for D = ``dim``, or None."""
@@ -153,6 +155,7 @@ _HOPPER_BF16 = replace(
     gradient=Tile(128, 128, 64, 8, 3),
     weight=Tile(64, 128, 256, 8, 3),
     embeddings=Tile(256, 64, 128, 8, 3),
+    eighths=True,
 )
 _HOPPER_TF32 = replace(
     _TF32,
@@ -160,6 +163,7 @@ _HOPPER_TF32 = replace(
     gradient=Tile(128, 128, 32, 8, 3),
     weight=Tile(32, 128, 256, 8, 3),
     embeddings=Tile(256, 32, 128, 8, 3),
+    eighths=True,
 )
 _HOPPER_FP16 = replace(_HOPPER_TF32, forward=Tile(256, 128, 32, 8, 3), fused=_hopper(_FP16).fused)
 
@@ -193,7 +197,10 @@ _TABLE: dict[str, dict[str, Tiles]] = {
     # with more rows of cosines they spill
     "sm_100": {
         "bf16": replace(
-            _HOPPER_BF16, forward=Tile(128, 128, 64, 8, 3), gradient=Tile(64, 128, 64, 8, 3)
+            _HOPPER_BF16,
+            forward=Tile(128, 128, 64, 8, 3),
+            gradient=Tile(64, 128, 64, 8, 3),
+            eighths=False,
         ),
         "fp16": _small_cosines(_hopper(_FP16), Tile(64, 64, 64, 8, 3)),
         "tf32": _small_cosines(_TF32, Tile(64, 64, 64, 8, 3)),
@@ -208,6 +215,14 @@ _TABLE: dict[str, dict[str, Tiles]] = {
         "ieee": replace(_amd(_SMALL), forward=Tile(64, 64, 16, 4, 1)),
     },
     "interpreter": dict.fromkeys(OPERANDS, _TINY),
+}
+
+
+# Where W, x and G can be read through tensor descriptors (TMA): measured to be faster there.
+DESCRIBED: dict[tuple[str, str], Tiles] = {
+    ("sm_90", "bf16"): replace(
+        _HOPPER_BF16, forward=Tile(256, 128, 64, 8, 3), gradient=Tile(128, 128, 64, 8, 3)
+    ),
 }
 
 

@@ -185,8 +185,10 @@ def test_memory_budget(dtype: torch.dtype) -> None:
     labels = given.labels.to(DEVICE)
     blocks, size = launch.kept_shape(x, w, dtype, 1 << 30)
     needed = blocks * size
-    block = size // (9 * dtype.itemsize) - 1  # classes
-    assert needed == -(-41 // block) * 9 * (block + 1) * dtype.itemsize, "with a row of shifts each"
+    columns = 16  # 9 rows of the batch, up to a multiple of 16
+    block = size // (columns * dtype.itemsize) - 1  # classes
+    entries = -(-41 // block) * columns * (block + 1)  # with a row of shifts each
+    assert needed == entries * dtype.itemsize
 
     def kept_bytes(budget: int | None) -> int:
         found = []
@@ -309,3 +311,60 @@ def test_wide_tiles_and_a_cast_operand(monkeypatch: pytest.MonkeyPatch) -> None:
                     ARCFACE, problem(70, num_classes, 100), mode, "triton", device=DEVICE,
                     reduction="none",
                 )  # fmt: skip
+
+
+# --- tensor descriptors ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy_name", ["chunked", "kept"])
+@pytest.mark.parametrize(
+    "mode", [FP32, FP64, *(mode for mode in HALF_MODES if "bf16" in mode.name)], ids=str
+)
+def test_descriptors(mode: Mode, strategy_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of x, W and G by descriptors, in several chunks, the last of them shorter."""
+    monkeypatch.setattr(launch, "CHUNK_BYTES", 48 * 8 * 64)
+    for shape in ((33, 150, 40), (7, 40, 24)):
+        with planning.override(strategy_name, descriptors=True):
+            check_loss(ARCFACE, problem(*shape), mode, "triton", **NONE)
+            check_loss(FIXED_ADACOS, problem(*shape), mode, "triton", reduction="mean")
+
+
+def test_descriptors_leave_out_ignored_rows() -> None:
+    """Blocks are loaded without a mask, so x is 0 there before."""
+    given = problem(33, 150, 40)
+    labels = given.labels.clone()
+    labels[4] = -100
+    grads = []
+    for backend in ("reference", "triton"):
+        x = given.x.to(DEVICE, torch.float64, copy=True)
+        x[4] = float("nan")
+        w = given.w.to(DEVICE, torch.float64, copy=True).requires_grad_()
+        x.requires_grad_()
+        with planning.override("chunked", descriptors=True):
+            loss = fmf.arcface(x, w, labels.to(DEVICE), backend=backend)
+            grads.append(torch.autograd.grad(loss, (x, w)))
+    for want, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_what_descriptors_can_address() -> None:
+    """W's rows are contiguous and start at multiples of 16 bytes; a call is large."""
+
+    def described(x: torch.Tensor, w: torch.Tensor) -> bool:
+        return planning.describable(x, w)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x = empty(1024, 512)
+    assert described(x, empty(20_000, 512))
+    assert described(x, empty(20_000, 520)[:, :512])
+    assert described(x, empty(20_000, 504, dtype=torch.bfloat16))
+    assert not described(x, empty(20_000, 510)), "2040 bytes"
+    assert not described(x, empty(20_000, 516, dtype=torch.bfloat16)), "1032 bytes"
+    assert not described(x, empty(512, 20_000).t()), "a column after the other"
+    assert not described(x[:2], empty(20_000, 512)), "bound by its launches"
+    memory = torch.empty(1024 * 516 + 1)
+    assert memory.data_ptr() % 16 == 0
+    assert described(empty(2000, 516), memory[:-1].view(1024, 516))
+    assert not described(empty(2000, 516), memory[1:].view(1024, 516)), "starts 4 bytes later"
