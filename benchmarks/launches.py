@@ -103,7 +103,7 @@ def recorded(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(launch, "plan", plan))
-        stack.enter_context(mock.patch.object(planning, "default_plan", plan))
+        stack.enter_context(mock.patch.object(planning, "plain_plan", plan))
         for name in KERNELS:
             recorder = _Recorder(getattr(launch, name), found)
             stack.enter_context(mock.patch.object(launch, name, recorder))

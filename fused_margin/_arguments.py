@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, dtype
 
 # Labels as `check_labels` and ``margin_ce`` return them.
@@ -91,3 +92,26 @@ class Gradients(NamedTuple):
     x: Tensor | None
     w: Tensor | None
     scale: Tensor | None
+
+
+class Margin(NamedTuple):
+    """Coefficients of eq. 5; numbers, (N,) tensors for one margin per sample, or 0-d ones."""
+
+    cos: float | Tensor
+    sin: float | Tensor
+    threshold: float | Tensor
+    offset: float | Tensor
+    straight_through: bool = False
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether any coefficient is a tensor, so that autograd over N numbers is needed.
+
+        Not so those of a float margin, 0-d tensors while `torch.compile` traces it.
+        """
+        return any(isinstance(value, Tensor) and _is_given(value) for value in self)
+
+
+def _is_given(value: Tensor) -> bool:
+    """Whether a coefficient is a tensor of the caller's, not a number that Dynamo traces."""
+    return value.ndim > 0 or value.requires_grad or not torch.compiler.is_compiling()

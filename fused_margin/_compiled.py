@@ -8,6 +8,7 @@ runs keeps its type and its text, as it does in eager code.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -40,7 +41,6 @@ def raising(num_outputs: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a function that returns so many tensors, and checks what it is given."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> Any:
             try:
                 return function(*args, **kwargs)
@@ -52,7 +52,10 @@ def raising(num_outputs: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 output = torch.ops.fused_margin.refuse.default(like, kind, str(error))
                 return output if num_outputs == 1 else (output,) * num_outputs
 
-        return wrapped
+        # Dynamo counts recompilations of code: each function gets some of its own
+        code = wrapped.__code__.replace(co_name=function.__name__)
+        own = types.FunctionType(code, wrapped.__globals__, closure=wrapped.__closure__)
+        return functools.update_wrapper(own, function)
 
     return decorate
 

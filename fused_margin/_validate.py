@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from fused_margin import _remedies, _transforms, margins
+from fused_margin import _remedies, _transforms
+from fused_margin._arguments import Margin
 from fused_margin._compiled import known
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
@@ -356,15 +357,15 @@ def scale(value: Any, device: torch.device) -> float | torch.Tensor:
 def module_scale(value: Any) -> float:
     """Check the scale of a module: a number > 0."""
     _no_tensor("scale", value)
-    return _scale_number(value)
+    return _scale_number(value, "a number")
 
 
-def _scale_number(value: Any) -> float:
+def _scale_number(value: Any, kinds: str = "a number or a 0-d tensor") -> float:
     if value is None:
         remedy = "; functional.fixed_adacos_scale(num_classes) is a choice"
     else:
         remedy = "; all rows share one scale" if _remedies.holds_several(value) else ""
-    number = _real("scale", value, "a number or a 0-d tensor", remedy)
+    number = _real("scale", value, kinds, remedy)
     # plain comparisons: Dynamo can trace them on a symbolic float, and not math.isfinite
     if not 0 < number <= LARGEST_SCALE:
         raise ValueError(f"scale must be finite in fp32 and > 0, got {known(number)}")
@@ -536,11 +537,22 @@ def fixed_adacos_classes(num_classes: int) -> int:
 
 def psi(value: Any) -> None:
     """Check that a margin is a function, or coefficients, which have a type of their own."""
-    if not callable(value) and not isinstance(value, margins.Margin):
+    if not callable(value) and not isinstance(value, Margin):
         raise TypeError(
             "psi must be a function of the target cosines, or one of fused_margin.margins; got"
             f" {value!r}. For a number use arcface or cosface"
         )
+
+
+def coefficients(margin: Margin, u: torch.Tensor) -> None:
+    """Check the tensors of a margin for target cosines u, (N,)."""
+    for value in margin:
+        if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape != u.shape:
+            num_rows = known(u.shape[0])
+            raise ValueError(
+                f"a tensor in a Margin must have shape ({num_rows},), one number per row, or be"
+                f" 0-d, got {known(value.shape)}{_remedies.of_margin_shape(value, num_rows)}"
+            )
 
 
 def psi_values(value: Any, u: torch.Tensor) -> torch.Tensor:

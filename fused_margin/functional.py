@@ -101,6 +101,7 @@ def _compute_dtype(embeddings: torch.Tensor, weight: torch.Tensor, backend: str)
 def _target(psi: Psi, u: torch.Tensor) -> torch.Tensor:
     """psi(u), (N,)."""
     if isinstance(psi, margins.Margin):
+        _validate.coefficients(psi, u)
         return margins.apply(u, psi)
     return _validate.psi_values(psi(margins.clamp_cosine(u)), u)
 

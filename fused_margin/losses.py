@@ -37,7 +37,8 @@ class MarginSoftmaxLoss(nn.Module):
             self.register_buffer("class_margins", class_margins)
 
         def psi(self, embeddings, labels):
-            return fm.margins.additive(self.class_margins[labels.clamp_min(0)])
+            classes = labels.clamp(0, self.num_classes - 1)  # those out of range are refused later
+            return fm.margins.additive(self.class_margins[classes])
     ```
 
     What is in `settings` may be assigned between any two steps, as a schedule does; it is checked
@@ -127,7 +128,8 @@ class MarginSoftmaxLoss(nn.Module):
 
         Args:
             embeddings: (N, D), not normalised.
-            labels: (N,), those of ignored rows included: ``labels.clamp_min(0)`` can index.
+            labels: (N,) as they were given, those of ignored rows and out of range included:
+                ``labels.clamp(0, self.num_classes - 1)`` can index.
 
         Returns:
             One of `margins`, which the fused operator takes if its margin is a number; or a

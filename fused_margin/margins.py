@@ -13,9 +13,11 @@ kernel. A coefficient may also be an (N,) tensor: one margin per sample, differe
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
+
+from fused_margin import _validate
+from fused_margin._arguments import Margin
 
 # psi'(u) divides by sqrt(max(1 - u^2, SINE_SQUARED_FLOOR)). With 1e-7 instead, fp32 gradients at
 # angles below 3e-3 rad could be 60 % off; with 1e-5, 0.6 % (docs/math.md). Shared by every backend.
@@ -26,32 +28,14 @@ NEVER_ANGULAR = 2.0
 ALWAYS_ANGULAR = -2.0
 
 
-class Margin(NamedTuple):
-    """Coefficients of eq. 5; numbers, or (N,) tensors for one margin per sample."""
-
-    cos: float | torch.Tensor
-    sin: float | torch.Tensor
-    threshold: float | torch.Tensor
-    offset: float | torch.Tensor
-    straight_through: bool = False
-
-    @property
-    def is_tensor(self) -> bool:
-        """Whether any coefficient is an (N,) tensor, so that autograd over N numbers is needed.
-
-        Those of a float margin are 0-d tensors while `torch.compile` traces it.
-        """
-        return any(isinstance(value, torch.Tensor) and value.ndim > 0 for value in self)
-
-
 NO_MARGIN = Margin(1.0, 0.0, NEVER_ANGULAR, 0.0)
 
 
-def angular(margin: float | torch.Tensor, boundary: str, grad: str) -> Margin:
+def angular(margin: float | torch.Tensor, boundary: str = "linear", grad: str = "exact") -> Margin:
     """Coefficients of ArcFace's additive angular margin.
 
     Args:
-        margin: radians; float, or (N,) tensor.
+        margin: radians, at most pi; float, or (N,) tensor, whose values are not checked.
         boundary: what happens where theta + m > pi: ``"linear"`` continues with cos(theta) -
             m sin(m), ``"continuous"`` with cos(theta) - (1 + cos(pi - m)), ``"none"`` keeps
             cos(theta + m), which rises again there.
@@ -62,7 +46,10 @@ def angular(margin: float | torch.Tensor, boundary: str, grad: str) -> Margin:
         Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019,
         arXiv:1801.07698, eq. 3.
     """
-    straight_through = grad == "straight_through"
+    _validate.boundary(boundary)
+    straight_through = _validate.grad(grad) == "straight_through"
+    if not isinstance(margin, torch.Tensor):
+        margin = _validate.angular_margin(margin)
     if torch.compiler.is_compiling() and not isinstance(margin, torch.Tensor):
         # Dynamo keeps a float symbolic in a product, and in torch 2.11 not in math.cos
         margin = torch.ones((), dtype=torch.float64, device="cpu") * margin

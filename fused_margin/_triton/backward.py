@@ -234,14 +234,16 @@ def weight_kernel(
     num_row_blocks, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """d_w of one tile (eq. 8), (BLOCK_C, BLOCK_D), written once to d_w (C, D) contiguous."""
+    """d_w of one tile of a chunk (eq. 8), (BLOCK_C, BLOCK_D), written once to d_w, contiguous.
+
+    The chunk is of ``num_classes`` classes from ``first_class`` on.
+    """
     num_blocks_d = tl.cdiv(D, BLOCK_D)
     pid_c, pid_d = tl.program_id(0) // num_blocks_d, tl.program_id(0) % num_blocks_d
     offs_local = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_local < num_classes
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    g_rows = chunk.g + offs_local.to(tl.int64)[:, None] * chunk.pitch
     radial = tl.zeros([BLOCK_C], P.ACC)
     for i in range(0, num_row_blocks):
         radial += tl.load(chunk.radial + offs_local.to(tl.int64) * num_row_blocks + i,
@@ -253,8 +255,9 @@ def weight_kernel(
         for n in range(0, N, BLOCK_N):
             g = g_desc.load([pid_c * BLOCK_C, n])  # (BLOCK_C, BLOCK_N)
             x_rows = x_desc.load([n, pid_d * BLOCK_D])  # (BLOCK_N, BLOCK_D)
-            tile = dot(g, x_rows, tile, P, False)
+            tile = dot(g, cast(x_rows, P.GRADIENT), tile, P, False)
     else:
+        g_rows = chunk.g + offs_local.to(tl.int64)[:, None] * chunk.pitch
         offs_n = tl.arange(0, BLOCK_N)
         _, mask_x = _used_rows(rows, offs_n, offs_n < N)
         for n in range(0, N, BLOCK_N):
@@ -287,7 +290,7 @@ def embeddings_kernel(
     num_class_blocks,
     P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Adds this split of the chunk to its own partial of d_x, (num_splits, N, D).
+    """Adds this split of a chunk of ``num_classes`` to its own partial of d_x, (num_splits, N, D).
 
     Without partials there is one split of one chunk, and it writes d_x (N, D) itself (eq. 8).
     """

@@ -59,7 +59,7 @@ def _run(tile: Tile) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _label_dtype(labels: Tensor) -> Tensor:
+def _loadable(labels: Tensor) -> Tensor:
     """Kernels load 8 to 64 bit integers; Triton has no wide unsigned tensors from PyTorch."""
     wide_unsigned = (torch.uint16, torch.uint32, torch.uint64)
     return labels.long() if labels.dtype in wide_unsigned else labels
@@ -172,7 +172,7 @@ def cosine_lse(inputs: Inputs, budget: int) -> Swept:
     p = plan(x, w, inputs.compute_dtype)
     swept = _empty_swept(inputs, p, budget)
     if x.shape[0]:
-        labels = _label_dtype(inputs.labels)
+        labels = _loadable(inputs.labels)
         rows = Rows(
             labels, labels.stride(0), swept.u, swept.inv_x, swept.lse, scale=inputs.scale_tensor
         )
@@ -199,7 +199,7 @@ def margin_ce(
         num_counted=empty(), targets=x.new_empty(num_rows, dtype=torch.int64),
     )  # fmt: skip
     if num_rows:
-        labels = _label_dtype(inputs.labels)
+        labels = _loadable(inputs.labels)
         rows = Rows(
             labels, labels.stride(0), swept.u, swept.inv_x, swept.lse, outputs.slope_lse,
             outputs.slope_u, num_counted=outputs.num_counted,
@@ -227,7 +227,7 @@ def backward(slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs) -> Grad
     if num_rows == 0:
         zero = x.new_zeros((), dtype=p.accumulate) if needs.scale else None
         return Gradients(d_x, None if d_w is None else d_w.zero_(), zero)
-    labels, grad = _label_dtype(inputs.labels), slopes.grad
+    labels, grad = _loadable(inputs.labels), slopes.grad
     rows = Rows(
         labels, labels.stride(0), swept.u, swept.inv_x, swept.lse,
         # slopes may come with stride 0 (an expanded scalar) and any dtype
@@ -323,18 +323,21 @@ def _chunked(
     )
     partial = empty(splits, num_rows, dim) if needs_v and not is_only else None
     x_in, w_in = Matrix.of(x), Matrix.of(w)
-    x_desc = w_desc = x_factor = g_desc = None
-    if p.descriptors:
+    x_desc = w_desc = x_in_product = g_desc = None
+    operand = x
+    if kept is not None and not (p.descriptors and needs.w):
+        pass  # nothing multiplies x but the weight kernel, by pointers
+    elif p.descriptors:
         operand = _prepare(p, x, rows, None, IGNORED if rows.grad is not None else None)
         if kept is None:
             x_desc, w_desc = _describe(operand, tile.n, tile.d), _describe(w, tile.c, tile.d)
-        x_factor = _describe(operand, weight_tile.n, weight_tile.d)
+        x_in_product = _describe(operand, weight_tile.n, weight_tile.d)
     else:
         operand = _operand(x, num_classes, p)
     operand = Matrix.of(operand)
     for first in range(0, num_classes, size):
         length = min(size, num_classes - first)
-        if p.descriptors and (g_desc is None or length < size):
+        if x_in_product is not None and (g_desc is None or length < size):
             g_desc = _describe(chunk.g[:length], weight_tile.c, weight_tile.n)
         # one axis: the others of a CUDA grid end at 65,535
         gradient_kernel[(cdiv(length, tile.c) * row_blocks,)](
@@ -345,7 +348,7 @@ def _chunked(
         if needs.w:
             blocks = cdiv(dim, weight_tile.d) * cdiv(length, weight_tile.c)
             weight_kernel[(blocks,)](
-                x_in, w_in, x_factor, g_desc, rows, chunk, inv_w, gradients.w, first, length,
+                x_in, w_in, x_in_product, g_desc, rows, chunk, inv_w, gradients.w, first, length,
                 num_rows, dim, row_blocks, P=p.precision, **_run(weight_tile),
             )  # fmt: skip
         if needs_v:
@@ -356,7 +359,7 @@ def _chunked(
     return partial
 
 
-def _chunk_size(num_rows: int, num_classes: int, block_c: int, itemsize: int) -> int:
+def _chunk_size(columns: int, num_classes: int, block_c: int, itemsize: int) -> int:
     """Classes of a chunk: as many whole blocks as CHUNK_BYTES of G hold, at least one."""
-    blocks = max(1, CHUNK_BYTES // (num_rows * itemsize * block_c))
+    blocks = max(1, CHUNK_BYTES // (columns * itemsize * block_c))
     return min(num_classes, blocks * block_c)

@@ -113,8 +113,8 @@ class Plan:
 def plan(x: Tensor, w: Tensor, compute_dtype: torch.dtype) -> Plan:
     """Choose dtypes and tiles from the inputs, the device and the float32 matmul precision."""
     p = default_plan(x, w, compute_dtype)
-    if _override.descriptors is not None:
-        p = replace(p, descriptors=_override.descriptors)
+    if _override.descriptors is not None and not p.precision.NORMALIZE_FIRST:
+        p = replace(plain_plan(x, w, compute_dtype), descriptors=_override.descriptors)
     if _override.tiles is not None:
         return replace(p, tiles=_override.tiles)
     saved = tuned.load(*tuned_for(x, w, p))
@@ -123,14 +123,23 @@ def plan(x: Tensor, w: Tensor, compute_dtype: torch.dtype) -> Plan:
 
 def tuned_for(x: Tensor, w: Tensor, p: Plan) -> tuple[Any, ...]:
     """What tiles are saved for, as `tuned.key` takes it: all that decides how fast they run."""
-    return device_name(x), p.operands, x.dtype, w.dtype, *x.shape
+    operands = f"{p.operands} by descriptors" if p.descriptors else p.operands
+    return device_name(x), operands, x.dtype, w.dtype, *x.shape
 
 
 def default_plan(x: Tensor, w: Tensor, compute_dtype: torch.dtype) -> Plan:
     """The plan with the default tiles."""
+    return _default_plan(x, w, compute_dtype, x.device.type == "cuda" and describable(x, w))
+
+
+def plain_plan(x: Tensor, w: Tensor, compute_dtype: torch.dtype) -> Plan:
+    """The same without descriptors, which depends on no size: N may be symbolic."""
+    return _default_plan(x, w, compute_dtype, False)
+
+
+def _default_plan(x: Tensor, w: Tensor, compute_dtype: torch.dtype, is_described: bool) -> Plan:
     index = x.device.index if x.device.type == "cuda" else None
     lowers = torch.get_float32_matmul_precision() != "highest"
-    is_described = index is not None and describable(x, w)
     return plan_on(_device(index), accumulation_dtype(x, w), compute_dtype, lowers, is_described)
 
 
@@ -267,7 +276,7 @@ def kept_shape(
     if budget <= 0 and _override.strategy != "kept":
         return 0, NOTHING
     num_rows, num_classes = x.shape[0], int(w.shape[0])
-    p = default_plan(x, w, compute_dtype)
+    p = plain_plan(x, w, compute_dtype)
     block_c = _kept_block(num_classes, p)
     blocks, size = cdiv(num_classes, block_c), _kept_bytes(block_c, num_rows, p)
     if _override.strategy is not None:

@@ -13,7 +13,7 @@ NOT_ZERO = tl.constexpr(2.0**-100)  # a kept exponent of 0 becomes its negative
 CLAMPED = tl.constexpr(_numerics.CLAMPED_INVERSE_NORM)
 SINE_SQUARED_FLOOR = tl.constexpr(margins.SINE_SQUARED_FLOOR)
 QUARTERED = tl.constexpr(64)  # columns from which on a tile is finished in quarters
-LOG1P_TERMS = tl.constexpr(18)  # q <= 1/3: the first term left out is below 2^-60
+LOG1P_TERMS = tl.constexpr(18)  # r <= 1/3: the first term left out is below 2^-60
 
 
 @triton.jit
@@ -44,14 +44,14 @@ def dot(a, b, acc, P: tl.constexpr, OF_COSINES: tl.constexpr):
 
 
 @triton.jit
-def log1p(e):
-    """log(1 + e) for e in [0, 1], to full relative precision whatever the device's log (eq. 10)."""
-    q = e / (2.0 + e)
-    q_squared = q * q
-    series = tl.zeros_like(q)
+def log1p(a):
+    """log(1 + a) for a in [0, 1], to full relative precision whatever the device's log (eq. 10)."""
+    r = a / (2.0 + a)
+    r_squared = r * r
+    series = tl.zeros_like(r)
     for i in tl.static_range(LOG1P_TERMS):
-        series = series * q_squared + 1.0 / (2 * (LOG1P_TERMS - 1 - i) + 1)
-    return 2.0 * q * series
+        series = series * r_squared + 1.0 / (2 * (LOG1P_TERMS - 1 - i) + 1)
+    return 2.0 * r * series
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Tiles: one default per kernel, architecture family and operand type.
 
 They are chosen from what the compiler reports without a GPU (registers, spills, shared memory;
-``python -m benchmarks.kernels``); those of sm_90 are measured (docs/design.md).
+``python -m benchmarks.kernels``); those of sm_90 with bf16 products are measured (docs/design.md).
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ _TABLE: dict[str, dict[str, Tiles]] = {
 }
 
 
-# Where W, x and G can be read through tensor descriptors (TMA): measured to be faster there.
+# Where W, x and G are read through tensor descriptors (TMA), as candidates were faster there.
 DESCRIBED: dict[tuple[str, str], Tiles] = {
     ("sm_90", "bf16"): replace(
         _HOPPER_BF16, forward=Tile(256, 128, 64, 8, 3), gradient=Tile(128, 128, 64, 8, 3)

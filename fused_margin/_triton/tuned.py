@@ -27,7 +27,7 @@ try:
 except ImportError:  # not a Unix system
     fcntl = None
 
-VERSION = 2  # of the file's layout
+VERSION = 3  # of the file's layout
 
 
 def cache_file() -> Path:

@@ -511,3 +511,29 @@ def test_grad_mode_under_compile(backend: str) -> None:
     with torch.no_grad():
         compiled(x, labels)
     assert budgets == [1 << 20, 0]
+
+
+def test_each_function_has_recompilations_of_its_own() -> None:
+    """Each of them is compiled for two batch sizes in one process, where Dynamo allows eight."""
+    torch.compiler.reset()
+    weight = torch.randn(20, 4)
+
+    def calls(x: torch.Tensor, labels: torch.Tensor) -> list[Callable[[], Any]]:
+        return [
+            lambda: fmf.arcface(x, weight, labels),
+            lambda: fmf.cosface(x, weight, labels),
+            lambda: fmf.fixed_adacos(x, weight, labels),
+            lambda: fmf.normalized_softmax(x, weight, labels, 16.0),
+            lambda: fmf.margin_softmax(x, weight, labels, fm.margins.NO_MARGIN, 16.0),
+            lambda: fmf.cosine_lse(x, weight, labels, 16.0),
+        ]
+
+    for index in range(6):
+
+        def call(x: torch.Tensor, labels: torch.Tensor, index: int = index) -> Any:
+            return calls(x, labels)[index]()
+
+        compiled = torch.compile(call, backend="eager", fullgraph=True)
+        for num_rows in (8, 5):
+            x, labels = torch.randn(num_rows, 4), torch.randint(20, (num_rows,))
+            torch.testing.assert_close(compiled(x, labels), call(x, labels))

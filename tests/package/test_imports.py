@@ -68,8 +68,9 @@ def test_typed() -> None:
 # From the bottom up; a folder counts as one. Each imports from its own layer and those below it.
 LAYERS = (
     {"_version", "_arguments", "_numerics"},
-    {"margins", "_transforms", "_remedies", "_compiled"},
+    {"_transforms", "_remedies", "_compiled"},
     {"_validate"},
+    {"margins"},
     {"_cpu", "_triton", "_reference"},
     {"_ops", "_weight_sweeps"},
     {"_flops", "tuning", "_setup"},

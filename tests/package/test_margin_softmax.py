@@ -164,3 +164,46 @@ def test_a_psi_of_another_shape(psi: Psi) -> None:
         ValueError, match=r"psi must return a tensor of its argument's shape, \(9,\)"
     ):
         fmf.margin_softmax(x, w, labels, psi, SCALE)
+
+
+def test_coefficients_of_another_shape_are_refused() -> None:
+    """They would be broadcast: a column to a matrix of losses, a number per class to nothing."""
+    x, w, labels = torch.randn(8, 4), torch.randn(20, 4), torch.randint(20, (8,))
+    for wrong, remedy in (
+        (torch.full((8, 1), 0.1), r"use \.flatten\(\)"),
+        (torch.full((20,), 0.1), r"margin\[labels\]"),
+        (torch.full((1,), 0.1), r"margin\.expand\(8\)"),
+    ):
+        for psi in (margins.additive(wrong), margins.angular(wrong, "linear", "exact")):
+            with pytest.raises(ValueError, match=rf"must have shape \(8,\).*{remedy}"):
+                fmf.margin_softmax(x, w, labels, psi, 16.0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_learnt_number_is_a_coefficient(backend: str, compiles: bool) -> None:
+    x, w, labels = torch.randn(8, 4), torch.randn(20, 4), torch.randint(20, (8,))
+
+    def loss(margin: torch.Tensor) -> torch.Tensor:
+        return fmf.margin_softmax(x, w, labels, margins.additive(margin), 16.0, backend=backend)
+
+    if compiles:
+        torch.compiler.reset()
+        loss = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    margin = torch.tensor(0.3, requires_grad=True)
+    value = loss(margin)
+    torch.testing.assert_close(value, fmf.cosface(x, w, labels, 0.3, 16.0))
+    (slope,) = torch.autograd.grad(value, margin)
+    h = 1e-3
+    either = [fmf.cosface(x.double(), w.double(), labels, 0.3 + d, 16.0) for d in (h, -h)]
+    assert float(slope) == pytest.approx(float(either[0] - either[1]) / (2 * h), rel=1e-3)
+
+
+def test_what_angular_is_given_is_checked() -> None:
+    with pytest.raises(ValueError, match="radians"):
+        margins.angular(28.6)
+    with pytest.raises(ValueError, match="boundary must be one of"):
+        margins.angular(0.5, "linaer")
+    with pytest.raises(ValueError, match="grad must be one of"):
+        margins.angular(0.5, "linear", "excat")
+    assert margins.angular(0.5) == margins.angular(0.5, "linear", "exact")

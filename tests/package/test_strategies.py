@@ -25,6 +25,7 @@ from helpers import (
     problem,
     run,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fused_margin.functional as fmf
@@ -368,3 +369,19 @@ def test_what_descriptors_can_address() -> None:
     assert memory.data_ptr() % 16 == 0
     assert described(empty(2000, 516), memory[:-1].view(1024, 516))
     assert not described(empty(2000, 516), memory[1:].view(1024, 516)), "starts 4 bytes later"
+
+
+def test_what_is_kept_depends_on_no_comparison_of_n(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too, where descriptors depend on N: `torch.export` would bind the batch."""
+
+    def compares(*tensors: torch.Tensor) -> bool:
+        raise AssertionError("compares N")
+
+    monkeypatch.setattr(planning, "describable", compares)
+    monkeypatch.setattr(planning, "_device", lambda index: planning.Device("sm_90", True, 132))
+    with FakeTensorMode():
+        x = torch.empty(64, 512, dtype=torch.bfloat16, device="cuda")
+        w = torch.empty(20_000, 512, device="cuda")
+        assert launch.kept_shape(x, w, torch.bfloat16, 1 << 30)[1] > planning.NOTHING
+        with pytest.raises(AssertionError, match="compares N"):
+            planning.plan(x, w, torch.bfloat16)
