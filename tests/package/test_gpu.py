@@ -102,6 +102,19 @@ def test_strategies(strategy: str, mode: Mode) -> None:
         check_loss(COSFACE, given, mode, "triton", device=CUDA, reduction="mean")
 
 
+@pytest.mark.parametrize("strategy", ["chunked", "kept"])
+@pytest.mark.parametrize("described", [None, False], ids=["as chosen", "pointers"])
+@pytest.mark.parametrize("mode", [m for m in HALF_MODES if "bf16" in m.name], ids=str)
+def test_descriptors(mode: Mode, described: bool | None, strategy: str) -> None:
+    """Blocks by tensor descriptors, where this GPU has them, and by pointers."""
+    from fused_margin._triton import planning
+
+    for dim in (72, 70):  # rows of W at multiples of 16 bytes, and not
+        given = problem(300, 5000, dim)
+        with planning.override(strategy, descriptors=described):
+            check_loss(ARCFACE, given, mode, "triton", device=CUDA, reduction="none")
+
+
 def test_memory_budget() -> None:
     """Within it the exponentials are kept, N C of them; the gradients are as accurate."""
     x, w, labels = _case(64, 20_000, 96, torch.bfloat16)
