@@ -43,9 +43,8 @@ TYPES = {
     "bf16+fp64": Operands(torch.bfloat16, torch.float64),
     "fp64+bf16": Operands(torch.float64, torch.bfloat16),
 }
-# N and C of calls: with several chunks of the classes; with one, whose d_x takes no partials; with
-# entries kept
-MANY, ONE, KEPT = (1024, 300_000), (1024, 256), (1024, 2048)
+# N and C of calls: with several chunks of the classes; with one, whose d_x takes no partials
+MANY, ONE = (1024, 300_000), (1024, 256)
 MULTIPROCESSORS = 132  # as an H100 has; no other code comes of it
 
 
@@ -156,7 +155,7 @@ def defaults(target: GPUTarget, operands: str, dim: int) -> dict[str, Launch]:
                 step(*MANY, dim, x, w)
                 step(*ONE, dim, x, w)
             with planning.override("kept"):
-                step(*KEPT, dim, x, w)
+                step(*MANY, dim, x, w)
             if plan_for(target, x, w, x, lowers).tiles.for_fused(dim) is not None:
                 with planning.override("fused"):
                     step(*MANY, dim, x, w)

@@ -36,9 +36,7 @@ Tensor = torch.Tensor
 # Bytes of the chunk of G that the backward keeps at a time, and of all partials of d_x.
 CHUNK_BYTES = 64 << 20
 PARTIAL_BYTES = 64 << 20
-# Most rows of a tile in a sweep that keeps its exponentials: with more the tile spills.
-KEPT_ROWS = 128
-# Likewise of `gradient_kernel` where it has no product.
+# Most rows of a tile of `gradient_kernel` where it has no product.
 KEPT_GRADIENT_ROWS = 64
 # Rows and columns that a program of `finish_kernel` works on at a time: few, to fill a GPU.
 FINISH_ROWS, FINISH_COLUMNS = 4, 128
@@ -95,11 +93,6 @@ def _describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
-def sweep_tile(tile: Tile, is_kept: bool) -> Tile:
-    """The tile of a sweep, with fewer rows where it also holds what it keeps."""
-    return tile.with_rows(KEPT_ROWS) if is_kept else tile
-
-
 def _sweep(inputs: Inputs, p: Plan, rows: Rows, swept: Swept, ignore_index: int | None) -> Tensor:
     """Launch a sweep; returns its partials, (num_splits, 2, N).
 
@@ -108,7 +101,8 @@ def _sweep(inputs: Inputs, p: Plan, rows: Rows, swept: Swept, ignore_index: int 
     x, w = inputs.x, inputs.w
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     kept, kept_block = kept_parts(swept.kept, num_rows, p)
-    tile = cut(sweep_tile(p.tiles.forward, kept is not None), num_rows, num_classes, dim)
+    tile = p.tiles.forward if kept is None else p.tiles.forward.with_rows(p.tiles.kept_rows)
+    tile = cut(tile, num_rows, num_classes, dim)
     if kept is not None:
         tile = tile.with_classes(kept_block)
     row_blocks, class_blocks = cdiv(num_rows, tile.n), cdiv(num_classes, tile.c)

@@ -42,7 +42,8 @@ class Tiles:
 
     ``fused`` are those of `fused_weight_kernel` and `fused_embeddings_kernel`, from small D to
     large. Beyond the last there is no fused backward: its tiles would spill. ``eighths`` is whether
-    a wide tile of `gradient_kernel` is finished in eighths, else in quarters.
+    a wide tile of `gradient_kernel` is finished in eighths, else in quarters. ``kept_rows`` is the
+    most rows of ``forward`` in a sweep that also holds what it keeps: with more it spills.
     """
 
     forward: Tile
@@ -51,6 +52,7 @@ class Tiles:
     embeddings: Tile
     fused: tuple[tuple[Tile, Tile], ...]
     eighths: bool = False
+    kept_rows: int = 128
 
     def for_fused(self, dim: int) -> tuple[Tile, Tile] | None:
         """The fused tiles for D = ``dim``, or None."""
@@ -179,7 +181,12 @@ def _amd(tiles: Tiles) -> Tiles:
 
 _DEFAULT = {"bf16": _HALF, "fp16": _FP16, "tf32": _TF32, "ieee": _SMALL, "fp64": _SMALL}
 _AMPERE = _DEFAULT | {
-    "bf16": replace(_HALF, forward=Tile(128, 128, 32, 8, 3), gradient=Tile(128, 128, 32, 8, 3)),
+    "bf16": replace(
+        _HALF,
+        forward=Tile(128, 128, 32, 8, 3),
+        gradient=Tile(128, 128, 32, 8, 3),
+        kept_rows=64,
+    ),
     "fp16": replace(_FP16, forward=Tile(64, 128, 64, 8, 2)),  # with 32 dimensions 8 bytes spilled
 }
 _ADA = {operand: _shallow(tiles, 2) for operand, tiles in _DEFAULT.items()}
@@ -205,8 +212,8 @@ _TABLE: dict[str, dict[str, Tiles]] = {
         "fp16": _small_cosines(_hopper(_FP16), Tile(64, 64, 64, 8, 3)),
         "tf32": _small_cosines(_TF32, Tile(64, 64, 64, 8, 3)),
         "ieee": _SMALL,
-        # with two stages, 8 bytes spilled where cosines are kept
-        "fp64": replace(_SMALL, forward=Tile(64, 64, 16, 8, 1)),
+        # with two stages, 8 bytes spilled where cosines are kept, and 24 in the product for d_x
+        "fp64": replace(_SMALL, forward=Tile(64, 64, 16, 8, 1), embeddings=Tile(64, 16, 64, 8, 1)),
     },
     "gfx942": {operand: _amd(tiles) for operand, tiles in _DEFAULT.items()}
     # with 64 dimensions a step, 52 bytes spilled; with 8 warps, 36 where cosines are kept
