@@ -107,8 +107,8 @@ class Problem(NamedTuple):
         return self.x.shape[0], self.w.shape[0], self.w.shape[1]
 
 
-class Rows(NamedTuple):
-    """Rows of x or of W, with huge ones shrunk.
+class Vectors(NamedTuple):
+    """Vectors of x or of W, with huge ones shrunk.
 
     Attributes:
         values: (R, D), accumulation dtype.
@@ -157,28 +157,28 @@ def rounded(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def shrink_huge(rows: torch.Tensor, inverse: torch.Tensor) -> Rows:
-    """Rows (R, D) in the accumulation dtype, with their inverse norms, for what follows."""
+def shrink_huge(rows: torch.Tensor, inverse: torch.Tensor) -> Vectors:
+    """Vectors (R, D) in the accumulation dtype, with their inverse norms, for what follows."""
     values, smallest = inverse.numpy(), 1.0 / HUGE[rows.dtype]
     if not values.size or not np.minimum.reduce(values) < smallest:
-        return Rows(rows, inverse, None)
+        return Vectors(rows, inverse, None)
     huge = (inverse < smallest).nonzero()[:, 0]
     _, exponents = rows[huge].abs().amax(dim=1, keepdim=True).frexp()
     factors = torch.ldexp(torch.full_like(rows[huge, :1], SHRUNK_NORM), -exponents)
     rows = rows.clone()
     rows[huge] *= factors
-    return Rows(rows, rounded(inverse_norms(rows), rows.dtype), (huge, factors))
+    return Vectors(rows, rounded(inverse_norms(rows), rows.dtype), (huge, factors))
 
 
 class Measured(NamedTuple):
-    """Rows whose norms were found.
+    """Vectors whose norms were found.
 
     Attributes:
         rows: (R, D). exact: inverse norms of ``rows``, (R,) fp64.
         inverse: those of the rows before huge ones were shrunk, (R,), accumulation dtype.
     """
 
-    rows: Rows
+    rows: Vectors
     exact: np.ndarray
     inverse: torch.Tensor
 
@@ -225,7 +225,7 @@ def target_cosines(x: Measured, w: torch.Tensor, targets: Targets) -> torch.Tens
     return every.index_put_((targets.rows,), u)
 
 
-class Losses(NamedTuple):
+class RowLosses(NamedTuple):
     """Loss of each row and its derivatives by lse and by u; (N,) fp64 arrays."""
 
     loss: np.ndarray
@@ -239,7 +239,7 @@ def losses(
     ignored: torch.Tensor | None,
     scale: float,
     margin: Margin,
-) -> Losses:
+) -> RowLosses:
     """Loss and derivatives (eq. 4 to 6), 0 on ignored rows.
 
     Args:
@@ -263,10 +263,10 @@ def losses(
     if ignored is not None:
         for part in (loss, sigma, slope_u):
             part[ignored.numpy()] = 0.0
-    return Losses(loss, sigma, slope_u)
+    return RowLosses(loss, sigma, slope_u)
 
 
-def project(rows: Rows, gradient: torch.Tensor) -> torch.Tensor:
+def project(rows: Vectors, gradient: torch.Tensor) -> torch.Tensor:
     """Take the radial part out of q / ||r|| (eq. 8), in place of ``gradient``, (R, D).
 
     Returns:

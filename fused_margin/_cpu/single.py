@@ -17,7 +17,7 @@ from fused_margin._cpu.products import LOG2_E, needs_shift, product_dtype
 from fused_margin._cpu.rows import (
     Problem,
     RowGradients,
-    Rows,
+    Vectors,
     embeddings,
     measure,
     project,
@@ -54,7 +54,7 @@ def _multiply(
 
 
 def _exponentials(
-    problem: Problem, x: Rows, w: Rows, dtype: torch.dtype
+    problem: Problem, x: Vectors, w: Vectors, dtype: torch.dtype
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Exponentials of all but the targets, (C, N), 0 at these, and lse (eq. 2), (N,) fp64.
 

@@ -25,7 +25,7 @@ from fused_margin._cpu.products import (
 from fused_margin._cpu.rows import (
     Problem,
     RowGradients,
-    Rows,
+    Vectors,
     embeddings,
     measure,
     project,
@@ -57,7 +57,7 @@ class Block:
 
     start: int
     stop: int
-    weight: Rows  # (B, D), accumulation dtype
+    weight: Vectors  # (B, D), accumulation dtype
     operand: torch.Tensor  # (B, D), product dtype
     rows: torch.Tensor  # rows whose target lies in the block, (T,)
     targets: torch.Tensor  # their labels - start, (T,)
@@ -68,7 +68,7 @@ class Block:
 class Sweep:
     """Iterates over the blocks of W, forming s log2(e) ||w|| cos in buffers that are reused."""
 
-    def __init__(self, problem: Problem, x: Rows, kept: torch.Tensor) -> None:
+    def __init__(self, problem: Problem, x: Vectors, kept: torch.Tensor) -> None:
         """Prepare buffers.
 
         Args:
@@ -197,7 +197,7 @@ class _Factors(NamedTuple):
     gu_u: torch.Tensor
 
     @classmethod
-    def of(cls, g: RowGradients, problem: Problem, swept: Swept, x: Rows) -> _Factors:
+    def of(cls, g: RowGradients, problem: Problem, swept: Swept, x: Vectors) -> _Factors:
         """The factors for gradients ``g`` of lse and u."""
         lse, g_lse, accumulate = swept.lse.numpy() * LOG2_E, g.lse, problem.accumulate
         if problem.w.shape[0] == 1:  # without another class lse is -inf: nothing goes through it
@@ -230,7 +230,7 @@ def _probabilities(block: Block, minus_lse: torch.Tensor, shifts: bool) -> torch
 class _WeightGradient:
     """d_w, (C, D), of which one block after the other is written."""
 
-    def __init__(self, problem: Problem, x: Rows, factors: _Factors, sweep: Sweep) -> None:
+    def __init__(self, problem: Problem, x: Vectors, factors: _Factors, sweep: Sweep) -> None:
         num_classes, dim = problem.w.shape
         dtype, accumulate = sweep.dtype, sweep.accumulate
         self.sweep, self.factors = sweep, factors
@@ -272,7 +272,7 @@ class _WeightGradient:
 class _EmbeddingsGradient:
     """v, (N, D), to which one block after the other is added, then d_x and d_scale."""
 
-    def __init__(self, problem: Problem, x: Rows, factors: _Factors, sweep: Sweep) -> None:
+    def __init__(self, problem: Problem, x: Vectors, factors: _Factors, sweep: Sweep) -> None:
         self.problem, self.x, self.factors = problem, x, factors
         # contiguous whatever x's strides, as the operator's fake promises
         shape, dtype = x.values.shape, sweep.dtype

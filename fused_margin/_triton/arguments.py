@@ -61,7 +61,7 @@ class Rows(NamedTuple):
     scale: Tensor | None = None
 
 
-class Losses(NamedTuple):
+class LossOutputs(NamedTuple):
     """What `rows_kernel` makes of a margin.
 
     Attributes:

@@ -9,8 +9,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_margin._arguments import IGNORED, Gradients, Inputs, Losses, Needs, Slopes, Swept
-from fused_margin._triton import arguments
-from fused_margin._triton.arguments import Chunk, Matrix, Rows, pitch
+from fused_margin._triton.arguments import Chunk, LossOutputs, Matrix, Rows, pitch
 from fused_margin._triton.backward import (
     embeddings_kernel,
     finish_kernel,
@@ -143,7 +142,7 @@ def _rows(
     num_classes: int,
     scale: float,
     margin: Margin,
-    losses: arguments.Losses | None,
+    losses: LossOutputs | None,
     reduction: str,
     ignore_index: int,
 ) -> None:
@@ -198,7 +197,7 @@ def margin_ce(
             labels, labels.stride(0), swept.u, swept.inv_x, swept.lse, outputs.slope_lse,
             outputs.slope_u, num_counted=outputs.num_counted,
         )  # fmt: skip
-        losses = arguments.Losses(outputs.loss, reduced, outputs.targets)
+        losses = LossOutputs(outputs.loss, reduced, outputs.targets)
         with guard(x):
             partial = _sweep(inputs, p, rows, swept, ignore_index)
             _rows(
