@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, dtype
@@ -44,6 +44,18 @@ class Swept(NamedTuple):
     inv_w: Tensor
     kept: Tensor
 
+    @classmethod
+    def empty(cls, x: Tensor, w: Tensor, accumulate: dtype, kept_shape: tuple[Any, ...]) -> Swept:
+        """Memory for it; sizes may be symbolic."""
+        num_rows = x.shape[0]
+        return cls(
+            lse=x.new_empty(num_rows, dtype=torch.float64),
+            u=x.new_empty(num_rows, dtype=torch.float64),
+            inv_x=x.new_empty(num_rows, dtype=accumulate),
+            inv_w=x.new_empty(w.shape[0], dtype=accumulate),
+            kept=x.new_empty(kept_shape, dtype=torch.uint8),
+        )
+
 
 class Losses(NamedTuple):
     """What ``margin_ce`` makes of a sweep, accumulation dtype.
@@ -60,6 +72,18 @@ class Losses(NamedTuple):
     slope_u: Tensor
     num_counted: Tensor
     targets: Tensor
+
+    @classmethod
+    def empty(cls, x: Tensor, accumulate: dtype, *, is_reduced: bool) -> Losses:
+        """Memory for it; N may be symbolic."""
+        num_rows = x.shape[0]
+        return cls(
+            loss=x.new_empty(() if is_reduced else (num_rows,), dtype=accumulate),
+            slope_lse=x.new_empty(num_rows, dtype=accumulate),
+            slope_u=x.new_empty(num_rows, dtype=accumulate),
+            num_counted=x.new_empty((), dtype=accumulate),
+            targets=x.new_empty(num_rows, dtype=torch.int64),
+        )
 
 
 class Slopes(NamedTuple):

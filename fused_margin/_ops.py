@@ -4,7 +4,7 @@ Two primitives (``docs/design.md``): ``cosine_lse``, on which any margin is ordi
 numbers, and ``margin_ce``, with a built-in margin and the loss inside. They share one backward
 operator. Each "Autograd" implementation is an ``autograd.Function`` that calls the operator below
 autograd; the backward operator has one too, so that double backward raises instead of returning
-gradients that silently require no grad. PyTorch's private registration API stays in this file.
+gradients that silently require no grad.
 """
 
 from __future__ import annotations
@@ -145,19 +145,11 @@ def _cosine_lse(
 def _fake_swept(
     x: Tensor, w: Tensor, compute_dtype: torch.dtype, backend: str, budget: int
 ) -> Swept:
-    dtype = accumulation_dtype(x, w)
-    num_rows, num_classes = x.shape[0], w.shape[0]
     if backend == "triton":
         shape = _triton().kept_shape(x, w, compute_dtype, budget)
     else:
         shape = (_cpu.kept_bytes(x, w, budget),)
-    return Swept(
-        lse=x.new_empty(num_rows, dtype=torch.float64),
-        u=x.new_empty(num_rows, dtype=torch.float64),
-        inv_x=x.new_empty(num_rows, dtype=dtype),
-        inv_w=x.new_empty(num_classes, dtype=dtype),
-        kept=x.new_empty(shape, dtype=torch.uint8),
-    )
+    return Swept.empty(x, w, accumulation_dtype(x, w), shape)
 
 
 @torch.library.register_fake("fused_margin::cosine_lse", lib=_lib)
@@ -224,14 +216,8 @@ def _margin_ce_on_cpu(
 @torch.library.register_fake("fused_margin::margin_ce", lib=_lib)
 def _(x, w, labels, numbers, straight_through, reduction, ignore_index, compute_dtype, backend,
       budget):  # fmt: skip
-    dtype, num_rows = accumulation_dtype(x, w), x.shape[0]
-    return Losses(
-        loss=x.new_empty((num_rows,) if reduction == "none" else (), dtype=dtype),
-        slope_lse=x.new_empty(num_rows, dtype=dtype),
-        slope_u=x.new_empty(num_rows, dtype=dtype),
-        num_counted=x.new_empty((), dtype=dtype),
-        targets=x.new_empty(num_rows, dtype=torch.int64),
-    ) + _fake_swept(x, w, compute_dtype, backend, budget)
+    losses = Losses.empty(x, accumulation_dtype(x, w), is_reduced=reduction != "none")
+    return losses + _fake_swept(x, w, compute_dtype, backend, budget)
 
 
 # --- backward -------------------------------------------------------------------------------------

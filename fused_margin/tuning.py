@@ -70,10 +70,9 @@ def _candidates(
     The kernels take turns, so that each has had some when time runs out. A tile that this N, C or D
     would cut down along its result is left out: it would be saved untried.
     """
-    from fused_margin._triton.tiles import AXES, Tile, power_of_two
+    from fused_margin._triton.tiles import AXES, Tile, cut
 
     has_matrix_unit = operands in ("bf16", "fp16", "tf32")
-    sizes = {"n": num_rows, "c": num_classes, "d": dim}
     wide = [
         (first, second, inner, warps, stages)
         for first, second in SHAPES
@@ -91,8 +90,8 @@ def _candidates(
         """The present tile, and those of the others that the sizes don't cut down."""
         yield kernel, present
         for tile in others:
-            extents = {axis: getattr(tile, axis) for axis in axes}
-            fits = all(power_of_two(sizes[axis], size) == size for axis, size in extents.items())
+            fitted = cut(tile, num_rows, num_classes, dim)
+            fits = all(getattr(fitted, axis) == getattr(tile, axis) for axis in axes)
             if tile != present and fits:
                 yield kernel, tile
 

@@ -37,8 +37,9 @@ CHUNK_BYTES = 64 << 20
 PARTIAL_BYTES = 64 << 20
 # Most rows of a tile of `gradient_kernel` where it has no product.
 KEPT_GRADIENT_ROWS = 64
-# Rows and columns that a program of `finish_kernel` works on at a time: few, to fill a GPU.
-FINISH_ROWS, FINISH_COLUMNS = 4, 128
+# Rows and columns that a program of `prepare_kernel` or `finish_kernel` works on at a time: few, to
+# fill a GPU.
+FEW_ROWS, FEW_COLUMNS = 4, 128
 # Splits and rows that `rows_kernel` merges at a time: many, as a single program may go through all.
 MERGED_SPLITS, MERGED_ROWS = 32, 128
 
@@ -78,11 +79,11 @@ def _prepare(
 ) -> Tensor:
     """x as products and descriptors want it, (N, D), 0 in ignored rows; fills ``inv_x``."""
     num_rows, dim = x.shape
-    operand = x.new_empty((num_rows, -(-dim // 8) * 8), dtype=p.compute)  # rows of whole 16 bytes
-    prepare_kernel[(cdiv(num_rows, FINISH_ROWS),)](
+    operand = x.new_empty((num_rows, 8 * cdiv(dim, 8)), dtype=p.compute)  # rows of whole 16 bytes
+    prepare_kernel[(cdiv(num_rows, FEW_ROWS),)](
         Matrix.of(x), rows, operand, inv_x, operand.stride(0), ignore_index or 0, num_rows, dim,
         SOME_IGNORED=ignore_index is not None, P=p.precision,
-        BLOCK_N=FINISH_ROWS, BLOCK_D=FINISH_COLUMNS, num_warps=4, enable_fp_fusion=True,
+        BLOCK_N=FEW_ROWS, BLOCK_D=FEW_COLUMNS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return operand[:, :dim]
 
@@ -125,14 +126,8 @@ def _sweep(inputs: Inputs, p: Plan, rows: Rows, swept: Swept, ignore_index: int 
 
 
 def _empty_swept(inputs: Inputs, p: Plan, budget: int) -> Swept:
-    x, num_rows = inputs.x, inputs.x.shape[0]
-    return Swept(
-        lse=x.new_empty(num_rows, dtype=torch.float64),
-        u=x.new_empty(num_rows, dtype=torch.float64),
-        inv_x=x.new_empty(num_rows, dtype=p.accumulate),
-        inv_w=x.new_empty(inputs.w.shape[0], dtype=p.accumulate),
-        kept=x.new_empty(kept_shape(x, inputs.w, inputs.compute_dtype, budget), dtype=torch.uint8),
-    )
+    x, w = inputs.x, inputs.w
+    return Swept.empty(x, w, p.accumulate, kept_shape(x, w, inputs.compute_dtype, budget))
 
 
 def _rows(
@@ -182,15 +177,8 @@ def margin_ce(
     x, w, num_rows = inputs.x, inputs.w, inputs.x.shape[0]
     p = plan(x, w, inputs.compute_dtype)
     swept = _empty_swept(inputs, p, budget)
-
-    def empty(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=p.accumulate)
-
-    reduced = None if reduction == "none" else empty()
-    outputs = Losses(
-        loss=empty(num_rows), slope_lse=empty(num_rows), slope_u=empty(num_rows),
-        num_counted=empty(), targets=x.new_empty(num_rows, dtype=torch.int64),
-    )  # fmt: skip
+    reduced = None if reduction == "none" else x.new_empty((), dtype=p.accumulate)
+    outputs = Losses.empty(x, p.accumulate, is_reduced=False)  # rows' losses come first anyway
     if num_rows:
         labels = _loadable(inputs.labels)
         rows = Rows(
@@ -235,9 +223,9 @@ def backward(slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs) -> Grad
         d_scale = None
         if partial is not None:
             d_scale = x.new_empty(num_rows, dtype=p.accumulate) if needs.scale else None
-            finish_kernel[(cdiv(num_rows, FINISH_ROWS),)](
+            finish_kernel[(cdiv(num_rows, FEW_ROWS),)](
                 Matrix.of(x), rows, partial, d_x, d_scale, inputs.scale, num_rows, x.shape[1],
-                partial.shape[0], P=p.precision, BLOCK_N=FINISH_ROWS, BLOCK_D=FINISH_COLUMNS,
+                partial.shape[0], P=p.precision, BLOCK_N=FEW_ROWS, BLOCK_D=FEW_COLUMNS,
                 num_warps=4, num_stages=2, enable_fp_fusion=True,
             )  # fmt: skip
     return Gradients(d_x, d_w, None if d_scale is None else d_scale.sum())
@@ -318,14 +306,12 @@ def _chunked(
     x_in, w_in = Matrix.of(x), Matrix.of(w)
     x_desc = w_desc = x_in_product = g_desc = None
     operand = x
-    if kept is not None and not (p.descriptors and needs.w):
-        pass  # nothing multiplies x but the weight kernel, by pointers
-    elif p.descriptors:
+    if p.descriptors and (kept is None or needs.w):
         operand = _prepare(p, x, rows, None, IGNORED if rows.grad is not None else None)
-        if kept is None:
-            x_desc, w_desc = _describe(operand, tile.n, tile.d), _describe(w, tile.c, tile.d)
         x_in_product = _describe(operand, weight_tile.n, weight_tile.d)
-    else:
+    if kept is None and p.descriptors:
+        x_desc, w_desc = _describe(operand, tile.n, tile.d), _describe(w, tile.c, tile.d)
+    elif kept is None:
         operand = _operand(x, num_classes, p)
     operand = Matrix.of(operand)
     for first in range(0, num_classes, size):

@@ -134,11 +134,11 @@ _TINY = Tiles(
 
 
 def _shallow(tiles: Tiles, stages: int) -> Tiles:
-    each = (getattr(tiles, kernel) for kernel in AXES)
+    each = {kernel: replace(getattr(tiles, kernel), num_stages=stages) for kernel in AXES}
     fused = tuple(
         (replace(w, num_stages=stages), replace(x, num_stages=stages)) for w, x in tiles.fused
     )
-    return Tiles(*(replace(tile, num_stages=stages) for tile in each), fused=fused)
+    return replace(tiles, **each, fused=fused)
 
 
 def _small_cosines(tiles: Tiles, tile: Tile) -> Tiles:
