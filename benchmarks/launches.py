@@ -122,11 +122,12 @@ def step(
         empty(num_rows, dim, dtype=x), empty(num_classes, dim, dtype=w), labels, 64.0, None, x
     )
     margin = angular(0.5, "linear", "exact")
-    losses, swept = launch.margin_ce(inputs, margin, "mean", -100, budget)
+    needs = Needs(True, True, False)
+    losses, swept, loan = launch.margin_ce(inputs, margin, "mean", -100, budget, needs)
     grad = empty(dtype=losses.loss.dtype)
     slopes = Slopes(losses.slope_lse, losses.slope_u, grad, losses.num_counted)
     inputs = inputs._replace(labels=losses.targets)
-    launch.backward(slopes, inputs, swept, Needs(True, True, False))
+    launch.backward(slopes, inputs, swept, needs, loan)
 
 
 def _variant(launched: Launch) -> str:
@@ -134,12 +135,17 @@ def _variant(launched: Launch) -> str:
     given = dict(zip(launched.kernel.arg_names, launched.arguments, strict=False))
     name, words = launched.kernel.__name__, []
     if given.get("kept") is not None:
-        words.append("keeping" if name == "sweep_kernel" else "kept")
+        if name != "sweep_kernel":
+            words.append("kept")
+        else:
+            words.append("lent" if given["kept"].shifts is None else "keeping")
     chunk = given.get("chunk")
     if name == "gradient_kernel" and chunk is not None and chunk.row_radial is not None:
         words.append("only")
     if name == "embeddings_kernel" and given["partial_ptr"] is None:
         words.append("only")
+    if name == "embeddings_kernel" and chunk is not None and chunk.radial is None:
+        words.append("lent")
     if given.get("x_desc") is not None:
         words.append("described")
     return ", ".join([name, *words])
@@ -156,6 +162,10 @@ def defaults(target: GPUTarget, operands: str, dim: int) -> dict[str, Launch]:
                 step(*ONE, dim, x, w)
             with planning.override("kept"):
                 step(*MANY, dim, x, w)
+            lent = plan_for(target, x, w, x, lowers).lent
+            if lent is not None and dim <= lent.weight.d:
+                with planning.override("lent"):
+                    step(dim // 2, MANY[1], dim, x, w)  # rows of d_w are long enough
             if plan_for(target, x, w, x, lowers).tiles.for_fused(dim) is not None:
                 with planning.override("fused"):
                     step(*MANY, dim, x, w)

@@ -57,6 +57,24 @@ class Swept(NamedTuple):
         )
 
 
+class Loan(NamedTuple):
+    """Memory of a coming d_w, in which a forward leaves what the backward would form again.
+
+    A backward that takes it writes d_w over it. Another through the same graph finds `TAKEN`
+    instead, and sweeps once more into new memory.
+
+    Attributes:
+        d_w: (C, D), W's dtype, contiguous.
+        left: what the backend has to know of what it left there.
+    """
+
+    d_w: Tensor
+    left: Any
+
+
+TAKEN = Loan(torch.empty(0), None)
+
+
 class Losses(NamedTuple):
     """What ``margin_ce`` makes of a sweep, accumulation dtype.
 

@@ -50,3 +50,12 @@ def requested_dtype(x: torch.Tensor, w: torch.Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def needs_shift(scale: float, num_classes: int, accumulate: torch.dtype) -> bool:
+    """Whether exp(s cos) has to be taken relative to a maximum.
+
+    |s cos| <= s up to rounding: no shift is needed where e^s times C does not overflow and e^-s
+    does not underflow.
+    """
+    return scale + math.log(num_classes) > 0.95 * math.log(torch.finfo(accumulate).max)

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
-from fused_margin import _cpu, _transforms, _validate
+from fused_margin import _cpu, _loans, _transforms, _validate
 from fused_margin._arguments import (
     IGNORED,
     INVALID,
     Gradients,
     Inputs,
+    Loan,
     Losses,
     Needs,
     Slopes,
@@ -129,17 +130,24 @@ def _cosine_lse(
     compute_dtype: torch.dtype,
     backend: str,
     budget: int,
-) -> Swept:
+    lends_for: Needs | None = None,
+) -> tuple[Swept, Loan | None]:
+    """lse, u and what the backward needs.
+
+    Args:
+        x, w, labels, numbers, scale_tensor, compute_dtype, backend, budget: as the operator's.
+        lends_for: the gradients that a backward will be asked for, if d_w may be lent.
+    """
     (scale,) = numbers.tolist()
     inputs = Inputs(x, w, labels, scale, scale_tensor, compute_dtype)
     if backend == "triton":
         if scale_tensor is not None and scale_tensor.device.type == "cpu":
             _scale_value(scale_tensor)
-        return _triton().cosine_lse(inputs, budget)
+        return _triton().cosine_lse(inputs, budget, lends_for)
     with _plain_numbers():
         labels = labels.long()
         targets = _cpu.find_targets(labels, w.shape[0])
-        return _cpu.forward(_problem(inputs, labels, targets, None), budget)
+        return _cpu.forward(_problem(inputs, labels, targets, None), budget, lends_for)
 
 
 def _fake_swept(
@@ -171,23 +179,28 @@ def _margin_ce(
     compute_dtype: torch.dtype,
     backend: str,
     budget: int,
-) -> tuple[Tensor, ...]:
+    lends_for: Needs | None = None,
+) -> tuple[Losses, Swept, Loan | None]:
+    """The loss, its slopes and what the backward needs; arguments as for `_cosine_lse`."""
     scale, cos, sin, threshold, offset = numbers.tolist()
     margin = Margin(cos, sin, threshold, offset, straight_through)
     inputs = Inputs(x, w, labels, scale, None, compute_dtype)
     if backend == "triton":
         if labels.device.type == "cpu" or _validate.checks_labels_on_gpu():
             _validate.label_range(labels.long(), w.shape[0], ignore_index)
-        losses, swept = _triton().margin_ce(inputs, margin, reduction, ignore_index, budget)
-    else:
-        with _plain_numbers():
-            losses, swept = _margin_ce_on_cpu(inputs, margin, reduction, ignore_index, budget)
-    return losses + swept
+        return _triton().margin_ce(inputs, margin, reduction, ignore_index, budget, lends_for)
+    with _plain_numbers():
+        return _margin_ce_on_cpu(inputs, margin, reduction, ignore_index, budget, lends_for)
 
 
 def _margin_ce_on_cpu(
-    inputs: Inputs, margin: Margin, reduction: str, ignore_index: int, budget: int
-) -> tuple[Losses, Swept]:
+    inputs: Inputs,
+    margin: Margin,
+    reduction: str,
+    ignore_index: int,
+    budget: int,
+    lends_for: Needs | None,
+) -> tuple[Losses, Swept, Loan | None]:
     labels, ignored = inputs.labels.long(), None
     num_classes, count = inputs.w.shape[0], labels.shape[0]
     targets = _cpu.find_targets(labels, num_classes)
@@ -197,7 +210,8 @@ def _margin_ce_on_cpu(
         labels = labels.masked_fill(ignored, IGNORED)
         targets = _cpu.find_targets(labels, num_classes)
         count -= int(ignored.sum())
-    swept = _cpu.forward(_problem(inputs, labels, targets, ignored), budget)
+    problem = _problem(inputs, labels, targets, ignored)
+    swept, loan = _cpu.forward(problem, budget, lends_for)
     found = _cpu.losses(swept.lse, swept.u, ignored, inputs.scale, margin)
     loss = found.loss
     if reduction != "none":
@@ -210,7 +224,7 @@ def _margin_ce_on_cpu(
         num_counted=_cpu.rounded(np.array(float(count)), dtype),
         targets=labels if ignored is not None else labels.clone(),  # no input is returned
     )
-    return losses, swept
+    return losses, swept, loan
 
 
 @torch.library.register_fake("fused_margin::margin_ce", lib=_lib)
@@ -221,6 +235,42 @@ def _(x, w, labels, numbers, straight_through, reduction, ignore_index, compute_
 
 
 # --- backward -------------------------------------------------------------------------------------
+
+
+class _Saved(NamedTuple):
+    """What autograd keeps of a call: tensors, as the backward operator takes them."""
+
+    x: Tensor
+    w: Tensor
+    labels: Tensor
+    numbers: Tensor
+    scale_tensor: Tensor | None
+
+
+class _Settings(NamedTuple):
+    """What else the backward has to know of a call."""
+
+    compute_dtype: torch.dtype
+    backend: str
+    needs: Needs
+
+
+def _differentiate(
+    slopes: Slopes, saved: _Saved, swept: Swept, settings: _Settings, loan: Loan | None
+) -> Gradients:
+    """The gradients that are needed; d_w in the memory of ``loan``, if there is one."""
+    x, w, labels, numbers, scale_tensor = saved
+    compute_dtype, backend, needs = settings
+    inputs = Inputs(x, w, labels, numbers.tolist()[0], scale_tensor, compute_dtype)
+    if backend == "triton":
+        gradients = _triton().backward(slopes, inputs, swept, needs, loan)
+    else:
+        with _plain_numbers():
+            gradients = _backward_on_cpu(slopes, inputs, swept, needs, loan)
+    d_scale = gradients.scale
+    if d_scale is not None and scale_tensor is not None:
+        d_scale = d_scale.to(scale_tensor.dtype).reshape(scale_tensor.shape)
+    return gradients._replace(scale=d_scale)
 
 
 def _backward(
@@ -244,17 +294,12 @@ def _backward(
     need_w: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = Inputs(x, w, labels, numbers.tolist()[0], scale_tensor, compute_dtype)
-    swept, needs = Swept(lse, u, inv_x, inv_w, kept), Needs(need_x, need_w, need_scale)
+    saved = _Saved(x, w, labels, numbers, scale_tensor)
+    settings = _Settings(compute_dtype, backend, Needs(need_x, need_w, need_scale))
     slopes = Slopes(slope_lse, slope_u, grad, num_counted)
-    if backend == "triton":
-        d_x, d_w, d_scale = _triton().backward(slopes, inputs, swept, needs)
-    else:
-        with _plain_numbers():
-            d_x, d_w, d_scale = _backward_on_cpu(slopes, inputs, swept, needs)
+    swept = Swept(lse, u, inv_x, inv_w, kept)
+    d_x, d_w, d_scale = _differentiate(slopes, saved, swept, settings, None)
     like_scale = x if scale_tensor is None else scale_tensor
-    if d_scale is not None and scale_tensor is not None:
-        d_scale = d_scale.to(scale_tensor.dtype).reshape(scale_tensor.shape)
     # an operator returns tensors only: an empty one for what isn't needed
     return (
         x.new_empty(0) if d_x is None else d_x,
@@ -263,13 +308,15 @@ def _backward(
     )
 
 
-def _backward_on_cpu(slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs) -> Gradients:
+def _backward_on_cpu(
+    slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs, loan: Loan | None
+) -> Gradients:
     labels, ignored = inputs.labels.long(), None
     targets = _cpu.find_targets(labels, inputs.w.shape[0])
     if slopes.grad is not None and targets.rows is not None:
         ignored = labels == IGNORED  # which margin_ce has marked
     problem = _problem(inputs, labels, targets, ignored)
-    return _cpu.backward(_cpu.chain(slopes, ignored), problem, swept, needs)
+    return _cpu.backward(_cpu.chain(slopes, ignored), problem, swept, needs, loan)
 
 
 @torch.library.register_fake("fused_margin::cosine_lse_backward", lib=_lib)
@@ -284,61 +331,53 @@ def _(slope_lse, slope_u, grad, num_counted, x, w, labels, numbers, scale_tensor
 
 
 for _key in ("CPU", "CUDA"):
-    _lib.impl("cosine_lse", _cosine_lse, _key)
-    _lib.impl("margin_ce", _margin_ce, _key)
+    _lib.impl("cosine_lse", lambda *args: tuple(_cosine_lse(*args)[0]), _key)
+    _lib.impl("margin_ce", lambda *args: sum(_margin_ce(*args)[:2], ()), _key)
     _lib.impl("cosine_lse_backward", _backward, _key)
 
 
 # --- autograd -------------------------------------------------------------------------------------
 
 
-class _Saved(NamedTuple):
-    """What autograd keeps of a call: tensors, as the backward operator takes them."""
+def _is_unobserved(x: Tensor, w: Tensor) -> bool:
+    """Whether only the implementation would see a call of an operator below autograd.
 
-    x: Tensor
-    w: Tensor
-    labels: Tensor
-    numbers: Tensor
-    scale_tensor: Tensor | None
-
-
-class _Settings(NamedTuple):
-    """What else the backward has to know of a call."""
-
-    compute_dtype: torch.dtype
-    backend: str
-    needs: Needs
-
-
-def _is_unobserved(x: Tensor, w: Tensor, backend: str) -> bool:
-    """Whether only the CPU implementation would see a call of an operator below autograd.
-
-    No mode, profiler or subclass of tensors does: the dispatcher's 15 microseconds are for nothing.
+    No mode or subclass of tensors does: the dispatcher's 15 microseconds are for nothing, and what
+    an operator may not do, lend the memory of one of its outputs, can be done.
     """
     plain = (Tensor, torch.nn.Parameter)
     return (
-        backend == "cpu"
-        and type(x) in plain
+        type(x) in plain
         and type(w) in plain
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
         and not torch.compiler.is_compiling()
         and not _is_traced_by_jit()
     )
 
 
-def _gradients(
-    slopes: Slopes, saved: _Saved, swept: Swept, settings: _Settings
-) -> tuple[Tensor | None, ...]:
+def _named(operator: str) -> contextlib.AbstractContextManager[Any]:
+    """The name of an operator that isn't called as one, for a profile."""
+    if torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage]
+        return torch.profiler.record_function(f"fused_margin::{operator}")
+    return contextlib.nullcontext()
+
+
+def _lends_for(w: Tensor, needs: Needs) -> Needs | None:
+    return needs if needs.w and _loans.may_lend(w) else None
+
+
+def _gradients(slopes: Slopes, saved: _Saved, swept: Swept, ctx: Any) -> tuple[Tensor | None, ...]:
     """d_x, d_w and d_scale, None where they are not needed."""
-    compute_dtype, backend, needs = settings
+    compute_dtype, backend, needs = ctx.settings
     args: tuple[Any, ...] = (*slopes, *saved, compute_dtype, backend, *swept, *needs)
     incoming = slopes.lse, slopes.u, slopes.grad
     if torch.is_grad_enabled() or _transforms.is_transformed(*incoming):
         # with create_graph, or a tangent: to be refused
         gradients = _ops.cosine_lse_backward.default(*args)
-    elif _is_unobserved(saved.x, saved.w, backend) and not _transforms.is_batched(*incoming):
-        gradients = _backward(*args)
+    elif _is_unobserved(saved.x, saved.w) and not _transforms.is_batched(*incoming):
+        with _named("cosine_lse_backward"):
+            loan = _loans.take(ctx, saved.w)
+            return _differentiate(slopes, saved, swept, ctx.settings, loan)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             gradients = _ops.cosine_lse_backward.default(*args)
@@ -351,17 +390,21 @@ def _gradients(
 class _CosineLse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, w, labels, numbers, scale_tensor, compute_dtype, backend, budget):
-        with torch._C._AutoDispatchBelowAutograd():
-            swept = Swept(
-                *_ops.cosine_lse.default(
-                    x, w, labels, numbers, scale_tensor, compute_dtype, backend, budget
-                )
-            )
+        needs_x, needs_w, _, _, needs_scale, *_ = ctx.needs_input_grad
+        needs = Needs(needs_x, needs_w, needs_scale)
+        args = x, w, labels, numbers, scale_tensor, compute_dtype, backend, budget
+        loan = None
+        if _is_unobserved(x, w):
+            with _named("cosine_lse"):
+                swept, loan = _cosine_lse(*args, lends_for=_lends_for(w, needs))
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                swept = Swept(*_ops.cosine_lse.default(*args))
+        _loans.lend(ctx, w, loan)
         ctx.save_for_backward(x, w, labels, numbers, scale_tensor, *swept)
         ctx.mark_non_differentiable(swept.inv_x, swept.inv_w, swept.kept)
         ctx.set_materialize_grads(False)
-        needs_x, needs_w, _, _, needs_scale, *_ = ctx.needs_input_grad
-        ctx.settings = _Settings(compute_dtype, backend, Needs(needs_x, needs_w, needs_scale))
+        ctx.settings = _Settings(compute_dtype, backend, needs)
         return tuple(swept)
 
     @staticmethod
@@ -377,7 +420,7 @@ class _CosineLse(torch.autograd.Function):
             Slopes(g_lse, g_u, None, None),
             _Saved(x, w, labels, numbers, scale_tensor),
             swept,
-            ctx.settings,
+            ctx,
         )
         return d_x, d_w, None, None, d_scale, None, None, None
 
@@ -385,17 +428,21 @@ class _CosineLse(torch.autograd.Function):
 def _record_margin_ce(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
     """Outputs of ``margin_ce``, with ``ctx`` holding what its backward needs."""
     x, w, _, numbers, _, reduction, _, compute_dtype, backend, _ = args
-    if _is_unobserved(x, w, backend):
-        outputs = _margin_ce(*args)
+    needs_x, needs_w, *_ = ctx.needs_input_grad
+    needs, loan = Needs(needs_x, needs_w, False), None
+    if _is_unobserved(x, w):
+        with _named("margin_ce"):
+            losses, swept, loan = _margin_ce(*args, lends_for=_lends_for(w, needs))
+        outputs = losses + swept
     else:
         with torch._C._AutoDispatchBelowAutograd():
             outputs = _ops.margin_ce.default(*args)
+    _loans.lend(ctx, w, loan)
     _, slope_lse, slope_u, num_counted, targets, *swept = outputs
     num_counted = num_counted if reduction == "mean" else None
     ctx.save_for_backward(x, w, targets, numbers, slope_lse, slope_u, num_counted, *swept)
     ctx.set_materialize_grads(False)
-    needs_x, needs_w, *_ = ctx.needs_input_grad
-    ctx.settings = _Settings(compute_dtype, backend, Needs(needs_x, needs_w, False))
+    ctx.settings = _Settings(compute_dtype, backend, needs)
     return outputs
 
 
@@ -416,7 +463,7 @@ class _MarginCe(torch.autograd.Function):
             Slopes(slope_lse, slope_u, grad, num_counted),
             _Saved(x, w, targets, numbers, None),
             Swept(*swept),
-            ctx.settings,
+            ctx,
         )
         return d_x, d_w, *(None,) * 8
 

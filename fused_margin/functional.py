@@ -187,11 +187,13 @@ def arcface(
         backend: ``"auto"`` (Triton for GPU tensors, class-blocked for CPU tensors),
             ``"reference"``, ``"cpu"`` or ``"triton"``.
         memory_budget: bytes that the forward may keep for the backward, which then forms fewer
-            cosines again. By default nothing on a GPU, and on a CPU 40 MiB and 224 KiB more for
-            each row above 256. A CPU keeps what fits. A GPU keeps all or nothing: N' C' times 2
-            bytes with bf16 products, 8 in fp64, else 4, and up to 3 % more for their shifts, where
-            N' is N rounded up to a multiple of 16, C' is C to one of 128. ``"reference"`` keeps
-            everything in any case.
+            cosines again, beyond what the memory of the weight's coming gradient holds. That is
+            made ahead and holds all that is needed if N <= D (N <= 2 D with bf16 products of an
+            fp32 weight), unless the weight has a gradient already. By default nothing more on a
+            GPU, and on a CPU 40 MiB and 224 KiB for each row above 256. A CPU keeps what fits. A
+            GPU keeps all or nothing: N' C' times 2 bytes with bf16 products, 8 in fp64, else 4,
+            and up to 3 % more for their shifts, where N' is N rounded up to a multiple of 16, C' is
+            C to one of 128. ``"reference"`` keeps everything in any case.
 
     Returns:
         0-d loss, or (N,) for ``reduction="none"``; fp32, or fp64 if an input is fp64.

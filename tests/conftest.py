@@ -44,10 +44,15 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _cpu_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The marks make the CPU backend take larger problems' ways for small ones."""
-    from fused_margin._cpu import single, tiny
+    from fused_margin import _loans
+    from fused_margin._cpu import backend, single, tiny
 
     if request.node.get_closest_marker("cpu_blocks") is not None:
         monkeypatch.setattr(single, "LOGITS", -1)
+        monkeypatch.setattr(_loans, "may_lend", lambda w: False)
+    if request.node.get_closest_marker("cpu_ahead") is not None:
+        monkeypatch.setattr(single, "LOGITS", -1)
+        monkeypatch.setattr(backend, "ROWS_FOR_AHEAD", 1 << 30)
     if request.node.get_closest_marker("cpu_single") is not None:
         monkeypatch.setattr(tiny, "MULTIPLICATIONS", -1)
         monkeypatch.setattr(single, "LOWERED", 0)

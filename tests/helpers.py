@@ -33,18 +33,20 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 # Problems as small as the tests' go the shortest of the CPU backend's ways, unless told to take
-# another: one block of classes, or several.
+# another: one block of classes, or several, without or with the backward done ahead.
 in_one_block = pytest.mark.cpu_single
 in_blocks = pytest.mark.cpu_blocks
+ahead = pytest.mark.cpu_ahead
 BACKENDS = (
     "reference",
     "cpu",
     pytest.param("cpu", marks=in_one_block, id="cpu-single"),
     pytest.param("cpu", marks=in_blocks, id="cpu-blocks"),
+    pytest.param("cpu", marks=ahead, id="cpu-ahead"),
     pytest.param("triton", marks=needs_triton),
 )
 FUSED_BACKENDS = BACKENDS[1:]
-CPU_BACKENDS = BACKENDS[1:4]
+CPU_BACKENDS = BACKENDS[1:5]
 
 
 def device_of(backend: str) -> torch.device:

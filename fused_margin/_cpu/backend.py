@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fused_margin._arguments import Gradients, Needs, Swept
-from fused_margin._cpu import single, sweep, tiny
+from fused_margin._arguments import Gradients, Loan, Needs, Swept
+from fused_margin._cpu import ahead, single, sweep, tiny
 from fused_margin._cpu.products import product_dtype
 from fused_margin._cpu.rows import Problem, RowGradients
 from fused_margin._numerics import accumulation_dtype
@@ -19,6 +19,9 @@ from fused_margin._numerics import accumulation_dtype
 # grow with N C.
 KEPT_BYTES = 40 << 20
 KEPT_ROWS, KEPT_BYTES_PER_FURTHER_ROW = 256, 224 << 10
+# Products of a class take as long as a row of d_w in passes over them if they are that many times
+# fewer. TODO measure
+ROWS_FOR_AHEAD = 4
 
 
 def kept_bytes(x: torch.Tensor, w: torch.Tensor, budget: int) -> Any:
@@ -62,22 +65,47 @@ def _way(problem: Problem) -> ModuleType:
     return tiny if tiny.fits(problem) else single
 
 
-def forward(problem: Problem, budget: int) -> Swept:
+def runs_ahead(problem: Problem, num_kept: int) -> bool:
+    """Whether the backward is done ahead, in the memory of d_w, if that may be lent.
+
+    Not where all products are kept anyway and are so few a class that a pass over them costs less
+    than one over a row of d_w.
+    """
+    num_rows, num_classes, dim = problem.sizes
+    if _way(problem) is not sweep or not ahead.fits(problem):
+        return False
+    return num_kept < num_classes or ROWS_FOR_AHEAD * num_rows > dim
+
+
+def forward(
+    problem: Problem, budget: int, lends_for: Needs | None = None
+) -> tuple[Swept, Loan | None]:
     """lse, u, the inverse norms, and up to ``budget`` bytes for a backward, as `kept_bytes` has it.
 
     Raises nothing: labels outside [0, C) mean "no target".
+
+    Args:
+        problem: what to sweep over.
+        budget: see `kept_bytes`.
+        lends_for: the gradients that will be asked for, d_w among them, if it may be lent.
     """
     num_bytes = kept_bytes(problem.x, problem.w, budget)
     num_kept = kept_classes(problem.x, problem.w, problem.compute_dtype, num_bytes)
-    return _way(problem).forward(problem, num_kept, num_bytes)
+    if lends_for is not None and runs_ahead(problem, num_kept):
+        return ahead.forward(problem, num_bytes, lends_for)
+    return _way(problem).forward(problem, num_kept, num_bytes), None
 
 
-def backward(g: RowGradients, problem: Problem, swept: Swept, needs: Needs) -> Gradients:
+def backward(
+    g: RowGradients, problem: Problem, swept: Swept, needs: Needs, loan: Loan | None = None
+) -> Gradients:
     """Vector-Jacobian product of `forward`, for gradients ``g`` of lse and u."""
-    num_kept = kept_classes(problem.x, problem.w, problem.compute_dtype, swept.kept.shape[0])
     if problem.targets.rows is not None:  # elsewhere u is the number 0, whatever its gradient
         found = problem.targets.rows.numpy()
         g_u = np.zeros_like(g.u)
         g_u[found] = g.u[found]
         g = g._replace(u=g_u)
+    if loan is not None:
+        return ahead.backward(g, problem, swept, loan, needs)
+    num_kept = kept_classes(problem.x, problem.w, problem.compute_dtype, swept.kept.shape[0])
     return _way(problem).backward(g, problem, swept, num_kept, needs)

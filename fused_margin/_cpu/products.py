@@ -61,12 +61,3 @@ def multiply_transposed(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> 
         # IEEE fp32 as `mm`, which asks MKL: on AMD's CPUs 5 to 10 % slower
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return torch.mm(a, b.t(), out=out)
-
-
-def needs_shift(scale: float, num_classes: int, accumulate: torch.dtype) -> bool:
-    """Whether exp(s cos) has to be taken relative to a maximum.
-
-    |s cos| <= s up to rounding: no shift is needed where e^s times C does not overflow and e^-s
-    does not underflow.
-    """
-    return scale + math.log(num_classes) > 0.95 * math.log(torch.finfo(accumulate).max)

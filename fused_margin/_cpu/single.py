@@ -13,7 +13,7 @@ import torch
 
 from fused_margin._arguments import Gradients, Needs, Swept
 from fused_margin._cpu.memory import gradient_memory, kept_memory, work_memory
-from fused_margin._cpu.products import LOG2_E, needs_shift, product_dtype
+from fused_margin._cpu.products import LOG2_E, product_dtype
 from fused_margin._cpu.rows import (
     Problem,
     RowGradients,
@@ -25,7 +25,7 @@ from fused_margin._cpu.rows import (
     shrink_huge,
     target_cosines,
 )
-from fused_margin._numerics import NORM_EPS
+from fused_margin._numerics import NORM_EPS, needs_shift
 
 # Up to this many cosines, and elements of W, a call is this module's.
 LOGITS, WEIGHT_ELEMENTS = 1 << 20, 1 << 22

@@ -7,8 +7,8 @@ classes run along the outer dimension. Elementwise work is in place on that bloc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,6 @@ from fused_margin._cpu.memory import gradient_memory, kept_memory
 from fused_margin._cpu.products import (
     LOG2_E,
     multiply_transposed,
-    needs_shift,
     product_dtype,
 )
 from fused_margin._cpu.rows import (
@@ -33,7 +32,7 @@ from fused_margin._cpu.rows import (
     shrink_huge,
     target_cosines,
 )
-from fused_margin._numerics import CLAMPED_INVERSE_NORM, NORM_EPS
+from fused_margin._numerics import CLAMPED_INVERSE_NORM, NORM_EPS, needs_shift
 
 # Bytes of one (B, N) block, and of B rows of W. Measured (docs/design.md): elementwise passes slow
 # down once a block leaves the last-level cache, but with many rows products and the passes over B
@@ -43,51 +42,67 @@ WEIGHT_BLOCK_BYTES = 16 << 20
 MIN_BLOCK, EFFICIENT_BLOCK, MAX_BLOCK = 128, 2048, 8192
 
 
-def block_size(num_rows: int, num_classes: int, dim: int, itemsize: int) -> int:
-    """Classes in a block, so that the block and its rows of W stay within their budgets."""
+def block_size(
+    num_rows: int, num_classes: int, dim: int, itemsize: int, efficient: int = EFFICIENT_BLOCK
+) -> int:
+    """Classes in a block, so that the block and its rows of W stay within their budgets.
+
+    Args:
+        num_rows: N. num_classes: C. dim: D.
+        itemsize: of the accumulation dtype.
+        efficient: classes of a block that may take four times the budget.
+    """
     size = BLOCK_BYTES // (itemsize * max(num_rows, 1))
-    size = max(size, min(EFFICIENT_BLOCK, 4 * size))
+    size = max(size, min(efficient, 4 * size))
     size = min(size, WEIGHT_BLOCK_BYTES // (itemsize * dim))
     return min(num_classes, max(MIN_BLOCK, min(MAX_BLOCK, size)))
 
 
-@dataclass
 class Block:
-    """One block of classes: rows ``start`` to ``stop`` of W."""
+    """One block of classes: rows ``start`` to ``stop`` of W.
 
-    start: int
-    stop: int
-    weight: Vectors  # (B, D), accumulation dtype
-    operand: torch.Tensor  # (B, D), product dtype
-    rows: torch.Tensor  # rows whose target lies in the block, (T,)
-    targets: torch.Tensor  # their labels - start, (T,)
-    product: torch.Tensor  # s log2(e) ||w|| cos, (B, N), accumulation dtype; not to be written to
-    work: torch.Tensor  # (B, N), accumulation dtype, to be written to
+    Attributes:
+        weight: (B, D), accumulation dtype.
+        rows: rows whose target lies in the block, (T,). targets: their labels - start, (T,).
+        work: (B, N), accumulation dtype, to be written to.
+    """
+
+    def __init__(self, sweep: Sweep, start: int, stop: int, weight: Vectors, here: slice) -> None:
+        self.sweep, self.start, self.stop, self.weight = sweep, start, stop, weight
+        self.rows = sweep.order[here]
+        self.targets = sweep.sorted_labels[here] - start
+        self.work = sweep.work[: stop - start]
+
+    @functools.cached_property
+    def operand(self) -> torch.Tensor:
+        """(B, D), product dtype."""
+        sweep, values = self.sweep, self.weight.values
+        if sweep.w_operand is None:
+            return values
+        if sweep.w.dtype is sweep.dtype and self.weight.shrunk is None:
+            return sweep.w[self.start : self.stop]
+        return sweep.w_operand[: self.stop - self.start].copy_(values)
 
 
 class Sweep:
-    """Iterates over the blocks of W, forming s log2(e) ||w|| cos in buffers that are reused."""
+    """Iterates over the blocks of W, and forms s log2(e) ||w|| cos in buffers that are reused.
 
-    def __init__(self, problem: Problem, x: Vectors, kept: torch.Tensor) -> None:
-        """Prepare buffers.
+    Attributes:
+        product: (B, N), product dtype: a buffer for the product of a block.
+    """
 
-        Args:
-            problem: what to sweep over.
-            x: its embeddings, (N, D).
-            kept: products of the first K classes, (K, N), that outlive the sweep.
-        """
+    def __init__(self, problem: Problem, x: Vectors, size: int | None = None) -> None:
+        """Prepare buffers, for embeddings ``x``, (N, D), and blocks of ``size`` classes."""
         num_rows, num_classes, dim = problem.sizes
         scaled = x.values * (x.inverse * (problem.scale * LOG2_E))[:, None]
         self.w, self.accumulate = problem.w, scaled.dtype
         self.dtype = product_dtype(problem.compute_dtype, self.accumulate)
-        self.operand = scaled.to(self.dtype)  # (N, D)
-        self.size = block_size(num_rows, num_classes, dim, scaled.element_size())
+        self.x_operand = scaled.to(self.dtype)  # (N, D)
+        self.size = size or block_size(num_rows, num_classes, dim, scaled.itemsize)
         self.work = scaled.new_empty(self.size, num_rows)
         self.product = scaled.new_empty(self.size, num_rows, dtype=self.dtype)
         converts = self.dtype is not self.accumulate
         self.widened = torch.empty_like(self.work) if converts else None
-        self.scratch = self.product if self.widened is None else self.widened
-        self.kept = kept
         self.w_accumulate = (
             None if self.w.dtype is self.accumulate else scaled.new_empty(self.size, dim)
         )
@@ -96,54 +111,41 @@ class Sweep:
         self.sorted_labels = problem.labels[self.order]
 
     def blocks(self, inv_w: torch.Tensor, *, is_first: bool) -> Iterator[Block]:
-        """Yield each block with its product.
-
-        The first sweep fills ``inv_w`` (C,) and ``kept``; a later one reads them.
-        """
+        """Yield each block. The first sweep fills ``inv_w``, (C,); a later one reads it."""
         num_classes = self.w.shape[0]
         starts = torch.arange(0, num_classes + self.size, self.size, device="cpu")
         bounds = torch.searchsorted(self.sorted_labels, starts.clamp_max(num_classes)).tolist()
         for index, start in enumerate(range(0, num_classes, self.size)):
             stop = min(start + self.size, num_classes)
-            length = stop - start
             weight = self.w[start:stop]
             if self.w_accumulate is not None:
-                weight = self.w_accumulate[:length].copy_(weight)
+                weight = self.w_accumulate[: stop - start].copy_(weight)
             if is_first:
                 norm = torch.linalg.vector_norm(weight, dim=1, out=inv_w[start:stop])
                 norm.clamp_min_(NORM_EPS).reciprocal_()
             rows = shrink_huge(weight, inv_w[start:stop])
-            operand = rows.values
-            if self.w_operand is not None:
-                is_same = self.w.dtype is self.dtype and rows.shrunk is None
-                operand = self.w[start:stop] if is_same else self.w_operand[:length].copy_(operand)
-            is_kept = stop <= len(self.kept)
-            product = self.kept[start:stop] if is_kept else self.product[:length]
-            if is_first or not is_kept:
-                formed = multiply_transposed(operand, self.operand, out=product)
-                if formed is not product:
-                    product.copy_(formed)
-                # two such blocks at once, this and the next, would cost more than the copy
-                del formed
-            if self.widened is not None:
-                product = self.widened[:length].copy_(product)
-            here = slice(bounds[index], bounds[index + 1])
-            yield Block(
-                start=start,
-                stop=stop,
-                weight=rows,
-                operand=operand,
-                rows=self.order[here],
-                targets=self.sorted_labels[here] - start,
-                product=product,
-                work=self.work[:length],
-            )
+            yield Block(self, start, stop, rows, slice(bounds[index], bounds[index + 1]))
 
-    def row_sums(self, block: Block, factors: torch.Tensor) -> torch.Tensor:
-        """Sum over rows of work * product * factors, (B,); the product is lost unless kept."""
-        length = block.stop - block.start
-        scratch = self.scratch[:length]
-        return torch.mul(block.work, block.product, out=scratch).mv(factors)
+    def form(self, block: Block, out: torch.Tensor | None = None) -> torch.Tensor:
+        """s log2(e) ||w|| cos, (B, N), in the accumulation dtype.
+
+        Args:
+            block: of which classes.
+            out: where it is to lie in the product dtype, (B, N).
+        """
+        product = self.product[: block.stop - block.start] if out is None else out
+        formed = multiply_transposed(block.operand, self.x_operand, out=product)
+        if formed is not product:
+            product.copy_(formed)
+        # two such blocks at once, this and the next, would cost more than the copy
+        del formed
+        return self.widen(product)
+
+    def widen(self, product: torch.Tensor) -> torch.Tensor:
+        """A block's product, (B, N), in the accumulation dtype."""
+        if self.widened is None:
+            return product
+        return self.widened[: len(product)].copy_(product)
 
 
 def _kept_products(kept: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -159,14 +161,17 @@ def forward(problem: Problem, num_kept: int, num_bytes: int) -> Swept:
     dtype = product_dtype(problem.compute_dtype, accumulate)
     inv_w = x.inverse.new_empty(num_classes)
     kept = kept_memory.empty(num_bytes, dtype=torch.uint8)
-    sweep = Sweep(problem, x.rows, _kept_products(kept, (num_kept, num_rows), dtype))
+    products = _kept_products(kept, (num_kept, num_rows), dtype)
+    sweep = Sweep(problem, x.rows)
     num_blocks = -(-num_classes // sweep.size)
     # the sum, or its log, of each block
     partial = x.inverse.new_empty(num_blocks, num_rows, dtype=torch.float64)
     shifts = needs_shift(problem.scale, num_classes, accumulate)
     for index, block in enumerate(sweep.blocks(inv_w, is_first=True)):
+        out = products[block.start : block.stop] if block.stop <= num_kept else None
+        product = sweep.form(block, out)
         # s log2(e) cos, (B, N)
-        z = torch.mul(block.product, block.weight.inverse[:, None], out=block.work)
+        z = torch.mul(product, block.weight.inverse[:, None], out=block.work)
         z[block.targets, block.rows] = -float("inf")
         if shifts:
             # The lower bound keeps a block that holds nothing but a row's target at exp(-inf).
@@ -215,94 +220,132 @@ class _Factors(NamedTuple):
         )
 
 
-def _probabilities(block: Block, minus_lse: torch.Tensor, shifts: bool) -> torch.Tensor:
+def _probabilities(
+    block: Block, product: torch.Tensor, minus_lse: torch.Tensor, shifts: bool
+) -> torch.Tensor:
     """2^(z - log2(e) lse) / ||w||, 0 at the targets, (B, N), in the block's work."""
     inv_norm = block.weight.inverse[:, None]
     if shifts:  # rounded as in the forward, where a rounding of s cos is no small error
-        p = torch.mul(block.product, inv_norm, out=block.work).add_(minus_lse)
+        p = torch.mul(product, inv_norm, out=block.work).add_(minus_lse)
     else:
-        p = torch.addcmul(minus_lse, block.product, inv_norm, out=block.work)
+        p = torch.addcmul(minus_lse, product, inv_norm, out=block.work)
     p.exp2_()
     p[block.targets, block.rows] = 0.0
     return p.mul_(inv_norm)
 
 
-class _WeightGradient:
+class WeightGradient:
     """d_w, (C, D), of which one block after the other is written."""
 
-    def __init__(self, problem: Problem, x: Vectors, factors: _Factors, sweep: Sweep) -> None:
-        num_classes, dim = problem.w.shape
-        dtype, accumulate = sweep.dtype, sweep.accumulate
-        self.sweep, self.factors = sweep, factors
+    def __init__(
+        self,
+        sweep: Sweep,
+        d_w: torch.Tensor,
+        x: Vectors,
+        factor: torch.Tensor,
+        of_target: torch.Tensor,
+    ) -> None:
+        """Prepare operands and buffers.
+
+        Args:
+            sweep: the blocks.
+            d_w: (C, D), where it is written.
+            x: embeddings, (N, D).
+            factor: of each row, (N,). of_target: g_u / ||x||, (N,).
+        """
+        self.sweep, self.d_w = sweep, d_w
         # rows of d_w_hat: of the other classes, (D, N), and of the target's, (N, D)
-        self.operand = (x.values * factors.a[:, None]).to(dtype).t()
-        self.of_target = x.values * factors.of_target[:, None]
-        self.d_w = gradient_memory.empty(num_classes, dim, dtype=problem.w.dtype)
-        shape = sweep.size, dim
-        self.product = None if dtype is accumulate else x.values.new_empty(shape, dtype=dtype)
-        self.block = None if self.d_w.dtype is accumulate else x.values.new_empty(shape)
+        self.operand = (x.values * factor[:, None]).to(sweep.dtype).t()
+        self.of_target = x.values * of_target[:, None]
+        shape, is_same = (sweep.size, d_w.shape[1]), sweep.dtype is sweep.accumulate
+        self.product = None if is_same else x.values.new_empty(shape, dtype=sweep.dtype)
+        self.block = None if d_w.dtype is sweep.accumulate else x.values.new_empty(shape)
 
-    def radial(self, block: Block) -> torch.Tensor:
-        """sum_n G c / ||w||^2, (B,), 0 below the norm's clamp; the product is lost unless kept."""
-        inverse = block.weight.inverse
-        radial = self.sweep.row_sums(block, self.factors.a_per_unit).mul_(inverse)
-        of_target = self.factors.gu_u[block.rows] * inverse[block.targets]
-        radial.index_add_(0, block.targets, of_target)
-        return radial.mul_(inverse).masked_fill_(inverse >= CLAMPED_INVERSE_NORM, 0.0)
-
-    def write(self, block: Block, p: torch.Tensor, radial: torch.Tensor) -> None:
-        """The block's rows: d_w_hat / ||w|| less its radial part; p in the product dtype."""
+    def tangent(self, block: Block, p: torch.Tensor) -> torch.Tensor:
+        """d_w_hat / ||w||, (B, D), the radial part included; p in the product dtype."""
         length = block.stop - block.start
-        here = self.d_w[block.start : block.stop]
-        grad = here if self.block is None else self.block[:length]
+        grad = self._grad(block)
         if self.product is None:
             tangent = multiply_transposed(p, self.operand, out=grad)
         else:
             tangent = grad.copy_(multiply_transposed(p, self.operand, out=self.product[:length]))
+        return tangent
+
+    def add_targets(self, block: Block, tangent: torch.Tensor) -> None:
+        """Add the part of the block's targets."""
         if len(block.rows):
             of_target = self.of_target[block.rows] * block.weight.inverse[block.targets, None]
             tangent.index_add_(0, block.targets, of_target)
+
+    def write(self, block: Block, tangent: torch.Tensor, radial: torch.Tensor) -> None:
+        """The block's rows: the tangent less its radial part, 0 below the norm's clamp.
+
+        Args:
+            block: which rows.
+            tangent: (B, D). radial: its dot product with w_hat over ||w||, (B,), overwritten.
+        """
+        radial.masked_fill_(block.weight.inverse >= CLAMPED_INVERSE_NORM, 0.0)
+        grad = self._grad(block)
         torch.addcmul(tangent, block.weight.values, radial[:, None], value=-1.0, out=grad)
-        del tangent
         block.weight.undo(grad)
         if self.block is not None:
-            here.copy_(grad)
+            self.d_w[block.start : block.stop].copy_(grad)
+
+    def _grad(self, block: Block) -> torch.Tensor:
+        here = slice(block.start, block.stop)
+        return self.d_w[here] if self.block is None else self.block[: block.stop - block.start]
 
 
-class _EmbeddingsGradient:
-    """v, (N, D), to which one block after the other is added, then d_x and d_scale."""
+class EmbeddingsSum:
+    """v, (N, D), to which one block after the other is added."""
 
-    def __init__(self, problem: Problem, x: Vectors, factors: _Factors, sweep: Sweep) -> None:
-        self.problem, self.x, self.factors = problem, x, factors
+    def __init__(self, sweep: Sweep, x: Vectors) -> None:
         # contiguous whatever x's strides, as the operator's fake promises
-        shape, dtype = x.values.shape, sweep.dtype
+        shape, is_same = x.values.shape, sweep.dtype is sweep.accumulate
         self.v = x.values.new_zeros(shape)
-        is_same = dtype is sweep.accumulate
-        self.product = None if is_same else x.values.new_empty(shape, dtype=dtype)
+        self.product = None if is_same else x.values.new_empty(shape, dtype=sweep.dtype)
 
     def add(self, block: Block, p: torch.Tensor) -> None:
-        """p in the product dtype."""
+        """p^T W; p, (B, N), in the product dtype."""
         if self.product is not None:
             self.v.add_(torch.mm(p.t(), block.operand, out=self.product))
         else:
             self.v.addmm_(p.t(), block.operand)
 
-    def finish(
-        self, swept: Swept, g_u: np.ndarray, needs: Needs
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """d_x and d_scale (eq. 8, 9)."""
-        v, x, targets = self.v, self.x, self.problem.targets
-        v.mul_(self.factors.a[:, None])
-        weight = self.problem.w[targets.classes].to(self.problem.accumulate)
-        rows = shrink_huge(weight, swept.inv_w[targets.classes])
-        factors = targets.of(self.factors.of_target) * rows.inverse
-        targets.add(v, rows.values * factors[:, None])
-        radial = project(x, v)  # sum_k G_nk c_nk
-        d_scale = None
-        if needs.scale:
-            of_others = radial.double().numpy() - g_u * swept.u.numpy()
-            d_scale = torch.from_numpy(of_others).sum() / self.problem.scale
-        return v.to(self.problem.x.dtype) if needs.x else None, d_scale
+
+def embeddings_gradient(
+    v: torch.Tensor, of_target: torch.Tensor, g: RowGradients, x: Vectors, problem: Problem,
+    swept: Swept, needs: Needs,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """d_x and d_scale (eq. 8, 9).
+
+    Args:
+        v: sum_k G_nk w_hat_k over the other classes, over ||x||, (N, D); overwritten.
+        of_target: g_u / ||x||, (N,).
+        g: gradients of lse and u. x: the embeddings. problem, swept, needs: as for `backward`.
+    """
+    targets = problem.targets
+    weight = problem.w[targets.classes].to(problem.accumulate)
+    rows = shrink_huge(weight, swept.inv_w[targets.classes])
+    factors = targets.of(of_target) * rows.inverse
+    targets.add(v, rows.values * factors[:, None])
+    radial = project(x, v)  # sum_k G_nk c_nk
+    d_scale = None
+    if needs.scale:
+        of_others = radial.double().numpy() - g.u * swept.u.numpy()
+        d_scale = torch.from_numpy(of_others).sum() / problem.scale
+    return v.to(problem.x.dtype) if needs.x else None, d_scale
+
+
+def _radial(
+    block: Block, p: torch.Tensor, product: torch.Tensor, factors: _Factors, scratch: torch.Tensor
+) -> torch.Tensor:
+    """sum_n G c / ||w||^2, (B,); ``scratch``, (B, N), is overwritten and may be ``product``."""
+    inverse = block.weight.inverse
+    radial = torch.mul(p, product, out=scratch).mv(factors.a_per_unit).mul_(inverse)
+    of_target = factors.gu_u[block.rows] * inverse[block.targets]
+    radial.index_add_(0, block.targets, of_target)
+    return radial.mul_(inverse)
 
 
 def backward(
@@ -310,21 +353,38 @@ def backward(
 ) -> Gradients:
     """Vector-Jacobian product of `forward` (eq. 7 to 9), for gradients ``g`` of lse and u."""
     x = shrink_huge(embeddings(problem), swept.inv_x)
-    num_rows, num_classes, _ = problem.sizes
+    num_rows, num_classes, dim = problem.sizes
     dtype = product_dtype(problem.compute_dtype, problem.accumulate)
-    sweep = Sweep(problem, x, _kept_products(swept.kept, (num_kept, num_rows), dtype))
+    products = _kept_products(swept.kept, (num_kept, num_rows), dtype)
+    sweep = Sweep(problem, x)
     shifts = needs_shift(problem.scale, num_classes, problem.accumulate)
     factors = _Factors.of(g, problem, swept, x)
-    of_x = _EmbeddingsGradient(problem, x, factors, sweep) if needs.x or needs.scale else None
-    of_w = _WeightGradient(problem, x, factors, sweep) if needs.w else None
+    of_x = EmbeddingsSum(sweep, x) if needs.x or needs.scale else None
+    of_w = None
+    if needs.w:
+        d_w = gradient_memory.empty(num_classes, dim, dtype=problem.w.dtype)
+        of_w = WeightGradient(sweep, d_w, x, factors.a, factors.of_target)
+    scratch = sweep.product if sweep.widened is None else sweep.widened
     for block in sweep.blocks(swept.inv_w, is_first=False):
-        p = _probabilities(block, factors.minus_lse, shifts)
-        radial = None if of_w is None else of_w.radial(block)
+        length = block.stop - block.start
+        is_kept = block.stop <= num_kept
+        kept = products[block.start : block.stop]
+        product = sweep.widen(kept) if is_kept else sweep.form(block)
+        p = _probabilities(block, product, factors.minus_lse, shifts)
+        radial = None
+        if of_w is not None:
+            radial = _radial(block, p, product, factors, scratch[:length])
         if dtype is not problem.accumulate:
-            p = sweep.product[: block.stop - block.start].copy_(p)
+            p = sweep.product[:length].copy_(p)
         if of_x is not None:
             of_x.add(block, p)
         if of_w is not None and radial is not None:
-            of_w.write(block, p, radial)
-    d_x, d_scale = (None, None) if of_x is None else of_x.finish(swept, g.u, needs)
+            tangent = of_w.tangent(block, p)
+            of_w.add_targets(block, tangent)
+            of_w.write(block, tangent, radial)
+            del tangent
+    d_x = d_scale = None
+    if of_x is not None:
+        v = of_x.v.mul_(factors.a[:, None])
+        d_x, d_scale = embeddings_gradient(v, factors.of_target, g, x, problem, swept, needs)
     return Gradients(d_x, None if of_w is None else of_w.d_w, d_scale)

@@ -78,26 +78,30 @@ class Kept(NamedTuple):
     """What a sweep keeps of its cosines.
 
     Attributes:
-        entries: (C, pitch), up to whole blocks of classes, in the dtype of G. shifts: (class
-            blocks, pitch), relative to which they are. pitch: N up to a multiple of `PITCH`.
+        entries: (C, pitch) in rows of ``stride``, in the dtype of G. shifts: (class blocks, pitch),
+            relative to which they are, and entries go up to whole blocks. None where they are
+            exponentials over the norm of the class, without a shift.
+        pitch: N up to a multiple of `PITCH`.
     """
 
     entries: Tensor
-    shifts: Tensor
+    shifts: Tensor | None
     pitch: int
+    stride: int
 
 
 class Chunk(NamedTuple):
     """What `gradient_kernel` leaves for the two products.
 
     Attributes:
-        g: G / (||x|| ||w||), (K, pitch), 0 past N. radial: sum_n G c of each class and row block,
-            (K, row blocks). row_radial: sum_k G c of each row, (class blocks, N), where one chunk
-            is all. pitch: N up to a multiple of `PITCH`.
+        g: G / (||x|| ||w||), (K, pitch), 0 past N; or exponentials, anything past N. radial: sum_n
+            G c of each class and row block, (K, row blocks), None if g has none. row_radial: sum_k
+            G c of each row, (class blocks, N), where one chunk is all. pitch: N up to a multiple
+            of `PITCH`, or more.
     """
 
     g: Tensor
-    radial: Tensor
+    radial: Tensor | None
     row_radial: Tensor | None
     pitch: int
 

@@ -123,6 +123,14 @@ def _keep(kept, z, e, shift, block, offs_n, offs_c):
 
 
 @triton.jit
+def _lend(kept, e, inv_w, offs_n, offs_c, C):
+    """Store exponentials over the norms of the classes."""
+    mask = (offs_n < kept.pitch)[:, None] & (offs_c < C)[None, :]
+    tl.store(kept.entries + offs_c.to(tl.int64)[None, :] * kept.stride + offs_n[:, None],
+             cast(e * inv_w[None, :], kept.entries.dtype.element_ty), mask=mask)  # fmt: skip
+
+
+@triton.jit
 def _sweep(
     operand, w, x_desc, w_desc, inv_w_ptr, kept, target, factor, inv_x, first, last,
     offs_n, mask_x, C, D, P: tl.constexpr,
@@ -132,6 +140,7 @@ def _sweep(
 
     All but the row's target, -1 if it has none.
     """
+    IS_LENT: tl.constexpr = kept is not None and kept.shifts is None
     run_max = tl.full([BLOCK_N], -float("inf"), P.ACC)
     run_sum = tl.zeros([BLOCK_N], P.ACC)
     for block in range(first, last):
@@ -151,13 +160,19 @@ def _sweep(
             z = z * inv_w[None, :]
         is_left_out = (offs_c[None, :] == target[:, None]) | (offs_c >= C)[None, :]
         z = tl.where(is_left_out, -float("inf"), z)
-        new_max = tl.maximum(run_max, tl.max(z, axis=1))
+        if IS_LENT:  # exponentials need no shift
+            new_max = tl.zeros([BLOCK_N], P.ACC)
+        else:
+            new_max = tl.maximum(run_max, tl.max(z, axis=1))
         # a tile may hold nothing but a row's target: -inf - -inf must not become NaN
         shift = tl.where(new_max == -float("inf"), 0.0, new_max)
         z = z - shift[:, None]
         e = tl.exp(z)
         if kept is not None:
-            _keep(kept, z, e, shift, block, offs_n, offs_c)
+            if IS_LENT:
+                _lend(kept, e, inv_w, offs_n, offs_c, C)
+            else:
+                _keep(kept, z, e, shift, block, offs_n, offs_c)
         run_sum = run_sum * tl.exp(run_max - shift) + tl.sum(e, axis=1)
         run_max = new_max
     return run_max, run_sum
@@ -174,7 +189,8 @@ def sweep_kernel(
     A sweep leaves the maximum of the scaled cosines of all but the target, and the sum of their
     exponentials relative to it, in ``partial`` (num_splits, 2, N). ``operand`` is x, or x in the
     dtype of the product; with descriptors, what `prepare_kernel` made of x. With ``kept`` a sweep
-    leaves there, of each cosine, either z = s c - shift, where that is above -1, or exp(z).
+    leaves there, of each cosine, either z = s c - shift, where that is above -1, or exp(z); or
+    exp(s c) / ||w||, if d_w is lent.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_margin._arguments import IGNORED, Gradients, Inputs, Losses, Needs, Slopes, Swept
-from fused_margin._triton.arguments import Chunk, LossOutputs, Matrix, Rows, pitch
+from fused_margin._arguments import (
+    IGNORED,
+    TAKEN,
+    Gradients,
+    Inputs,
+    Loan,
+    Losses,
+    Needs,
+    Slopes,
+    Swept,
+)
+from fused_margin._triton.arguments import Chunk, Kept, LossOutputs, Matrix, Rows, pitch
 from fused_margin._triton.backward import (
     embeddings_kernel,
     finish_kernel,
@@ -19,10 +29,17 @@ from fused_margin._triton.backward import (
     weight_kernel,
 )
 from fused_margin._triton.forward import prepare_kernel, rows_kernel, sweep_kernel
+from fused_margin._triton.lent import (
+    lent_finish_kernel,
+    lent_prepare_kernel,
+    lent_targets_kernel,
+    lent_weight_kernel,
+)
 from fused_margin._triton.planning import (
     LAUNCH_BOUND,
     Plan,
     backward_strategy,
+    is_lent,
     kept_parts,
     kept_shape,
     plan,
@@ -93,7 +110,14 @@ def _describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
-def _sweep(inputs: Inputs, p: Plan, rows: Rows, swept: Swept, ignore_index: int | None) -> Tensor:
+def _sweep(
+    inputs: Inputs,
+    p: Plan,
+    rows: Rows,
+    swept: Swept,
+    loan: Loan | None,
+    ignore_index: int | None,
+) -> Tensor:
     """Launch a sweep; returns its partials, (num_splits, 2, N).
 
     Rows with the label ``ignore_index`` are not looked at, unless it is None.
@@ -101,9 +125,14 @@ def _sweep(inputs: Inputs, p: Plan, rows: Rows, swept: Swept, ignore_index: int 
     x, w = inputs.x, inputs.w
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     kept, kept_block = kept_parts(swept.kept, num_rows, p)
-    tile = p.tiles.forward if kept is None else p.tiles.forward.with_rows(p.tiles.kept_rows)
+    tile = p.tiles.forward
+    if loan is not None and p.lent is not None:
+        kept = Kept(loan.left, None, pitch(num_rows), loan.left.stride(0))
+        tile = tile.with_rows(p.lent.rows)
+    elif kept is not None:
+        tile = tile.with_rows(p.tiles.kept_rows)
     tile = cut(tile, num_rows, num_classes, dim)
-    if kept is not None:
+    if kept_block:
         tile = tile.with_classes(kept_block)
     row_blocks, class_blocks = cdiv(num_rows, tile.n), cdiv(num_classes, tile.c)
     # one program of each row block is for its target cosines
@@ -125,9 +154,17 @@ def _sweep(inputs: Inputs, p: Plan, rows: Rows, swept: Swept, ignore_index: int 
     return partial
 
 
-def _empty_swept(inputs: Inputs, p: Plan, budget: int) -> Swept:
-    x, w = inputs.x, inputs.w
-    return Swept.empty(x, w, p.accumulate, kept_shape(x, w, inputs.compute_dtype, budget))
+def _memory(
+    inputs: Inputs, p: Plan, budget: int, lends_for: Needs | None
+) -> tuple[Swept, Loan | None]:
+    """Memory for what a sweep leaves, that of d_w included if it is lent."""
+    x, w, loan = inputs.x, inputs.w, None
+    is_number = inputs.scale_tensor is None  # to read another would need a synchronisation
+    if lends_for is not None and is_number and is_lent(x, w, inputs.scale, p, budget):
+        d_w = w.new_empty(w.shape)  # contiguous whatever the strides of w
+        loan, budget = Loan(d_w, d_w.view(p.gradient)), 0
+    shape = kept_shape(x, w, inputs.compute_dtype, budget)
+    return Swept.empty(x, w, p.accumulate, shape), loan
 
 
 def _rows(
@@ -154,29 +191,36 @@ def _rows(
     )  # fmt: skip
 
 
-def cosine_lse(inputs: Inputs, budget: int) -> Swept:
-    """What ``fused_margin::cosine_lse`` returns."""
+def cosine_lse(
+    inputs: Inputs, budget: int, lends_for: Needs | None = None
+) -> tuple[Swept, Loan | None]:
+    """What ``fused_margin::cosine_lse`` returns; with ``lends_for`` d_w may be lent."""
     x, w = inputs.x, inputs.w
     p = plan(x, w, inputs.compute_dtype)
-    swept = _empty_swept(inputs, p, budget)
+    swept, loan = _memory(inputs, p, budget, lends_for)
     if x.shape[0]:
         labels = _loadable(inputs.labels)
         rows = Rows(
             labels, labels.stride(0), swept.u, swept.inv_x, swept.lse, scale=inputs.scale_tensor
         )
         with guard(x):
-            partial = _sweep(inputs, p, rows, swept, None)
+            partial = _sweep(inputs, p, rows, swept, loan, None)
             _rows(p, rows, partial, w.shape[0], inputs.scale, NO_MARGIN, None, "none", 0)
-    return swept
+    return swept, loan
 
 
 def margin_ce(
-    inputs: Inputs, margin: Margin, reduction: str, ignore_index: int, budget: int
-) -> tuple[Losses, Swept]:
-    """What ``fused_margin::margin_ce`` returns."""
+    inputs: Inputs,
+    margin: Margin,
+    reduction: str,
+    ignore_index: int,
+    budget: int,
+    lends_for: Needs | None = None,
+) -> tuple[Losses, Swept, Loan | None]:
+    """What ``fused_margin::margin_ce`` returns; with ``lends_for`` d_w may be lent."""
     x, w, num_rows = inputs.x, inputs.w, inputs.x.shape[0]
     p = plan(x, w, inputs.compute_dtype)
-    swept = _empty_swept(inputs, p, budget)
+    swept, loan = _memory(inputs, p, budget, lends_for)
     reduced = None if reduction == "none" else x.new_empty((), dtype=p.accumulate)
     outputs = Losses.empty(x, p.accumulate, is_reduced=False)  # rows' losses come first anyway
     if num_rows:
@@ -187,7 +231,7 @@ def margin_ce(
         )  # fmt: skip
         losses = LossOutputs(outputs.loss, reduced, outputs.targets)
         with guard(x):
-            partial = _sweep(inputs, p, rows, swept, ignore_index)
+            partial = _sweep(inputs, p, rows, swept, loan, ignore_index)
             _rows(
                 p, rows, partial, w.shape[0], inputs.scale, margin, losses, reduction, ignore_index
             )
@@ -195,16 +239,18 @@ def margin_ce(
         outputs.num_counted.zero_()
         if reduced is not None:
             reduced.zero_()
-    return outputs if reduced is None else outputs._replace(loss=reduced), swept
+    return outputs if reduced is None else outputs._replace(loss=reduced), swept, loan
 
 
-def backward(slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs) -> Gradients:
+def backward(
+    slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs, loan: Loan | None = None
+) -> Gradients:
     """Vector-Jacobian product of a sweep, for the gradients of lse and u in ``slopes``."""
     x, w, num_rows = inputs.x, inputs.w, inputs.x.shape[0]
     p = plan(x, w, inputs.compute_dtype)
     # contiguous whatever the strides of x and w, as the operator's fake promises
     d_x = x.new_empty(x.shape) if needs.x else None
-    d_w = w.new_empty(w.shape) if needs.w else None
+    d_w = w.new_empty(w.shape) if needs.w and loan is None else None
     if num_rows == 0:
         zero = x.new_zeros((), dtype=p.accumulate) if needs.scale else None
         return Gradients(d_x, None if d_w is None else d_w.zero_(), zero)
@@ -216,10 +262,14 @@ def backward(slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs) -> Grad
         grad, grad.stride(0) if grad is not None and grad.ndim else 0,
         slopes.num_counted, inputs.scale_tensor,
     )  # fmt: skip
+    call = _Call(p, rows, inputs, swept, Gradients(d_x, d_w, None), needs)
     with guard(x):
+        if loan is TAKEN:
+            loan = _lend_again(call)
+        if loan is not None:
+            return _lent(call, loan)
         is_fused = backward_strategy(x, w, p, swept.kept) == "fused"
-        strategy = _fused if is_fused else _chunked  # what was kept goes through the chunks
-        partial = strategy(p, rows, inputs, swept, Gradients(d_x, d_w, None), needs)
+        partial = _fused(call) if is_fused else _chunked(call)  # what was kept goes through chunks
         d_scale = None
         if partial is not None:
             d_scale = x.new_empty(num_rows, dtype=p.accumulate) if needs.scale else None
@@ -236,10 +286,20 @@ def _splits(wanted: int, available: int, bytes_per_split: int) -> int:
     return max(1, min(wanted, available, PARTIAL_BYTES // bytes_per_split))
 
 
-def _fused(
-    p: Plan, rows: Rows, inputs: Inputs, swept: Swept, gradients: Gradients, needs: Needs
-) -> Tensor | None:
+class _Call(NamedTuple):
+    """What all launches of a backward share."""
+
+    p: Plan
+    rows: Rows
+    inputs: Inputs
+    swept: Swept
+    gradients: Gradients
+    needs: Needs
+
+
+def _fused(call: _Call) -> Tensor | None:
     """Launch the fused backward; returns the partials of d_x that are still to be merged."""
+    p, rows, inputs, swept, gradients, needs = call
     x, w, inv_w = inputs.x, inputs.w, swept.inv_w
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     tiles = p.tiles.for_fused(dim)
@@ -270,10 +330,9 @@ def _fused(
     return partial
 
 
-def _chunked(
-    p: Plan, rows: Rows, inputs: Inputs, swept: Swept, gradients: Gradients, needs: Needs
-) -> Tensor | None:
+def _chunked(call: _Call) -> Tensor | None:
     """Launch the chunked backward; returns the partials of d_x that are still to be merged."""
+    p, rows, inputs, swept, gradients, needs = call
     x, w, inv_w = inputs.x, inputs.w, swept.inv_w
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     kept, kept_block = kept_parts(swept.kept, num_rows, p)
@@ -336,6 +395,66 @@ def _chunked(
                 cdiv(length, splits), class_blocks, P=p.precision, **_run(embeddings_tile),
             )  # fmt: skip
     return partial
+
+
+def _lend_again(call: _Call) -> Loan:
+    """What the forward had lent, by another sweep."""
+    x, w, p = call.inputs.x, call.inputs.w, call.p
+    d_w = w.new_empty(w.shape)
+    loan = Loan(d_w, d_w.view(p.gradient))
+    swept = Swept.empty(x, w, p.accumulate, kept_shape(x, w, call.inputs.compute_dtype, 0))
+    rows = Rows(call.rows.labels, call.rows.stride_label, swept.u, swept.inv_x)
+    _sweep(call.inputs, p, rows, swept, loan, None if call.rows.grad is None else IGNORED)
+    return loan
+
+
+def _lent(call: _Call, loan: Loan) -> Gradients:
+    """Launch the backward whose exponentials lie in the memory of d_w, which comes last."""
+    p, rows, inputs, swept, gradients, _ = call
+    x, w, q = inputs.x, inputs.w, loan.left
+    (num_rows, dim), num_classes = x.shape, w.shape[0]
+    if p.lent is None:
+        raise RuntimeError("d_w was lent without a tile for whole rows")
+    x_in, w_in = Matrix.of(x), Matrix.of(w)
+    operand = x.new_empty((num_rows, 8 * cdiv(dim, 8)), dtype=p.gradient)
+    largest = x.new_empty((), dtype=p.accumulate)
+    lent_prepare_kernel[(cdiv(num_rows, FEW_ROWS),)](
+        x_in, rows, operand, largest, operand.stride(0), inputs.scale, num_rows, dim,
+        P=p.precision, BLOCK_N=FEW_ROWS, BLOCK_D=FEW_COLUMNS, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    operand = operand[:, :dim]
+    if gradients.x is not None:
+        tile = cut(p.tiles.embeddings, num_rows, num_classes, dim)
+        grid = cdiv(num_rows, tile.n), cdiv(dim, tile.d)
+        splits = _splits(
+            cdiv(2 * p.programs, grid[0] * grid[1]),
+            cdiv(num_classes, 4 * tile.c),
+            num_rows * dim * p.accumulate.itemsize,
+        )
+        partial = x.new_empty((splits, num_rows, dim), dtype=p.accumulate)
+        embeddings_kernel[(*grid, splits)](
+            x_in, w_in, rows, Chunk(q, None, None, q.stride(0)), partial, gradients.x, 0,
+            num_classes, num_rows, dim, cdiv(num_classes, splits), 0, P=p.precision, **_run(tile),
+        )  # fmt: skip
+        lent_finish_kernel[(cdiv(num_rows, FEW_ROWS),)](
+            x_in, w_in, rows, partial, swept.inv_w, gradients.x, inputs.scale, num_rows,
+            num_classes, dim, splits, P=p.precision, BLOCK_N=FEW_ROWS, BLOCK_D=FEW_COLUMNS,
+            num_warps=4, num_stages=2, enable_fp_fusion=True,
+        )  # fmt: skip
+    tile = cut(p.lent.weight, num_rows, num_classes, dim)
+    x_desc = q_desc = None
+    if p.descriptors and (dim * w.itemsize) % 16 == 0:
+        x_desc = _describe(operand, tile.n, tile.d)
+        q_desc = _describe(q[:, :num_rows], tile.c, tile.n)
+    lent_weight_kernel[(cdiv(num_classes, tile.c),)](
+        Matrix.of(operand), w_in, Matrix.of(q), x_desc, q_desc, largest, swept.inv_w, loan.d_w,
+        num_rows, num_classes, dim, P=p.precision, **_run(tile),
+    )  # fmt: skip
+    lent_targets_kernel[(num_rows,)](
+        x_in, w_in, rows, swept.inv_w, loan.d_w, num_rows, num_classes, dim, P=p.precision,
+        BLOCK_N=MERGED_SPLITS, BLOCK_D=FEW_COLUMNS, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return Gradients(gradients.x, loan.d_w, None)
 
 
 def _chunk_size(columns: int, num_classes: int, block_c: int, itemsize: int) -> int:

@@ -14,10 +14,10 @@ import triton.language as tl
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from fused_margin._numerics import accumulation_dtype
+from fused_margin._numerics import accumulation_dtype, needs_shift
 from fused_margin._triton import tiles, tuned
 from fused_margin._triton.arguments import Kept, Precision, pitch
-from fused_margin._triton.tiles import Tiles, cdiv, power_of_two
+from fused_margin._triton.tiles import Lent, Tiles, cdiv, power_of_two
 
 Tensor = torch.Tensor
 
@@ -97,6 +97,7 @@ class Plan:
         operands: the operand type of `tiles.OPERANDS` that the tiles are for.
         descriptors: whether W, x and G are read through tensor descriptors.
         tiles: the tiles.
+        lent: tiles of the kernels to which d_w is lent; None where none holds whole rows.
         programs: how many programs fill the device.
     """
 
@@ -107,6 +108,7 @@ class Plan:
     operands: str
     descriptors: bool
     tiles: Tiles
+    lent: Lent | None
     programs: int
 
 
@@ -192,14 +194,15 @@ def plan_on(
         NORMALIZE_FIRST=compute is torch.float16,
     )
     described = tiles.DESCRIBED.get((device.family, operands)) if is_described else None
+    lent = tiles.LENT if described is None else tiles.DESCRIBED_LENT
     chosen = tiles.default(device.family, operands) if described is None else described
     return Plan(
         accumulate, compute, gradient, precision, operands, described is not None, chosen,
-        device.programs,
+        lent.get((device.family, operands)), device.programs,
     )  # fmt: skip
 
 
-STRATEGIES = ("chunked", "fused", "kept")
+STRATEGIES = ("chunked", "fused", "kept", "lent")
 
 
 @dataclass(frozen=True)
@@ -241,13 +244,14 @@ def strategy_for(
     """Which backward a call gets (docs/design.md).
 
     ``"kept"`` if an entry for each cosine, ``kept_bytes`` in all, is within the caller's budget;
+    ``"lent"`` is not decided here, see `is_lent`: it goes through the chunks as "kept" does;
     ``"fused"`` for small D, and where launches are what a step costs, if there are tiles for D;
     else ``"chunked"``.
     """
     if _override.strategy is not None:
         if _override.strategy == "fused" and tiles.for_fused(dim) is None:
             raise ValueError(f"no fused tiles for D = {dim}")
-        return _override.strategy
+        return "chunked" if _override.strategy == "lent" else _override.strategy
     if kept_bytes <= budget:
         return "kept"
     is_small = dim <= FUSED_DIM or num_rows * num_classes <= LAUNCH_BOUND
@@ -310,4 +314,28 @@ def kept_parts(kept: Tensor, num_rows: int, p: Plan) -> tuple[Kept | None, int]:
     block_c = (size // columns - p.accumulate.itemsize) // p.gradient.itemsize
     end = blocks * block_c * columns * p.gradient.itemsize
     flat = kept.view(-1)
-    return Kept(flat[:end].view(p.gradient), flat[end:].view(p.accumulate), columns), block_c
+    entries, shifts = flat[:end].view(p.gradient), flat[end:].view(p.accumulate)
+    return Kept(entries, shifts, columns, columns), block_c
+
+
+def is_lent(x: Tensor, w: Tensor, scale: float, p: Plan, budget: int) -> bool:
+    """Whether a forward whose d_w may be lent leaves its exponentials there.
+
+    Where the backward would else be "chunked", if exponentials need no shift, those of a class fit
+    into its row of d_w, and a tile holds whole rows.
+    """
+    (num_rows, dim), num_classes = x.shape, w.shape[0]
+    row_bytes = dim * w.itemsize
+    fits = (
+        p.lent is not None
+        and dim <= p.lent.weight.d
+        and pitch(num_rows) * p.gradient.itemsize <= row_bytes
+        and row_bytes % p.gradient.itemsize == 0
+    )
+    if num_rows == 0 or not fits or needs_shift(scale, num_classes, p.accumulate):
+        return False
+    if _override.strategy is not None:
+        return _override.strategy == "lent"
+    block_c = _kept_block(num_classes, p)
+    needed = cdiv(num_classes, block_c) * _kept_bytes(block_c, num_rows, p)
+    return strategy_for(num_rows, num_classes, dim, p.tiles, needed, budget) == "chunked"

@@ -233,6 +233,34 @@ DESCRIBED: dict[tuple[str, str], Tiles] = {
 }
 
 
+@dataclass(frozen=True)
+class Lent:
+    """What the kernels to which d_w is lent work on.
+
+    Attributes:
+        weight: tile of `lent_weight_kernel`, which holds whole rows of d_w: d is the largest D.
+        rows: the most rows of a tile of the sweep, which holds exponentials too.
+    """
+
+    weight: Tile
+    rows: int = 128
+
+
+_LENT_BF16, _LENT_TF32 = Lent(Tile(64, 64, 512, 8, 2)), Lent(Tile(32, 64, 512, 8, 2))
+LENT: dict[tuple[str, str], Lent] = {
+    **{(family, "bf16"): _LENT_BF16 for family in _TABLE},
+    **{(family, operand): _LENT_TF32 for family in _TABLE for operand in ("tf32", "fp16")},
+    ("sm_80", "bf16"): replace(_LENT_BF16, rows=64),
+    ("sm_90", "bf16"): Lent(Tile(64, 64, 512, 8, 3)),
+    ("gfx942", "bf16"): Lent(Tile(64, 64, 512, 8, 1)),
+    **{("interpreter", operand): Lent(Tile(16, 32, 64, 1, 1)) for operand in OPERANDS},
+}
+# the same where descriptors are used
+DESCRIBED_LENT: dict[tuple[str, str], Lent] = {
+    ("sm_90", "bf16"): Lent(Tile(64, 64, 512, 8, 3), rows=256),
+}
+
+
 def family(backend: str, arch: int | str) -> str:
     """The family of a device, given as Triton names it: ``("cuda", 90)``, ``("hip", "gfx942")``."""
     if backend == "hip":

@@ -71,7 +71,7 @@ LAYERS = (
     {"_transforms", "_remedies", "_compiled"},
     {"_validate"},
     {"margins"},
-    {"_cpu", "_triton", "_reference"},
+    {"_cpu", "_triton", "_reference", "_loans"},
     {"_ops", "_weight_sweeps"},
     {"_flops", "tuning", "_setup"},
     {"functional", "regularizers", "config"},

@@ -24,6 +24,7 @@ from helpers import (
     Mode,
     Problem,
     Result,
+    ahead,
     arcface,
     assert_close,
     check_loss,
@@ -90,7 +91,8 @@ def cases(
     cross = {(loss, SHAPE, first): None for loss in losses}
     cross |= {(losses[0], SHAPE, mode): None for mode in modes}
     cross |= {(losses[0], shape, last): None for shape in shapes if shape[1] <= 300}
-    ways = (("reference", ()), ("cpu", ()), ("cpu", in_one_block), ("cpu", in_blocks))
+    marks = ((), in_one_block, in_blocks, ahead)
+    ways = (("reference", ()), *(("cpu", mark) for mark in marks))
     chosen = [(case, way, marks) for case in full for way, marks in ways]
     chosen += [(case, "triton", needs_triton) for case in cross]
     return [

@@ -34,8 +34,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fused_margin.functional as fmf
-from fused_margin import _cpu
-from fused_margin._cpu import backend, memory, products, rows, single, sweep, tiny
+from fused_margin import _cpu, _numerics
+from fused_margin._cpu import backend, memory, rows, single, sweep, tiny
 
 SETTINGS = settings(max_examples=20, derandomize=True, deadline=None, database=None)
 TRITON_SETTINGS = settings(SETTINGS, max_examples=5)
@@ -346,8 +346,8 @@ def test_steps_of_the_target_cosines_change_nothing(
 def test_where_a_shift_is_needed(num_classes: int, dtype: torch.dtype, limit: float) -> None:
     """Where s + ln C leaves too little room for cosines that rounding puts above 1."""
     scale = limit - math.log(num_classes)
-    assert not products.needs_shift(scale - 0.5, num_classes, dtype)
-    assert products.needs_shift(scale + 0.5, num_classes, dtype)
+    assert not _numerics.needs_shift(scale - 0.5, num_classes, dtype)
+    assert _numerics.needs_shift(scale + 0.5, num_classes, dtype)
 
 
 @pytest.mark.skipif(not _cpu.has_bf16_products(), reason="this CPU multiplies bf16 in fp32")

@@ -22,6 +22,7 @@ from helpers import (
     HAS_TRITON,
     Mode,
     Problem,
+    ahead,
     arcface,
     check_loss,
     device_of,
@@ -39,13 +40,14 @@ from fused_margin import _validate
 Tensor = torch.Tensor
 pytestmark = pytest.mark.usefixtures("poison")
 FP16, BF16 = HALF_MODES[:2]
-STRATEGIES = ("chunked", "fused", "kept")
+STRATEGIES = ("chunked", "fused", "kept", "lent")
 
 
 @pytest.fixture(
     params=[
         "cpu",
         pytest.param("cpu", marks=in_blocks, id="cpu-blocks"),
+        pytest.param("cpu", marks=ahead, id="cpu-ahead"),
         *(pytest.param(f"triton-{name}", marks=needs_triton) for name in STRATEGIES),
     ]
 )

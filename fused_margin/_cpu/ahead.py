@@ -1,0 +1,226 @@
+"""Many classes and a gradient of W: the backward done ahead, as far as the forward can.
+
+The memory that d_w will have holds, until then, the exponentials of the forward, and d_x is summed
+while they are in the cache, but for factors of each row that are known only at the end. So the
+backward has one product left, and no more memory is taken than without. With s log2(e) cos as z,
+
+    Q_kn = 2^z_kn / ||w_k||, 0 at the targets,      v = Q^T W,      f_n = a_n 2^(-log2(e) lse_n)
+
+and G_nk = f_n Q_kn ||w_k|| for k != y_n (eq. 7 of ``docs/math.md``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fused_margin._arguments import TAKEN, Gradients, Loan, Needs, Swept
+from fused_margin._cpu.memory import gradient_memory, kept_memory
+from fused_margin._cpu.products import product_dtype
+from fused_margin._cpu.rows import (
+    Problem,
+    RowGradients,
+    Vectors,
+    embeddings,
+    measure,
+    rounded,
+    shrink_huge,
+    target_cosines,
+    view_of,
+)
+from fused_margin._cpu.sweep import (
+    Block,
+    EmbeddingsSum,
+    Sweep,
+    WeightGradient,
+    block_size,
+    embeddings_gradient,
+)
+from fused_margin._numerics import needs_shift
+
+# There are fewer passes over a block than in `sweep`, and larger ones pay.
+EFFICIENT_BLOCK = 4096
+# Factors of rows beyond 2^-FAR or 2^FAR are brought near 1 by a power of 2 that they share.
+FAR = 60
+
+
+def fits(problem: Problem) -> bool:
+    """Whether the exponentials need no shift, and a row may have any other class."""
+    num_classes = problem.w.shape[0]
+    return num_classes > 1 and not needs_shift(problem.scale, num_classes, problem.accumulate)
+
+
+def _block_size(problem: Problem) -> int:
+    return block_size(*problem.sizes, problem.accumulate.itemsize, EFFICIENT_BLOCK)
+
+
+def lent_classes(problem: Problem) -> int:
+    """How many classes' exponentials the memory of d_w holds: all, or those of whole blocks."""
+    num_rows, num_classes, dim = problem.sizes
+    dtype = product_dtype(problem.compute_dtype, problem.accumulate)
+    num_entries = num_classes * dim * problem.w.itemsize // dtype.itemsize
+    if num_entries >= num_classes * num_rows:
+        return num_classes
+    size = _block_size(problem)
+    return num_entries // (num_rows * size) * size
+
+
+class Left(NamedTuple):
+    """What a forward leaves beside the memory of d_w.
+
+    Attributes:
+        more: bytes with Q of further classes.
+        v: (N, D); None where neither d_x nor d_scale will be asked for.
+    """
+
+    more: torch.Tensor
+    v: torch.Tensor | None
+
+
+class _Store:
+    """Q of the first classes, (K, N), in the memory of d_w, (C, D), and of some more on top.
+
+    In d_w they end where it ends if a row of it is as long as one of theirs or longer, and begin
+    where it begins otherwise. Either way a row of d_w that is written lies over none still to be
+    read but, maybe, one of its own block.
+    """
+
+    def __init__(self, problem: Problem, d_w: torch.Tensor, more: torch.Tensor) -> None:
+        num_rows, num_classes, _ = problem.sizes
+        dtype = product_dtype(problem.compute_dtype, problem.accumulate)
+        self.num_lent = lent_classes(problem)
+        bytes_per_class = num_rows * dtype.itemsize
+        flat = d_w.view(-1).view(torch.uint8)
+        self.begin = 0
+        if self.num_lent == num_classes:
+            self.begin = (
+                (flat.numel() - num_classes * bytes_per_class) // dtype.itemsize * dtype.itemsize
+            )
+        self.lent = (
+            flat[self.begin : self.begin + self.num_lent * bytes_per_class]
+            .view(dtype)
+            .view(-1, num_rows)
+        )
+        self.more = more.view(dtype).view(-1, num_rows)
+        self.bytes_per_class, self.gradient_bytes = bytes_per_class, d_w.shape[1] * d_w.itemsize
+
+    def of(self, block: Block) -> torch.Tensor | None:
+        """Where Q of a block lies, (B, N); None if nowhere."""
+        start, stop = block.start, block.stop
+        if stop <= self.num_lent:
+            return self.lent[start:stop]
+        if self.num_lent <= start and stop - self.num_lent <= len(self.more):
+            return self.more[start - self.num_lent : stop - self.num_lent]
+        return None
+
+    def is_overwritten(self, block: Block) -> bool:
+        """Whether the block's rows of d_w lie over its own Q."""
+        if block.stop > self.num_lent:
+            return False
+        begin, end = (self.begin + row * self.bytes_per_class for row in (block.start, block.stop))
+        return begin < block.stop * self.gradient_bytes and block.start * self.gradient_bytes < end
+
+
+def forward(problem: Problem, num_bytes: int, needs: Needs) -> tuple[Swept, Loan]:
+    """lse and u (eq. 1, 2), the memory of d_w with Q, and v where it is needed.
+
+    Args:
+        problem: what to sweep over.
+        num_bytes: how many may be taken on top of d_w, for Q of classes that don't fit there.
+        needs: which gradients will be asked for.
+    """
+    x = measure(embeddings(problem))
+    num_rows, num_classes, dim = problem.sizes
+    inv_w = x.inverse.new_empty(num_classes)
+    d_w = gradient_memory.empty(num_classes, dim, dtype=problem.w.dtype)
+    more = _more(problem, num_bytes)
+    store, sweep = _Store(problem, d_w, more), Sweep(problem, x.rows, _block_size(problem))
+    of_x = EmbeddingsSum(sweep, x.rows) if needs.x or needs.scale else None
+    total = torch.zeros(num_rows, dtype=torch.float64, device="cpu")
+    for block in sweep.blocks(inv_w, is_first=True):
+        e = _exponentials(sweep, block)
+        total += e.sum(dim=0)
+        q = _divided(sweep, block, e, store.of(block))
+        if of_x is not None:
+            of_x.add(block, q)
+    u = target_cosines(x, problem.w, problem.targets)
+    nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+    swept = Swept(total.log_(), u, x.inverse, inv_w, nothing)
+    return swept, Loan(d_w, Left(more, None if of_x is None else of_x.v))
+
+
+def _more(problem: Problem, num_bytes: int) -> torch.Tensor:
+    """Bytes for Q of whole blocks of classes, beyond those that d_w holds."""
+    num_rows, num_classes, _ = problem.sizes
+    itemsize = product_dtype(problem.compute_dtype, problem.accumulate).itemsize
+    further = num_classes - lent_classes(problem)
+    num_held = num_bytes // (num_rows * itemsize)
+    if num_held < further:
+        size = _block_size(problem)
+        further = num_held // size * size
+    return kept_memory.empty(further * num_rows * itemsize, dtype=torch.uint8)
+
+
+def _exponentials(sweep: Sweep, block: Block) -> torch.Tensor:
+    """2^z, 0 at the targets, (B, N), in the block's work."""
+    z = torch.mul(sweep.form(block), block.weight.inverse[:, None], out=block.work)
+    z[block.targets, block.rows] = -math.inf
+    return z.exp2_()
+
+
+def _divided(
+    sweep: Sweep, block: Block, e: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Q of the block, (B, N) in the product dtype, where it is to lie, or in a buffer."""
+    out = sweep.product[: len(e)] if out is None else out
+    return torch.mul(e, block.weight.inverse[:, None], out=out)
+
+
+def backward(
+    g: RowGradients, problem: Problem, swept: Swept, loan: Loan, needs: Needs
+) -> Gradients:
+    """Vector-Jacobian product of `forward` (eq. 7 to 9), over what that has left in the loan."""
+    d_w, left = forward(problem, 0, needs)[1] if loan is TAKEN else loan
+    x = shrink_huge(embeddings(problem), swept.inv_x)
+    inv_x = x.inverse.double().numpy()
+    of_target = rounded(g.u * inv_x, problem.accumulate)
+    a, decay = g.lse * problem.scale * inv_x, np.exp(-swept.lse.numpy())
+    store = _Store(problem, d_w, left.more)
+    _write_weight_gradient(d_w, store, a * decay, of_target, x, problem, swept.inv_w)
+    d_x = d_scale = None
+    if left.v is not None:
+        # one after the other: as a loss tends to 0 their product may leave what fp32 can hold
+        v = left.v.mul_(rounded(decay, problem.accumulate)[:, None])
+        v.mul_(rounded(a, problem.accumulate)[:, None])
+        d_x, d_scale = embeddings_gradient(v, of_target, g, x, problem, swept, needs)
+    return Gradients(d_x, d_w, d_scale)
+
+
+def _write_weight_gradient(
+    d_w: torch.Tensor, store: _Store, factor: np.ndarray, of_target: torch.Tensor, x: Vectors,
+    problem: Problem, inv_w: torch.Tensor,
+) -> None:  # fmt: skip
+    """Write d_w, (C, D), over what is stored there, for factors f / ||x||, (N,) fp64."""
+    _, exponent = np.frexp(np.abs(factor).max(initial=0.0))
+    power = 2.0 ** float(exponent) if abs(exponent) > FAR else 1.0
+    sweep = Sweep(problem, x, _block_size(problem))
+    factors = rounded(factor / power, problem.accumulate)
+    of_w = WeightGradient(sweep, d_w, x, factors, of_target)
+    for block in sweep.blocks(inv_w, is_first=False):
+        q = store.of(block)
+        if q is None:
+            q = _divided(sweep, block, _exponentials(sweep, block))
+        elif store.is_overwritten(block):
+            q = sweep.product[: block.stop - block.start].copy_(q)
+        tangent = of_w.tangent(block, q)
+        if power != 1.0:
+            tangent.mul_(power)
+        of_w.add_targets(block, tangent)
+        inverse = block.weight.inverse
+        dots = np.vecdot(view_of(tangent), view_of(block.weight.values))
+        radial = torch.from_numpy(dots).mul_(inverse).mul_(inverse)
+        of_w.write(block, tangent, radial)
+        del tangent  # two at once, this and the next, would cost more memory
