@@ -78,18 +78,21 @@ def _is_shared(module: nn.parallel.DistributedDataParallel) -> bool:
     return is_complete and _ranks(module.process_group) > 1
 
 
-def warn_if_unsynchronized(criterion: nn.Module) -> None:
+def warn_if_unsynchronized(criterion: nn.Module, weight: Any = None) -> None:
     """Warn once if this process has data-parallel modules and the criterion's weight is in none.
 
     Without any such module nothing is said: DeepSpeed, pipelines, or gradients averaged by hand.
     The search looks at every Python object, so it is made on calls 1, 2, 4, 8, ... and only until
     there is a data-parallel module. Compiled code makes none.
+
+    Args:
+        criterion: a loss. weight: its class weights, where they are not ``criterion.weight``.
     """
     if not _HAS_DISTRIBUTED or not dist.is_initialized():
         return
     if torch.compiler.is_compiling() or dist.get_world_size() < 2:
         return
-    weight = criterion.weight
+    weight = criterion.weight if weight is None else weight
     # FSDP1 and torch.func.functional_call put in a tensor that is no parameter
     is_trained = isinstance(weight, nn.Parameter) and weight.requires_grad
     if not (is_trained and torch.is_grad_enabled()):

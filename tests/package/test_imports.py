@@ -76,6 +76,8 @@ LAYERS = (
     {"_flops", "tuning", "_setup"},
     {"functional", "regularizers", "config"},
     {"losses"},
+    {"compat"},
+    {"convert"},
     {"__init__"},
 )
 
@@ -140,8 +142,9 @@ def _raised(path: Path) -> set[str]:
     "path",
     [
         path
-        for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "_cpu").glob("*.py")]
-        if path.name not in ("_validate.py", "tuning.py")
+        for folder in (".", "_cpu", "compat")
+        for path in (PACKAGE / folder).glob("*.py")
+        if path.name not in ("_validate.py", "_refusals.py", "tuning.py")
     ],
     ids=lambda path: path.name,
 )
