@@ -106,8 +106,9 @@ def _imports() -> dict[str, set[str]]:
 
 def test_layers() -> None:
     rank = {name: index for index, layer in enumerate(LAYERS) for name in layer}
-    for module, imported in _imports().items():
-        for other in imported & set(_imports()):
+    graph = _imports()
+    for module, imported in graph.items():
+        for other in imported & set(graph):
             lower, upper = other.split(".")[0], module.split(".")[0]
             assert rank[lower] <= rank[upper], f"{module} imports {other}"
 
