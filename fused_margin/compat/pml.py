@@ -15,6 +15,7 @@ Values and gradients are those of pytorch-metric-learning 2 in fp32 and fp64. Wh
   within 0.0032 rad of it it is bounded, see `margins.sine`; a margin above pi is an error.
 - An empty batch has loss 0, not NaN. A row of label -100 has loss 0 and counts in the mean.
 - ``collect_stats=True``, distances other than those named, and reference embeddings are errors.
+- ``fully_shard`` refuses W, as parameters have to be contiguous there; `fused_margin.losses` shard.
 
 Reducers and distances are pytorch-metric-learning's own objects, which is not imported here.
 """
