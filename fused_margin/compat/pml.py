@@ -12,7 +12,8 @@ Values and gradients are those of pytorch-metric-learning 2 in fp32 and fp64. Wh
   good), and the loss is fp32 then; fp64 embeddings widen it for good, as there. It moves to the
   embeddings' device, as there.
 - ArcFace's slope is finite where an embedding lies on its class's weight (there it is NaN), and
-  within 0.0032 rad of it it is bounded, see `margins.sine`; a margin above pi is an error.
+  within 0.0032 rad of it it is bounded, see `margins.sine`; a margin above pi is an error. The
+  slope of a multiple angle at pi is the one just below, not its negative.
 - An empty batch has loss 0, not NaN. A row of label -100 has loss 0 and counts in the mean.
 - ``collect_stats=True``, distances other than those named, and reference embeddings are errors.
 - ``fully_shard`` refuses W, as parameters have to be contiguous there; `fused_margin.losses` shard.
@@ -25,7 +26,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,14 +51,6 @@ __all__ = [
 
 Tensor = torch.Tensor
 Regularizer = Callable[[Tensor], Any]
-
-
-class Distance(Protocol):
-    """What is read of a distance of pytorch-metric-learning."""
-
-    normalize_embeddings: bool
-    p: float
-    power: float
 
 
 def _takes_everything(reducer: Any) -> bool:

@@ -28,6 +28,7 @@ def batch(weight: Tensor) -> tuple[Tensor, Tensor]:
     x = torch.randn(N, D, generator=generator, dtype=weight.dtype)
     x[:10] += 3 * own[:10]
     x[10:20] = 0.3 * x[10:20] - own[10:20]
+    x[10:14] = 0.02 * x[10:14] - own[10:14]  # past theta + m = pi for a margin of 0.2
     x[20] = 0.0
     return x, labels
 

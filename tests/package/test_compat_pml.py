@@ -304,6 +304,22 @@ def test_empty_and_ignored(name: str) -> None:
     assert float(d_x[::2].abs().max()) == 0.0
 
 
+@pytest.mark.parametrize("margin", [1, 2, 3, 4, 10])
+def test_a_multiple_of_the_angle_never_rises(margin: int) -> None:
+    """Its slope by the cosine is m² at both ends, and 0 where pieces meet."""
+    theta = torch.linspace(0.0, math.pi, 2001, dtype=torch.float64)
+    u = theta.cos().requires_grad_()
+    value = pml.multiple_angle(u, margin)
+    (slope,) = torch.autograd.grad(value.sum(), u)
+    k = (margin * theta / math.pi).floor()
+    expected = (-1.0) ** k * (margin * theta).cos() - 2 * k
+    torch.testing.assert_close(value.detach(), expected)
+    assert float(slope.min()) > -1e-9
+    ends = torch.tensor([1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(pml.multiple_angle(ends, margin).sum(), ends)
+    torch.testing.assert_close(slope, torch.full_like(slope, margin**2))
+
+
 def test_subcenters_take_the_first_of_equal_ones() -> None:
     w = torch.randn(3, 1, 4, dtype=torch.float64).expand(3, 2, 4).flatten(0, 1).contiguous()
     w.requires_grad_()
