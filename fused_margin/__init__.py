@@ -7,7 +7,11 @@ and as Triton kernels on a GPU. Importing the package never imports Triton.
 
 from fused_margin import _flops, functional, margins, regularizers
 from fused_margin._cpu import empty_cache
-from fused_margin._setup import UnsynchronizedWeightsWarning, check_setup
+from fused_margin._setup import (
+    UnsynchronizedWeightsWarning,
+    WeightDecayWarning,
+    check_setup,
+)
 from fused_margin._version import __version__
 from fused_margin.config import show_config
 from fused_margin.losses import (
@@ -25,6 +29,7 @@ __all__ = [
     "MarginSoftmaxLoss",
     "NormalizedSoftmaxLoss",
     "UnsynchronizedWeightsWarning",
+    "WeightDecayWarning",
     "__version__",
     "check_setup",
     "empty_cache",

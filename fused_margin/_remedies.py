@@ -141,3 +141,33 @@ def of_size(name: str, value: Any) -> str:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return "; convert it with int(), or divide by //"
     return ""
+
+
+def of_forgotten(criterion: str, names: list[str]) -> str:
+    """The message about parameters that no optimiser holds."""
+    return (
+        f"the optimizer doesn't hold {', '.join(names)} of this {criterion}, which would"
+        " never be trained: build it with [*model.parameters(), *criterion.parameters()], and"
+        " after fully_shard(), which replaces the parameters"
+    )
+
+
+def of_shared(criterion: str, names: list[str]) -> str:
+    """The message about parameters that several optimisers hold."""
+    return (
+        f"two optimizers hold {', '.join(names)} of this {criterion}, so that each step is made"
+        " twice, with learning rates and moments of their own; leave criterion.parameters() out of"
+        " one of them"
+    )
+
+
+def of_weight_decay(criterion: str, name: str, decay: float) -> str:
+    """The message about weight decay of weights whose norms the loss doesn't know."""
+    return (
+        f"the optimizer has a weight decay of {decay:g} for {name} of this {criterion}, whose loss"
+        " doesn't depend on the norms of its rows: decay shrinks them, and the gradient goes as"
+        " 1/norm, so it only raises the learning rate, most of all that of rare classes. Leave it"
+        ' out, [{"params": model.parameters()}, {"params": criterion.parameters(),'
+        ' "weight_decay": 0.0}], or, if it is meant as in recipes of SGD with 5e-4, ignore'
+        " fused_margin.WeightDecayWarning with warnings.filterwarnings"
+    )

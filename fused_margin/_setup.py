@@ -10,16 +10,16 @@ import gc
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from fused_margin import _validate
+from fused_margin import _remedies, _validate
 
-__all__ = ["UnsynchronizedWeightsWarning", "check_setup"]
+__all__ = ["UnsynchronizedWeightsWarning", "WeightDecayWarning", "check_setup"]
 
 _HAS_DISTRIBUTED = dist.is_available()
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -38,6 +38,10 @@ REMEDY = (
 
 class UnsynchronizedWeightsWarning(UserWarning):
     """The class weights are trained on several ranks, and nothing averages their gradients."""
+
+
+class WeightDecayWarning(UserWarning):
+    """Weight decay shrinks class weights whose norms the loss doesn't depend on."""
 
 
 def _ranks(group: Any = None) -> int:
@@ -78,18 +82,21 @@ def _is_shared(module: nn.parallel.DistributedDataParallel) -> bool:
     return is_complete and _ranks(module.process_group) > 1
 
 
-def warn_if_unsynchronized(criterion: nn.Module) -> None:
+def warn_if_unsynchronized(criterion: nn.Module, weight: Any = None) -> None:
     """Warn once if this process has data-parallel modules and the criterion's weight is in none.
 
     Without any such module nothing is said: DeepSpeed, pipelines, or gradients averaged by hand.
     The search looks at every Python object, so it is made on calls 1, 2, 4, 8, ... and only until
     there is a data-parallel module. Compiled code makes none.
+
+    Args:
+        criterion: a loss. weight: its class weights, where they are not ``criterion.weight``.
     """
     if not _HAS_DISTRIBUTED or not dist.is_initialized():
         return
     if torch.compiler.is_compiling() or dist.get_world_size() < 2:
         return
-    weight = criterion.weight
+    weight = criterion.weight if weight is None else weight
     # FSDP1 and torch.func.functional_call put in a tensor that is no parameter
     is_trained = isinstance(weight, nn.Parameter) and weight.requires_grad
     if not (is_trained and torch.is_grad_enabled()):
@@ -124,6 +131,7 @@ class _Report(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     is_forgotten: bool
+    is_shared: bool
     weight: int | None
     grad: int | None
 
@@ -139,22 +147,21 @@ def _checksum(tensor: torch.Tensor | None) -> int | None:
     return sum(int(block.sum(dtype=torch.int64)) for block in bits.split(_BLOCK))
 
 
-def _report(criterion: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[_Report]:
+def _report(criterion: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[_Report]:
     fsdp = _fsdp_module()
     if fsdp is not None:
         for module in criterion.modules():
             if isinstance(module, fsdp):
                 fsdp.reshard(module)  # after a forward alone, its parameters are gathered copies
-    held = None
-    if optimizer is not None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = [{id(p) for group in one.param_groups for p in group["params"]} for one in optimizers]
     is_alone = _ranks() < 2
     return [
         _Report(
             name,
             tuple(parameter.shape),
             str(parameter.dtype),
-            held is not None and parameter.requires_grad and id(parameter) not in held,
+            bool(held) and parameter.requires_grad and not any(id(parameter) in h for h in held),
+            sum(id(parameter) in one for one in held) > 1,
             None if is_alone else _checksum(parameter),
             None if is_alone else _checksum(parameter.grad),
         )
@@ -162,13 +169,29 @@ def _report(criterion: nn.Module, optimizer: torch.optim.Optimizer | None) -> li
     ]
 
 
+def _warn_of_weight_decay(criterion: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Warn of weight decay on the class weights of a loss with a psi, which normalises them."""
+    decays = {
+        id(parameter): float(group.get("weight_decay", 0.0))
+        for one in optimizers
+        for group in one.param_groups
+        for parameter in group["params"]
+    }
+    for module in criterion.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            decay = decays.get(id(parameter), 0.0)
+            if hasattr(module, "psi") and name in ("weight", "W") and decay > 0.0:
+                message = _remedies.of_weight_decay(type(module).__name__, name, decay)
+                warnings.warn(message, WeightDecayWarning, stacklevel=3)
+
+
 def check_setup(
     criterion: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     *,
     group: Any = None,
 ) -> None:
-    """Raise unless all ranks train the same class weights, and the optimiser holds them.
+    """Raise unless all ranks train the same class weights, and one optimiser holds them.
 
     With several processes it is a collective: call it on every rank, once, after the first
     ``optimizer.step()`` and before ``optimizer.zero_grad()``, so that the gradients can be compared
@@ -179,24 +202,31 @@ def check_setup(
     Args:
         criterion: a loss of this package, wrapped or not, or any module with parameters.
         optimizer: if given, it has to hold each parameter of ``criterion`` that requires a
-            gradient; the only thing checked in a single process.
+            gradient, and of several exactly one has to; the only thing checked in a single process.
         group: the process group over which the data are split; by default all ranks.
 
     Raises:
         TypeError: ``criterion`` is no module, or ``optimizer`` no ``torch.optim.Optimizer``.
-        ValueError: ``criterion`` has no parameters, or ``optimizer`` lacks some of them on a rank.
+        ValueError: ``criterion`` has no parameters, or ``optimizer`` lacks some of them on a rank,
+            or two optimisers hold the same.
         RuntimeError: the parameters or their gradients differ between ranks.
+
+    Warns:
+        WeightDecayWarning: an optimiser decays class weights whose norms the loss doesn't depend
+            on.
     """
     _validate.module(criterion)
-    _validate.optimizer(optimizer)
-    reports = [_report(criterion, optimizer)]
+    optimizers = _validate.optimizers(optimizer)
+    reports = [_report(criterion, optimizers)]
     if _ranks(group) > 1:
         reports *= _ranks(group)
         dist.all_gather_object(reports, reports[0], group=group)
     # from here on every rank has the same reports, hence raises the same error
     name = type(criterion).__name__
     forgotten = sorted({item.name for report in reports for item in report if item.is_forgotten})
-    _validate.setup(name, forgotten, has_parameters=all(reports))
+    shared = sorted({item.name for report in reports for item in report if item.is_shared})
+    _validate.setup(name, forgotten, shared, has_parameters=all(reports))
+    _warn_of_weight_decay(criterion, optimizers)
     if len({tuple(item[:3] for item in report) for report in reports}) > 1:
         raise RuntimeError(
             f"this {name} has other parameters on other ranks; build the same module on each:"

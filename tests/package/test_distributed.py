@@ -37,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fused_margin as fm
 import fused_margin.functional as fmf
+from fused_margin.compat import pml
 
 
 def _inside(trainee: Trainee) -> nn.Module:
@@ -52,6 +53,11 @@ def _both_wrapped(trainee: Trainee) -> nn.Module:
 def _criterion_sharded(trainee: Trainee) -> nn.Module:
     fully_shard(trainee.criterion)
     return Trainee(DistributedDataParallel(trainee.backbone), trainee.criterion)
+
+
+def _backbone_sharded(trainee: Trainee) -> nn.Module:
+    fully_shard(trainee.backbone)
+    return Trainee(trainee.backbone, DistributedDataParallel(trainee.criterion))
 
 
 def _both_sharded(trainee: Trainee) -> nn.Module:
@@ -75,6 +81,7 @@ SETUPS: dict[str, Callable[[Trainee], nn.Module]] = {
     "inside": _inside,
     "both wrapped": _both_wrapped,
     "criterion sharded": _criterion_sharded,
+    "backbone sharded": _backbone_sharded,
     "both sharded": _both_sharded,
     "root sharded": _root_sharded,
     "criterion and root sharded": _criterion_and_root_sharded,
@@ -192,6 +199,13 @@ def dtensors() -> dict[str, str]:
     with pytest.raises(TypeError, match="weight is a DTensor") as caught:
         fm.regularizers.regular_face(distribute_tensor(w, mesh, [Shard(0)]))
     messages["regularizer"] = str(caught.value)
+    compatible = pml.ArcFaceLoss(CLASSES, DIM)
+    with pytest.raises(NotImplementedError, match="non-contiguous"):
+        fully_shard(compatible)
+    columns = distribute_tensor(w.t().contiguous(), mesh, [Shard(0)])
+    compatible.W = nn.Parameter(columns)
+    with torch.no_grad(), pytest.raises(TypeError, match="weight is a DTensor"):
+        compatible(x, labels)  # without a gradient there is nothing to synchronise
     rows: dict[str, Any] = dict(given)
     for name in ROWWISE:
         rows[name] = distribute_tensor(given[name], mesh, [Shard(0)]).to_local()

@@ -39,6 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fused_margin as fm
 import fused_margin.functional as fmf
 from fused_margin import _setup
+from fused_margin.compat import pml
 
 
 def _steps(module: nn.Module, count: int = STEPS) -> None:
@@ -201,7 +202,14 @@ def _in_an_evaluation_first() -> None:
     _steps(trainee)
 
 
+def _compatible() -> None:
+    trainee = build("CosFaceLoss")
+    trainee.criterion = pml.CosFaceLoss(CLASSES, DIM).double()
+    _steps(backbone_wrapped(trainee))
+
+
 LOUD = {
+    "a class of another package": _compatible,
     "FSDP2": _sharded_backbone,
     "after a dry run": _wrapped_after_a_dry_run,
     "after an evaluation": _in_an_evaluation_first,
@@ -294,6 +302,38 @@ def test_check_setup_in_one_process() -> None:
         fm.check_setup(equal, sgd(trainee))
     trainee.criterion.requires_grad_(False)
     fm.check_setup(trainee.criterion, sgd(trainee.backbone))
+
+
+def test_check_setup_with_several_optimizers() -> None:
+    trainee = build("ArcFaceLoss")
+    ours, theirs = sgd(trainee.criterion), sgd(trainee.backbone)
+    fm.check_setup(trainee.criterion, [theirs, ours])
+    fm.check_setup(trainee.criterion, (ours,))
+    with pytest.raises(ValueError, match="doesn't hold weight"):
+        fm.check_setup(trainee.criterion, [theirs])
+    with pytest.raises(ValueError, match=r"two optimizers hold weight of this ArcFaceLoss.*twice"):
+        fm.check_setup(trainee.criterion, [ours, sgd(trainee)])
+    with pytest.raises(TypeError, match=r"a list of them or None, got list"):
+        fm.check_setup(trainee.criterion, [ours, None])  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["weight", "W"])
+def test_check_setup_warns_of_weight_decay(name: str) -> None:
+    """AdamW's default, 0.01, of a loss that normalises its class weights; not of others."""
+    backbone = nn.Linear(DIM, DIM)
+    criterion = fm.ArcFaceLoss(CLASSES, DIM) if name == "weight" else pml.CosFaceLoss(CLASSES, DIM)
+    plain, keeps = pml.LargeMarginSoftmaxLoss(CLASSES, DIM), nn.Linear(DIM, DIM)
+    parameters = {"params": [*criterion.parameters()]}
+    rest = {"params": [*backbone.parameters(), *plain.parameters(), *keeps.parameters()]}
+    adamw = torch.optim.AdamW
+    message = rf"weight decay of 0\.01 for {name} of this {type(criterion).__name__}.*1/norm"
+    for optimizer in (adamw([parameters, rest]), [adamw([rest]), adamw([parameters])]):
+        with pytest.warns(fm.WeightDecayWarning, match=message) as caught:
+            fm.check_setup(nn.ModuleList([backbone, criterion]), optimizer)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+    fm.check_setup(criterion, adamw([rest, parameters | {"weight_decay": 0.0}]))
+    fm.check_setup(nn.ModuleList([backbone, plain, keeps]), adamw([rest]))
 
 
 def test_check_setup_refuses_other_types() -> None:

@@ -76,6 +76,8 @@ LAYERS = (
     {"_flops", "tuning", "_setup"},
     {"functional", "regularizers", "config"},
     {"losses"},
+    {"compat"},
+    {"convert"},
     {"__init__"},
 )
 
@@ -104,8 +106,9 @@ def _imports() -> dict[str, set[str]]:
 
 def test_layers() -> None:
     rank = {name: index for index, layer in enumerate(LAYERS) for name in layer}
-    for module, imported in _imports().items():
-        for other in imported & set(_imports()):
+    graph = _imports()
+    for module, imported in graph.items():
+        for other in imported & set(graph):
             lower, upper = other.split(".")[0], module.split(".")[0]
             assert rank[lower] <= rank[upper], f"{module} imports {other}"
 
@@ -140,8 +143,9 @@ def _raised(path: Path) -> set[str]:
     "path",
     [
         path
-        for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "_cpu").glob("*.py")]
-        if path.name not in ("_validate.py", "tuning.py")
+        for folder in (".", "_cpu", "compat")
+        for path in (PACKAGE / folder).glob("*.py")
+        if path.name not in ("_validate.py", "_refusals.py", "tuning.py")
     ],
     ids=lambda path: path.name,
 )

@@ -1,0 +1,284 @@
+"""Every ValueError and TypeError of `fused_margin.compat` and `fused_margin.convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+
+CHECKPOINTS = (
+    "W of pytorch-metric-learning (D, C) and pytorch-adacos (C, D), kernel of AdaFace,"
+    " CurricularFace and ElasticFace (D, C), weight of all others (C, D)"
+)
+
+
+def peer_call(
+    embeddings: torch.Tensor, labels: Any, ref_emb: Any, ref_labels: Any, name: str
+) -> None:
+    """Check the arguments of a call as pytorch-metric-learning does."""
+    if labels is None:
+        raise ValueError(f"{name} needs labels: call it as loss(embeddings, labels)")
+    if ref_emb is not None and (ref_emb is not embeddings or ref_labels is not labels):
+        raise ValueError(
+            f"{name} compares embeddings with class weights, so ref_emb and ref_labels have no"
+            " place; leave them out (DistributedLossWrapper passes them: wrap the loss in"
+            " torch's DistributedDataParallel instead)"
+        )
+
+
+def indices_tuple(value: Any) -> None:
+    """Check that it is what a miner returns."""
+    is_tuple = isinstance(value, (tuple, list)) and len(value) in (3, 4)
+    if not is_tuple or not all(isinstance(part, torch.Tensor) for part in value):
+        raise TypeError(
+            "indices_tuple must be what a miner returns, three tensors of indices (triplets) or"
+            f" four (pairs); got {type(value).__name__}"
+        )
+
+
+def _kinds(value: Any) -> set[str]:
+    return {kind.__name__ for kind in type(value).__mro__}
+
+
+def distance(value: Any, allowed: tuple[str, ...], name: str) -> None:
+    """Check a distance of pytorch-metric-learning's, which need not be installed here."""
+    if value is None:
+        return
+    if not _kinds(value) & set(allowed) or "SNRDistance" in _kinds(value):
+        raise ValueError(
+            f"{name} is computed from {' or '.join(allowed)}, without making distances between all"
+            f" rows and classes; got {type(value).__name__}. Leave distance out, or keep"
+            " pytorch_metric_learning's own class for this one"
+        )
+    if (value.p, value.power) != (2, 1):
+        raise ValueError(
+            f"distance must have p=2 and power=1, got p={value.p} and power={value.power}; with"
+            f" others keep pytorch_metric_learning's own {name}"
+        )
+
+
+def collect_stats(value: Any) -> None:
+    """Refuse to collect avg_angle, which would need a synchronisation."""
+    if value:
+        raise ValueError(
+            "collect_stats=True records avg_angle with a synchronisation in each step, which this"
+            " class doesn't; leave it out, and take angles of loss.get_logits() where you log them"
+        )
+
+
+def peer_margin(value: Any) -> int:
+    """Check the integer margin of LargeMarginSoftmaxLoss and SphereFaceLoss."""
+    if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__int__"):
+        raise TypeError(f"margin must be an int, the multiple of the angle, got {value!r}")
+    if int(value) < 1:
+        raise ValueError(f"margin is a multiple of the angle, at least 1 (4 is usual); got {value}")
+    return int(value)
+
+
+def centers(value: Any) -> int:
+    """Check a number of sub-centres."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"sub_centers must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"sub_centers must be at least 1, got {value}")
+    return value
+
+
+def centers_per_class(num_classes: int, value: int, rows: int | None = None) -> None:
+    """Check SparseCentersRegularizer's numbers, and the weights it is given."""
+    if value < 2:
+        raise ValueError(
+            f"centers_per_class must be at least 2, got {value}: a single centre has none to be"
+            " pulled to"
+        )
+    if rows is not None and rows != num_classes * value:
+        raise ValueError(
+            f"weights must have num_classes * centers_per_class = {num_classes * value} rows, got"
+            f" {rows}"
+        )
+
+
+def reducer(value: Any) -> None:
+    """Check that it is callable as pytorch-metric-learning's are."""
+    if value is not None and not callable(value):
+        raise TypeError(
+            "reducer must be one of pytorch_metric_learning.reducers or None, the mean; got"
+            f" {type(value).__name__}"
+        )
+
+
+# --- insightface ----------------------------------------------------------------------------------
+
+
+def filtering(value: float) -> None:
+    """Refuse a threshold above which other classes leave the softmax."""
+    if value != 0:
+        raise ValueError(
+            f"interclass_filtering_threshold={value} takes other classes out of the softmax, which"
+            " the kernels can't do yet; pass 0, as insightface's configurations without noisy"
+            " labels do"
+        )
+
+
+def combined_margin(m1: float, m2: float, m3: float) -> None:
+    """Check that it is a combination whose numbers are insightface's own."""
+    if m3 > 0 and (m1, m2) != (1.0, 0.0):
+        raise ValueError(
+            f"insightface's CombinedMarginLoss ignores m1 and m2 where m3 > 0, and got"
+            f" ({m1}, {m2}, {m3}); pass (1, 0, {m3}) for what it computes, CosFace. For"
+            " cos(m1 theta + m2) - m3 pass a psi to functional.margin_softmax"
+        )
+    if m3 <= 0 and (m1 != 1.0 or m3 != 0.0):
+        raise ValueError(
+            "insightface's CombinedMarginLoss raises unless it is ArcFace, (1, m2, 0), or CosFace,"
+            f" (1, 0, m3) with m3 > 0; got ({m1}, {m2}, {m3}). For cos(m1 theta + m2) - m3 pass a"
+            " psi to functional.margin_softmax"
+        )
+
+
+def margin_loss(value: Any, allowed: tuple[type, ...]) -> None:
+    """Check the margin of PartialFC_V2."""
+    if not isinstance(value, allowed):
+        raise TypeError(
+            "margin_loss must be CombinedMarginLoss, ArcFace or CosFace of"
+            f" fused_margin.compat.insightface, got {type(value).__module__}."
+            f"{type(value).__name__}; import it from there, the arguments are the same"
+        )
+
+
+def sample_rate(value: float) -> None:
+    """Refuse to sample classes."""
+    if value != 1.0:
+        raise ValueError(
+            f"sample_rate={value} trains on a sample of the classes, which this package doesn't do"
+            " yet; pass 1.0: all classes, and no (N, C) logits to save the memory of"
+        )
+
+
+def ranks(number: int) -> None:
+    """Refuse to split the classes over ranks."""
+    if number > 1:
+        raise ValueError(
+            f"PartialFC_V2 splits the classes over {number} ranks in insightface; here it is for"
+            " one process. On several ranks use fused_margin.ArcFaceLoss or CosFaceLoss in"
+            " DistributedDataParallel or fully_shard(), see README, Several processes"
+        )
+
+
+def label_smoothing(value: float) -> None:
+    """Refuse label smoothing."""
+    if value != 0:
+        raise ValueError(
+            f"ls_eps={value} smooths the labels, which the kernels can't do yet; pass 0.0"
+        )
+
+
+# --- convert --------------------------------------------------------------------------------------
+
+
+def checkpoint(value: Any) -> None:
+    """Check what a checkpoint's file has held."""
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            "a checkpoint must be a path or a mapping of names to tensors, as a state_dict; got"
+            f" {type(value).__name__}"
+        )
+
+
+def unsafe(path: Any, error: Exception) -> NoReturn:
+    """A file that weights_only=True doesn't load."""
+    raise ValueError(
+        f"{path} holds objects besides tensors, numbers and containers, which may run code when"
+        " loaded. If you trust it, load it yourself with torch.load(path, weights_only=False) and"
+        " pass the mapping"
+    ) from error
+
+
+def no_candidate(found: list[str], wanted: str) -> NoReturn:
+    """No tensor can be the class weights."""
+    shown = ", ".join(found) if found else "none"
+    raise ValueError(
+        f"no class weights{wanted} among the matrices of the checkpoint: {shown}. Known are"
+        f" {CHECKPOINTS}; name another one with key="
+    )
+
+
+def several_candidates(found: list[str]) -> NoReturn:
+    """Several tensors can be the class weights."""
+    raise ValueError(
+        f"several matrices of the checkpoint can be the class weights: {', '.join(found)}; choose"
+        " with key=, or give num_classes and embedding_size"
+    )
+
+
+def layout_unknown(name: str, shape: tuple[int, ...]) -> NoReturn:
+    """A tensor whose rows may be classes or dimensions."""
+    raise ValueError(
+        f"{name} of shape {shape} can be a row per class, {shape[0]} classes (pytorch-adacos), or a"
+        f" column per class, {shape[1]} classes (pytorch-metric-learning); pass layout='CD' or"
+        " 'DC'" + ("" if shape[0] == shape[1] else ", or num_classes and embedding_size")
+    )
+
+
+def layout(value: Any) -> None:
+    """Check a layout that is asked for."""
+    if value not in (None, "CD", "DC"):
+        raise ValueError(
+            f"layout must be 'CD' (a row per class), 'DC' (a column per class) or None, got"
+            f" {value!r}"
+        )
+
+
+def criterion(value: Any) -> NoReturn:
+    """A module without class weights."""
+    raise TypeError(
+        "criterion must be a loss with class weights, weight (C, D) or W (D, C); got"
+        f" {type(value).__name__}"
+    )
+
+
+def not_converted(value: Any, what: str) -> NoReturn:
+    """A loss without a counterpart, or with options that its counterpart lacks."""
+    raise ValueError(
+        f"{type(value).__name__}{what}: its class in fused_margin.compat.pml has the same"
+        " arguments; convert.load_class_weights moves the weights"
+    )
+
+
+def no_peer(error: Exception) -> NoReturn:
+    """pytorch-metric-learning isn't there."""
+    raise ValueError(
+        "to_pml makes an object of pytorch_metric_learning, which is not installed: run pip install"
+        " pytorch-metric-learning, or save {'W': criterion.weight.t().contiguous()}"
+    ) from error
+
+
+def not_held(name: str) -> NoReturn:
+    """An optimiser that lacks the class weights."""
+    raise ValueError(
+        f"the optimizer doesn't hold the class weights of this {name}; build it with"
+        " [*model.parameters(), *criterion.parameters()], in the order of the one that was saved"
+    )
+
+
+def other_groups(saved: list[int], ours: list[int]) -> NoReturn:
+    """States of optimisers that were built of other groups of parameters."""
+    raise ValueError(
+        f"the saved state has groups of {saved} parameters, the optimizer of {ours}; build it with"
+        " the same parameters in the same order as the one that was saved"
+    )
+
+
+def moment(name: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> NoReturn:
+    """A moment of another shape."""
+    remedy = (
+        "it has the weight's own layout, so load it without transposing"
+        if given == wanted
+        else "it belongs to another parameter: build the optimizer with the parameters in the same"
+        " order as the one that was saved"
+    )
+    raise ValueError(
+        f"the saved {name} of the class weights has shape {given}, where {wanted[::-1]} is to be"
+        f" transposed to {wanted}; {remedy}"
+    )

@@ -1,0 +1,214 @@
+"""Layers with a margin that are copied everywhere, as modules that return the loss.
+
+Their originals return the logits, (N, C), for `nn.CrossEntropyLoss`. One line changes:
+
+```python
+# before: loss = nn.CrossEntropyLoss()(metric_fc(features, labels), labels)
+loss = metric_fc(features, labels)
+```
+
+Arguments, `weight` (C, D), its initialisation and the numbers are theirs. `logits(features)` has
+the scaled cosines *without* margin, for an accuracy: what they return has the margin at the target.
+Their slope is infinite where a feature lies on its class's weight; here it is finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fused_margin import _validate, margins
+from fused_margin.compat import _refusals
+from fused_margin.losses import MarginSoftmaxLoss
+
+__all__ = ["AddMarginProduct", "ArcMarginProduct", "SpeechBrainAAM", "WeSpeakerAAM"]
+
+# cos(theta) > 0 is where an easy margin applies, and eq. 5 asks for cos(theta) >= a threshold
+_ABOVE_ZERO = torch.finfo(torch.float32).tiny
+
+
+def angular(margin: float, boundary: str, easy_margin: bool) -> margins.Margin:
+    """cos(theta + m); with an easy margin cos(theta) where that isn't positive."""
+    if not easy_margin:
+        return margins.angular(margin, boundary)
+    return margins.Margin(math.cos(margin), math.sin(margin), _ABOVE_ZERO, 0.0)
+
+
+class _Head(MarginSoftmaxLoss):
+    """Class weights as a linear layer has them."""
+
+    def reset_parameters(self) -> None:
+        """Draw the class weights anew by ``nn.init.xavier_uniform_``."""
+        nn.init.xavier_uniform_(self.weight)
+
+    @property
+    def in_features(self) -> int:
+        """D."""
+        return self.embedding_size
+
+    @property
+    def out_features(self) -> int:
+        """C."""
+        return self.num_classes
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: torch.Tensor, label: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean loss of embeddings (N, D) or (N, 1, D) and labels (N,) or (N, 1): 0-d."""
+        if input.ndim == 3 and input.shape[1] == 1:
+            input = input.squeeze(1)
+        if label.ndim == 2 and label.shape[1] == 1:
+            label = label.squeeze(1)
+        return super().forward(input, label)
+
+
+class _AngularHead(_Head):
+    """ArcFace, with a margin that `update` sets.
+
+    Args:
+        num_classes: C >= 2.
+        embedding_size: D >= 1.
+        scale: s > 0.
+        margin: m, radians.
+        easy_margin: cos(theta) where theta >= pi / 2.
+        options: ``reduction`` and what follows in `MarginSoftmaxLoss`.
+    """
+
+    settings: ClassVar[dict[str, Callable[[Any], Any]]] = {
+        "margin": _validate.angular_margin,
+        **MarginSoftmaxLoss.settings,
+    }
+    boundary = "linear"
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, scale: float, margin: float,
+        easy_margin: bool, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(num_classes, embedding_size, scale, **options)
+        self.margin, self.easy_margin = margin, bool(easy_margin)
+
+    def update(self, margin: float = 0.2) -> None:
+        """Set the margin, radians, as a schedule does between steps."""
+        self.margin = margin
+
+    def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> margins.Margin:
+        """cos(theta + m)."""
+        return angular(self.margin, self.boundary, self.easy_margin)
+
+    def extra_repr(self) -> str:
+        """Sizes and settings."""
+        return f"{super().extra_repr()}, easy_margin={self.easy_margin}"
+
+
+class ArcMarginProduct(_AngularHead):
+    """Of arcface-pytorch and of Kaggle's notebooks: cos(theta) - m sin(m) where theta + m > pi.
+
+    Args:
+        in_features: D >= 1.
+        out_features: C >= 2.
+        s: scale, > 0.
+        m: margin, radians.
+        easy_margin: cos(theta) where theta >= pi / 2.
+        ls_eps: 0.0.
+        options: ``reduction`` and what follows in `MarginSoftmaxLoss`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, s: float = 30.0, m: float = 0.50,
+        easy_margin: bool = False, ls_eps: float = 0.0, **options: Any,
+    ) -> None:  # fmt: skip
+        _refusals.label_smoothing(ls_eps)
+        super().__init__(out_features, in_features, s, m, easy_margin, **options)
+        self.ls_eps = ls_eps
+
+    @property
+    def s(self) -> float:
+        """The scale."""
+        return self.scale
+
+    @property
+    def m(self) -> float:
+        """The margin, radians."""
+        return self.margin
+
+
+class WeSpeakerAAM(_AngularHead):
+    """WeSpeaker's ``ArcMarginProduct``: cos(theta) - (1 - cos(m)) where theta + m > pi.
+
+    Args:
+        in_features: D >= 1.
+        out_features: C >= 2.
+        scale: s > 0.
+        margin: m, radians; WeSpeaker's scheduler calls ``update(margin)``.
+        easy_margin: cos(theta) where theta >= pi / 2.
+        options: ``reduction`` and what follows in `MarginSoftmaxLoss`.
+    """
+
+    boundary = "continuous"
+
+    def __init__(
+        self, in_features: int, out_features: int, scale: float = 32.0, margin: float = 0.2,
+        easy_margin: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(out_features, in_features, scale, margin, easy_margin, **options)
+
+
+class SpeechBrainAAM(_AngularHead):
+    """SpeechBrain's ``Classifier`` and ``LogSoftmaxWrapper(AdditiveAngularMargin)`` in one.
+
+    Args:
+        input_size: D >= 1, of ``Classifier`` without ``lin_blocks``.
+        out_neurons: C >= 2.
+        margin: m, radians; its recipes have 0.2.
+        scale: s > 0; its recipes have 30.
+        easy_margin: cos(theta) where theta >= pi / 2.
+        options: ``reduction`` and what follows in `MarginSoftmaxLoss`.
+    """
+
+    def __init__(
+        self, input_size: int, out_neurons: int, margin: float = 0.2, scale: float = 30.0,
+        easy_margin: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(out_neurons, input_size, scale, margin, easy_margin, **options)
+
+
+class AddMarginProduct(_Head):
+    """CosFace of arcface-pytorch, and of WeSpeaker with (32, 0.2): cos(theta) - m.
+
+    Args:
+        in_features: D >= 1.
+        out_features: C >= 2.
+        s: scale, > 0.
+        m: an offset of the cosine.
+        options: ``reduction`` and what follows in `MarginSoftmaxLoss`.
+    """
+
+    settings: ClassVar[dict[str, Callable[[Any], Any]]] = {
+        "margin": _validate.cosine_margin,
+        **MarginSoftmaxLoss.settings,
+    }
+
+    def __init__(
+        self, in_features: int, out_features: int, s: float = 30.0, m: float = 0.40,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(out_features, in_features, s, **options)
+        self.margin = m
+
+    @property
+    def s(self) -> float:
+        """The scale."""
+        return self.scale
+
+    @property
+    def m(self) -> float:
+        """The margin, an offset of the cosine."""
+        return self.margin
+
+    def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> margins.Margin:
+        """cos(theta) - m."""
+        return margins.additive(self.margin)

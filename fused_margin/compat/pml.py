@@ -1,0 +1,550 @@
+r"""pytorch-metric-learning's losses and regularisers, with its signatures, units and state.
+
+```python
+from fused_margin.compat import pml as losses  # was: from pytorch_metric_learning import losses
+```
+
+Values and gradients are those of pytorch-metric-learning 2 in fp32 and fp64. What differs:
+
+- `W` is (D, C) as there, but its memory is that of a contiguous (C, D), so that the kernels read
+  whole rows. It is drawn by the same generator calls, so that a seed gives the same numbers.
+- Its values keep their dtype where embeddings are half precision (there they are rounded to it for
+  good), and the loss is fp32 then; fp64 embeddings widen it for good, as there. It moves to the
+  embeddings' device, as there.
+- ArcFace's slope is finite where an embedding lies on its class's weight (there it is NaN), and
+  within 0.0032 rad of it it is bounded, see `margins.sine`; a margin above pi is an error. The
+  slope of a multiple angle at pi is the one just below, not its negative.
+- An empty batch has loss 0, not NaN. A row of label -100 has loss 0 and counts in the mean.
+- ``collect_stats=True``, distances other than those named, and reference embeddings are errors.
+- ``fully_shard`` refuses W, as parameters have to be contiguous there; `fused_margin.losses` shard.
+
+Reducers and distances are pytorch-metric-learning's own objects, which is not imported here.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_margin import _compiled, _setup, _validate, functional, margins
+from fused_margin._numerics import accumulation_dtype
+from fused_margin.compat import _dots, _refusals
+from fused_margin.compat._regularizers import (
+    CenterInvariantRegularizer,
+    LpRegularizer,
+    RegularFaceRegularizer,
+    SparseCentersRegularizer,
+    ZeroMeanRegularizer,
+    mean,
+    part,
+)
+
+__all__ = [
+    "ArcFaceLoss",
+    "CenterInvariantRegularizer",
+    "CosFaceLoss",
+    "LargeMarginSoftmaxLoss",
+    "LpRegularizer",
+    "NormalizedSoftmaxLoss",
+    "RegularFaceRegularizer",
+    "SparseCentersRegularizer",
+    "SphereFaceLoss",
+    "SubCenterArcFaceLoss",
+    "ZeroMeanRegularizer",
+]
+
+Tensor = torch.Tensor
+Regularizer = Callable[[Tensor], Any]
+
+
+def _takes_everything(reducer: Any) -> bool:
+    """Whether one reducer gets all sub-losses at once, in place of a copy of it for each."""
+    kinds = {kind.__name__ for kind in type(reducer).__mro__}
+    return bool(kinds & {"MultipleReducers", "DoNothingReducer"})
+
+
+def _row_weights(indices_tuple: Any, losses: Tensor) -> Tensor | None:
+    """How often a miner has chosen each row, over the most often; None for all equal."""
+    if indices_tuple is None:
+        return None
+    _refusals.indices_tuple(indices_tuple)
+    indices = torch.cat([chosen.to(losses.device) for chosen in indices_tuple])
+    if indices.numel() == 0:
+        return None
+    counts = torch.bincount(indices, minlength=losses.shape[0])
+    return counts.to(losses.dtype) / counts.max()
+
+
+class _ClassWeights(nn.Module):
+    """W, regularisers and reduction, as all these losses have them.
+
+    Args:
+        num_columns: columns of W.
+        embedding_size: D, its rows.
+        weight_regularizer: function of W's transpose, (C, D); its value is added to the loss.
+        weight_reg_weight: a factor of that.
+        embedding_regularizer: function of the embeddings, (N, D), likewise.
+        embedding_reg_weight: a factor of that.
+        reducer: one of pytorch_metric_learning.reducers; None is the mean.
+        weight_init_func: fills W, (D, C); ``torch.nn.init.normal_`` by default.
+        distance: see the class; None is its default.
+        collect_stats: False or None.
+    """
+
+    W: nn.Parameter
+    distances: tuple[str, ...] = ("CosineSimilarity",)
+
+    def __init__(
+        self, num_columns: int, embedding_size: int, *,
+        weight_regularizer: Regularizer | None = None, weight_reg_weight: float = 1,
+        embedding_regularizer: Regularizer | None = None, embedding_reg_weight: float = 1,
+        reducer: Any = None, weight_init_func: Callable[[Tensor], Any] | None = None,
+        distance: Any = None, collect_stats: bool | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        num_columns = _validate.size("num_classes", num_columns, 2)
+        embedding_size = _validate.size("embedding_size", embedding_size, 1)
+        _refusals.distance(distance, self.distances, type(self).__name__)
+        _refusals.collect_stats(collect_stats)
+        _refusals.reducer(reducer)
+        self.distance = distance
+        self.weight_regularizer, self.weight_reg_weight = weight_regularizer, weight_reg_weight
+        self.embedding_regularizer = embedding_regularizer
+        self.embedding_reg_weight = embedding_reg_weight
+        names = self.sub_loss_names()
+        if reducer is None or _takes_everything(reducer):
+            self.reducer = reducer
+        elif len(names) == 1:
+            self.reducer = copy.deepcopy(reducer)
+        else:
+            self.reducer = nn.ModuleDict({name: copy.deepcopy(reducer) for name in names})
+        self.weight_init_func = nn.init.normal_ if weight_init_func is None else weight_init_func
+        self.W = nn.Parameter(torch.empty(num_columns, embedding_size).t())
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill W anew by ``weight_init_func``."""
+        # row by row of (D, C), as the peer's memory lies: the same seed gives the same numbers
+        drawn = nn.Parameter(torch.empty(self.W.shape, dtype=self.W.dtype, device=self.W.device))
+        self.weight_init_func(drawn)
+        with torch.no_grad():
+            self.W.copy_(drawn)
+
+    def sub_loss_names(self) -> list[str]:
+        """Names of what is summed, in the order in which reducers get it."""
+        names = ["loss"]
+        if self.weight_regularizer is not None:
+            names.append("weight_reg_loss")
+        if self.embedding_regularizer is not None:
+            names.append("embedding_reg_loss")
+        return names
+
+    def _losses(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """Loss of each row, (N,); weight is W's transpose."""
+        raise NotImplementedError
+
+    @_compiled.raising()
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Any:
+        """The loss, 0-d, or what the reducer makes of it.
+
+        Args:
+            embeddings: (N, D).
+            labels: (N,), any integer dtype and device.
+            indices_tuple: what a miner returns. A row's loss is weighed by how often the row is in
+                it, over the most often.
+            ref_emb: not supported, as in pytorch-metric-learning.
+            ref_labels: not supported.
+        """
+        _refusals.peer_call(embeddings, labels, ref_emb, ref_labels, type(self).__name__)
+        _setup.warn_if_unsynchronized(self, self.W)
+        if isinstance(embeddings, torch.Tensor) and isinstance(labels, torch.Tensor):
+            self._follow(embeddings)
+            labels = labels.to(embeddings.device)
+        weight = self.W.t()
+        losses = self._losses(embeddings, weight, labels)  # pyright: ignore[reportArgumentType]
+        row_weights = _row_weights(indices_tuple, losses)
+        if row_weights is not None:
+            losses = losses * row_weights
+        rows = torch.arange(losses.shape[0], device=losses.device)
+        parts = {"loss": part(losses, rows)}
+        if self.weight_regularizer is not None:
+            value = self.weight_regularizer(weight) * self.weight_reg_weight
+            parts["weight_reg_loss"] = part(value, None)
+        if self.embedding_regularizer is not None:
+            value = self.embedding_regularizer(embeddings) * self.embedding_reg_weight
+            parts["embedding_reg_loss"] = part(value, None)
+        return self._reduced(parts, embeddings, labels)
+
+    def _follow(self, embeddings: Tensor) -> None:
+        """Bring W to the device of the embeddings, and to fp64 if they are."""
+        if _validate.is_dtensor(self.W) or self.W.is_meta or embeddings.is_meta:
+            return
+        if self.W.device != embeddings.device:
+            self.W.data = self.W.data.to(embeddings.device)
+        is_wider = embeddings.dtype is torch.float64 and self.W.dtype is not torch.float64
+        if is_wider and not torch.is_autocast_enabled(embeddings.device.type):
+            self.W.data = self.W.data.double()
+
+    def _reduced(self, parts: dict[str, dict[str, Any]], embeddings: Tensor, labels: Any) -> Any:
+        reducer = self.reducer
+        if isinstance(reducer, nn.ModuleDict):
+            return torch.stack(
+                [reducer[name]({name: one}, embeddings, labels) for name, one in parts.items()]
+            ).sum()
+        if reducer is not None:
+            return reducer(parts, embeddings, labels)
+        total = mean(parts.pop("loss")["losses"])
+        for more in parts.values():
+            total = total + more["losses"]
+        return total
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Logits without margin.
+
+        Args:
+            embeddings: (N, D).
+
+        Returns:
+            (N, C), fp32 or fp64: the matrix that the loss itself never builds.
+        """
+        raise NotImplementedError
+
+    def _shown(self) -> dict[str, Any]:
+        return {}
+
+    def extra_repr(self) -> str:
+        """Sizes, margin and scale, with units."""
+        dim, columns = self.W.shape
+        shown = {"num_classes": columns, "embedding_size": dim} | self._shown()
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+class _OnKernels(_ClassWeights):
+    """A loss with a margin on the target cosine and one scale, which the kernels compute.
+
+    Args:
+        num_classes: C >= 2.
+        embedding_size: D >= 1.
+        backend: as in `functional.arcface`.
+        memory_budget: likewise.
+        options: see `_ClassWeights`.
+    """
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, *, backend: str = "auto",
+        memory_budget: int | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(num_classes, embedding_size, **options)
+        self.num_classes = num_classes
+        self.backend = _validate.backend_name(backend)
+        self.memory_budget = _validate.memory_budget(memory_budget)
+
+    def psi(self, embeddings: Tensor, labels: Tensor) -> functional.Psi:
+        """The margin, see `MarginSoftmaxLoss.psi`."""
+        raise NotImplementedError
+
+    def _scale(self) -> float:
+        raise NotImplementedError
+
+    def _losses(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        _validate.tensors(embeddings, weight, labels)
+        return functional._margin_softmax(
+            embeddings, weight, labels, self.psi(embeddings, labels), self._scale(), "none", -100,
+            self.backend, self.memory_budget,
+        )  # fmt: skip
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Scaled cosines, (N, C)."""
+        return functional.cosine_logits(embeddings, self.W.t(), self._scale())
+
+
+def _degrees(margin: float) -> str:
+    return f"{margin:.4g} rad ({math.degrees(margin):.4g} degrees)"
+
+
+class ArcFaceLoss(_OnKernels):
+    """ArcFace as pytorch-metric-learning's: cos(theta + m), cos(theta) - m sin(m) past pi.
+
+    Args:
+        num_classes: C >= 2.
+        embedding_size: D >= 1.
+        margin: m in degrees. The attribute ``margin`` is in radians, as there.
+        scale: s > 0.
+        options: see `_OnKernels` and `_ClassWeights`; ``distance`` may be CosineSimilarity.
+
+    References:
+        Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019,
+        arXiv:1801.07698, eq. 3.
+    """
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, margin: float = 28.6, scale: float = 64,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(num_classes, embedding_size, **options)
+        self.margin = _validate.angular_margin(math.radians(margin))
+        self.scale = scale
+        _validate.module_scale(scale)
+
+    def psi(self, embeddings: Tensor, labels: Tensor) -> margins.Margin:
+        """cos(theta + m)."""
+        return margins.angular(self.margin)
+
+    def _scale(self) -> float:
+        return self.scale
+
+    def _shown(self) -> dict[str, Any]:
+        return {"margin": _degrees(float(self.margin)), "scale": self.scale}
+
+
+class CosFaceLoss(_OnKernels):
+    """CosFace as pytorch-metric-learning's: cos(theta) - m.
+
+    Args:
+        num_classes: C >= 2.
+        embedding_size: D >= 1.
+        margin: m, an offset of the cosine.
+        scale: s > 0.
+        options: see `_OnKernels` and `_ClassWeights`; ``distance`` may be CosineSimilarity.
+
+    References:
+        Wang et al., CosFace: Large Margin Cosine Loss for Deep Face Recognition, 2018,
+        arXiv:1801.09414, eq. 4.
+    """
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, *, margin: float = 0.35, scale: float = 64,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(num_classes, embedding_size, **options)
+        self.margin, self.scale = _validate.cosine_margin(margin), scale
+        _validate.module_scale(scale)
+
+    def psi(self, embeddings: Tensor, labels: Tensor) -> margins.Margin:
+        """cos(theta) - m."""
+        return margins.additive(self.margin)
+
+    def _scale(self) -> float:
+        return self.scale
+
+    def _shown(self) -> dict[str, Any]:
+        return {"margin": f"{self.margin} (cosine)", "scale": self.scale}
+
+
+class NormalizedSoftmaxLoss(_OnKernels):
+    """Normalised softmax as pytorch-metric-learning's: cos(theta) / T.
+
+    With ``distance=DotProductSimilarity(normalize_embeddings=False)`` embeddings are taken as they
+    are, and logits are ||x|| cos(theta) / T; then ``backend`` and ``memory_budget`` say nothing.
+
+    Args:
+        num_classes: C >= 2.
+        embedding_size: D >= 1.
+        temperature: T > 0.
+        options: see `_OnKernels` and `_ClassWeights`; ``distance`` may be CosineSimilarity or
+            DotProductSimilarity.
+
+    References:
+        Zhai and Wu, Classification is a Strong Baseline for Deep Metric Learning, 2019,
+        arXiv:1811.12649.
+    """
+
+    distances = ("DotProductSimilarity", "CosineSimilarity")
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, temperature: float = 0.05, **options: Any
+    ) -> None:
+        super().__init__(num_classes, embedding_size, **options)
+        self.temperature = temperature
+        _validate.module_scale(self._scale())
+
+    def psi(self, embeddings: Tensor, labels: Tensor) -> margins.Margin:
+        """cos(theta)."""
+        return margins.NO_MARGIN
+
+    def _scale(self) -> float:
+        return 1.0 / self.temperature
+
+    @property
+    def _keeps_norms(self) -> bool:
+        return self.distance is not None and not self.distance.normalize_embeddings
+
+    def _losses(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        if not self._keeps_norms:
+            return super()._losses(embeddings, weight, labels)
+        psi = self.psi(embeddings, labels)
+        return _dots.losses(embeddings, weight, labels, psi, self._scale(), keep_x=True)
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Scaled cosines, (N, C), times norms of embeddings that are not normalised."""
+        return _dots.logits(embeddings, self.W.t(), self._scale(), keep_x=self._keeps_norms)
+
+    def _shown(self) -> dict[str, Any]:
+        return {"temperature": self.temperature}
+
+
+class SubCenterArcFaceLoss(_ClassWeights):
+    """Sub-centre ArcFace as pytorch-metric-learning's: of K rows of a class the nearest counts.
+
+    In plain PyTorch, block by block of classes (the kernels have no sub-centres yet): as little
+    memory as the other losses, the time of careful eager code.
+
+    Args:
+        num_classes: C >= 2.
+        embedding_size: D >= 1.
+        margin: m in degrees. The attribute ``margin`` is in radians, as there.
+        scale: s > 0.
+        sub_centers: K >= 1; W is (D, C K), columns of a class side by side.
+        options: see `_ClassWeights`; ``distance`` may be CosineSimilarity.
+
+    References:
+        Deng et al., Sub-center ArcFace: Boosting Face Recognition by Large-Scale Noisy Web Faces,
+        ECCV 2020.
+    """
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, margin: float = 28.6, scale: float = 64,
+        sub_centers: int = 3, **options: Any,
+    ) -> None:  # fmt: skip
+        num_classes = _validate.size("num_classes", num_classes, 2)
+        self_centers = _refusals.centers(sub_centers)
+        super().__init__(num_classes * self_centers, embedding_size, **options)
+        self.num_classes, self.sub_centers = num_classes, self_centers
+        self.margin, self.scale = _validate.angular_margin(math.radians(margin)), scale
+        _validate.module_scale(scale)
+
+    def psi(self, embeddings: Tensor, labels: Tensor) -> margins.Margin:
+        """cos(theta + m), of the angle to the nearest centre."""
+        return margins.angular(self.margin)
+
+    def _losses(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        psi = self.psi(embeddings, labels)
+        return _dots.losses(embeddings, weight, labels, psi, self.scale, centers=self.sub_centers)
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Scaled cosines to the nearest centre of each class, (N, C)."""
+        return _dots.logits(embeddings, self.W.t(), self.scale, centers=self.sub_centers)
+
+    @torch.no_grad()
+    def get_outliers(
+        self, embeddings: Tensor, labels: Tensor, threshold: float = 75,
+        return_dominant_centers: bool = True,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Rows that are far from the centre most rows of their class are nearest to.
+
+        Args:
+            embeddings: (N, D).
+            labels: (N,).
+            threshold: least angle of an outlier, in degrees.
+            return_dominant_centers: as in pytorch-metric-learning both are returned in any case.
+
+        Returns:
+            Numbers of the rows, class by class, and the dominant centres (D, C), 0 for a class
+            without rows.
+        """
+        labels = labels.long()
+        _validate.matrices(embeddings, self.W.t())
+        _validate.label_range(labels, self.num_classes, -100)
+        dtype = accumulation_dtype(embeddings, self.W)
+        x = nn.functional.normalize(embeddings.to(dtype))
+        centers = self.W.t().unflatten(0, (self.num_classes, self.sub_centers))  # (C, K, D)
+        rows = nn.functional.normalize(centers[labels].to(dtype), dim=2)  # (N, K, D)
+        cosines = (rows * x[:, None]).sum(dim=2)
+        counts = cosines.new_zeros(self.num_classes, self.sub_centers)
+        nearest = cosines.argmax(dim=1)
+        counts.index_put_((labels, nearest), counts.new_ones(()), accumulate=True)
+        dominant = counts.argmax(dim=1)  # (C,)
+        is_far = cosines.gather(1, dominant[labels][:, None])[:, 0] < math.cos(
+            math.radians(threshold)
+        )
+        order = labels.argsort(stable=True)
+        chosen = centers[torch.arange(self.num_classes, device=labels.device), dominant].to(dtype)
+        chosen = chosen.masked_fill(counts.sum(dim=1, keepdim=True) == 0, 0.0)
+        return order[is_far[order]], chosen.t()
+
+    def extra_repr(self) -> str:
+        """Sizes, margin and scale, with units."""
+        return (
+            f"num_classes={self.num_classes}, embedding_size={self.W.shape[0]},"
+            f" margin={_degrees(float(self.margin))}, scale={self.scale},"
+            f" sub_centers={self.sub_centers}"
+        )
+
+
+class LargeMarginSoftmaxLoss(_ClassWeights):
+    r"""L-Softmax as pytorch-metric-learning's: ``s ||w|| ||x|| psi(theta)``.
+
+    .. math:: \psi(\theta) = (-1)^k \cos(m \theta) - 2k, \quad k = \lfloor m \theta / \pi \rfloor
+
+    Norms are part of the logits, which the kernels don't know: plain PyTorch, block by block of
+    classes, with as little memory as the other losses.
+
+    Args:
+        num_classes: C >= 2.
+        embedding_size: D >= 1.
+        margin: m, a whole number from 1 on.
+        scale: s > 0.
+        options: see `_ClassWeights`; ``distance`` may be CosineSimilarity.
+
+    References:
+        Liu et al., Large-Margin Softmax Loss for Convolutional Neural Networks, 2016,
+        arXiv:1612.02295, eq. 5, 6.
+    """
+
+    _keeps_weight_norms = True
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, margin: int = 4, scale: float = 1,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(num_classes, embedding_size, **options)
+        self.num_classes = num_classes
+        self.margin, self.scale = _refusals.peer_margin(margin), scale
+        _validate.module_scale(scale)
+
+    def _losses(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return _dots.losses(
+            embeddings, weight, labels, lambda u: multiple_angle(u, self.margin), self.scale,
+            keep_x=True, keep_w=self._keeps_weight_norms,
+        )  # fmt: skip
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """Scaled products, (N, C)."""
+        return _dots.logits(
+            embeddings, self.W.t(), self.scale, keep_x=True, keep_w=self._keeps_weight_norms
+        )
+
+    def _shown(self) -> dict[str, Any]:
+        return {"margin": f"{self.margin} (times theta)", "scale": self.scale}
+
+
+class SphereFaceLoss(LargeMarginSoftmaxLoss):
+    """SphereFace as pytorch-metric-learning's: `LargeMarginSoftmaxLoss` with ||w|| = 1.
+
+    References:
+        Liu et al., SphereFace: Deep Hypersphere Embedding for Face Recognition, 2017,
+        arXiv:1704.08063, eq. 7.
+    """
+
+    _keeps_weight_norms = False
+
+
+def multiple_angle(u: Tensor, margin: int) -> Tensor:
+    """(-1)^k cos(m theta) - 2k of u = cos(theta), with k = floor(m theta / pi), at most m - 1."""
+    previous, current = torch.ones_like(u), u
+    for _ in range(margin - 1):  # Chebyshev's recurrence
+        previous, current = current, 2.0 * u * current - previous
+    k = (margin * u.detach().acos() / math.pi).floor().clamp_max(margin - 1)
+    return (1.0 - 2.0 * (k % 2)) * current - 2.0 * k

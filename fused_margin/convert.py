@@ -1,0 +1,350 @@
+"""Class weights and optimiser states from checkpoints of other packages, and back.
+
+```python
+from fused_margin import convert
+
+convert.load_class_weights(criterion, "checkpoint.pt")  # pytorch-metric-learning's, insightface's…
+```
+
+Files are loaded with ``weights_only=True``. Learning rates: the gradient of class weights goes as
+1/||w||, so that one found with another initialisation belongs to its norms; docs/migration.md names
+the line that draws them likewise.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_margin.compat import _refusals
+from fused_margin.losses import ArcFaceLoss, CosFaceLoss, MarginSoftmaxLoss, NormalizedSoftmaxLoss
+
+__all__ = [
+    "class_weights",
+    "from_pml",
+    "load_class_weights",
+    "to_pml",
+    "transpose_moments",
+]
+
+Checkpoint = str | os.PathLike[str] | Mapping[str, Any]
+
+# By the last part of a key, what the rows of a matrix are: classes, dimensions, or either.
+LAYOUTS = {"weight": "CD", "kernel": "DC", "W": None}
+# Parts of a checkpoint whose matrices are no weights
+OPTIMIZERS = ("optimizer", "optim", "scheduler")
+
+
+def class_weights(
+    checkpoint: Checkpoint,
+    num_classes: int | None = None,
+    embedding_size: int | None = None,
+    *,
+    key: str | None = None,
+    layout: str | None = None,
+) -> torch.Tensor:
+    """The class weights of a checkpoint, by key and shape.
+
+    Known are ``W`` of pytorch-metric-learning (D, C) and of pytorch-adacos (C, D), ``kernel`` of
+    AdaFace, CurricularFace and ElasticFace (D, C), and ``weight`` of all others (C, D), under any
+    prefix and in nested mappings. If sizes are given, a matrix of that shape or its transpose is
+    looked for: first of these names and layouts, then any. Where a size isn't given, ``W`` and
+    ``kernel`` come before ``weight``, which linear layers have too.
+
+    Args:
+        checkpoint: a path, or what was loaded from it.
+        num_classes: C, if known (C K for sub-centres).
+        embedding_size: D, if known.
+        key: the matrix's key, or its end; keys of nested mappings are joined by dots.
+        layout: ``"CD"`` (a row per class), ``"DC"`` (a column per class), or None, by key and
+            shape.
+
+    Returns:
+        (C, D), contiguous, as it was saved otherwise.
+
+    Raises:
+        TypeError: no mapping.
+        ValueError: no matrix fits, several do (they are listed), or its layout can't be known; a
+            file that ``weights_only=True`` refuses.
+    """
+    _refusals.layout(layout)
+    found = _matrices(_loaded(checkpoint))
+    sizes = (num_classes, embedding_size)
+    name, matrix = _chosen(found, sizes, key, layout)
+    is_transposed = _layout(name, matrix, sizes, layout) == "DC"
+    return (matrix.t() if is_transposed else matrix).detach().contiguous()
+
+
+def load_class_weights(
+    criterion: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    key: str | None = None,
+    layout: str | None = None,
+) -> None:
+    """Copy the class weights of a checkpoint into a loss, see `class_weights`.
+
+    Args:
+        criterion: a loss of this package, or of `fused_margin.compat`.
+        checkpoint: a path, or what was loaded from it.
+        key: the matrix's key, or its end.
+        layout: ``"CD"``, ``"DC"`` or None.
+    """
+    rows = _rows(criterion)
+    with torch.no_grad():
+        rows.copy_(class_weights(checkpoint, rows.shape[0], rows.shape[1], key=key, layout=layout))
+
+
+def _parameter(criterion: nn.Module) -> nn.Parameter:
+    """Its class weights, as it has them."""
+    for name in ("weight", "W"):
+        parameter = getattr(criterion, name, None)
+        if isinstance(parameter, nn.Parameter) and parameter.ndim == 2:
+            return parameter
+    return _refusals.criterion(criterion)
+
+
+def _rows(criterion: nn.Module) -> torch.Tensor:
+    """Its class weights as (C, D), in place."""
+    parameter = _parameter(criterion).detach()
+    return (
+        parameter
+        if isinstance(getattr(criterion, "weight", None), nn.Parameter)
+        else (parameter.t())
+    )
+
+
+def _loaded(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    if isinstance(checkpoint, (str, os.PathLike)):
+        try:
+            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            _refusals.unsafe(checkpoint, error)
+    _refusals.checkpoint(checkpoint)
+    return checkpoint  # pyright: ignore[reportReturnType]
+
+
+def _matrices(checkpoint: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    """Its floating matrices by their keys, but for those of optimisers."""
+    found: dict[str, torch.Tensor] = {}
+    for key, value in checkpoint.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, torch.Tensor):
+            if value.ndim == 2 and value.is_floating_point():
+                found[name] = value
+        elif isinstance(value, Mapping) and not any(part in str(key) for part in OPTIMIZERS):
+            found |= _matrices(value, f"{name}.")
+    return found
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _described(found: dict[str, torch.Tensor]) -> list[str]:
+    return [f"{name} {tuple(matrix.shape)}" for name, matrix in found.items()]
+
+
+def _fits(matrix: torch.Tensor, sizes: tuple[int | None, int | None], layout: str | None) -> bool:
+    shapes = {"CD": tuple(matrix.shape), "DC": tuple(matrix.shape)[::-1]}
+    return any(
+        all(size in (None, given) for size, given in zip(sizes, shape, strict=True))
+        for name, shape in shapes.items()
+        if layout in (None, name)
+    )
+
+
+def _chosen(
+    found: dict[str, torch.Tensor],
+    sizes: tuple[int | None, int | None],
+    key: str | None,
+    layout: str | None,
+) -> tuple[str, torch.Tensor]:
+    """The one matrix that can be the class weights."""
+    wanted = "" if sizes == (None, None) else f" with C = {sizes[0]}, D = {sizes[1]}"
+    named = found
+    if key is not None:
+        exact = {name: found[name] for name in found if name == key}
+        named = exact or {name: m for name, m in found.items() if name.endswith(f".{key}")}
+        wanted = f" named {key}{wanted}"
+    fitting = {name: m for name, m in named.items() if _fits(m, sizes, layout)}
+    as_named = {
+        name: m
+        for name, m in fitting.items()
+        if _last(name) in LAYOUTS and _fits(m, sizes, layout or LAYOUTS[_last(name)])
+    }
+    if None in sizes:  # linear layers may fit too
+        as_named = {n: m for n, m in as_named.items() if _last(n) != "weight"} or as_named
+    is_told = key is not None or sizes != (None, None)
+    candidates = as_named or (fitting if is_told else {})
+    if not is_told and any(_last(n) == "weight" for n in candidates):
+        candidates = found  # a checkpoint with other matrices doesn't tell whose weight it is
+    if not candidates:
+        _refusals.no_candidate(_described(found), wanted)
+    if len(candidates) > 1:
+        _refusals.several_candidates(_described(candidates))
+    return next(iter(candidates.items()))
+
+
+def _layout(
+    name: str,
+    matrix: torch.Tensor,
+    sizes: tuple[int | None, int | None],
+    layout: str | None,
+) -> str:
+    """Whether its rows are classes, "CD", or dimensions, "DC"."""
+    if layout is not None:
+        return layout
+    by_shape = [one for one in ("CD", "DC") if _fits(matrix, sizes, one)]
+    if len(by_shape) == 1:
+        return by_shape[0]
+    by_name = LAYOUTS.get(_last(name))
+    if by_name is None:
+        _refusals.layout_unknown(name, tuple(matrix.shape))
+    return by_name
+
+
+# --- pytorch-metric-learning's objects ------------------------------------------------------------
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def from_pml(peer: Any, **options: Any) -> MarginSoftmaxLoss:
+    """This package's loss for one of pytorch-metric-learning's, with a copy of its weights.
+
+    Args:
+        peer: its ArcFaceLoss, CosFaceLoss or NormalizedSoftmaxLoss, or that of
+            `fused_margin.compat.pml`, with none of its other options.
+        options: ``backend``, ``memory_budget``, ``ignore_index`` or ``reduction`` of ours.
+
+    Returns:
+        The same loss and gradients; ``weight`` (C, D) has W's dtype and device.
+
+    Raises:
+        ValueError: another class, or one with a regulariser, a reducer or a distance that isn't the
+            default; `fused_margin.compat.pml` has those.
+    """
+    classes = {
+        "ArcFaceLoss": lambda: (ArcFaceLoss, {"margin": float(peer.margin)}),
+        "CosFaceLoss": lambda: (CosFaceLoss, {"margin": float(peer.margin)}),
+        "NormalizedSoftmaxLoss": lambda: (NormalizedSoftmaxLoss, {}),
+    }
+    if _kind(peer) not in classes:
+        _refusals.not_converted(peer, " has no counterpart with an exact value")
+    for name in ("weight_regularizer", "embedding_regularizer"):
+        if getattr(peer, name, None) is not None:
+            _refusals.not_converted(peer, f" with {name}")
+    if _kind(getattr(peer, "reducer", None)) not in ("NoneType", "MeanReducer"):
+        _refusals.not_converted(peer, f" with the reducer {_kind(peer.reducer)}")
+    distance = getattr(peer, "distance", None)
+    if distance is not None and not (distance.normalize_embeddings and distance.power == 1):
+        _refusals.not_converted(peer, " with embeddings that are not normalised")
+    make, arguments = classes[_kind(peer)]()
+    scale = 1.0 / peer.temperature if _kind(peer) == "NormalizedSoftmaxLoss" else float(peer.scale)
+    w = _parameter(peer)  # (D, C)
+    criterion = make(
+        w.shape[1], w.shape[0], scale=scale, device=w.device, dtype=w.dtype, **arguments, **options
+    )
+    with torch.no_grad():
+        criterion.weight.copy_(w.t())
+    return criterion
+
+
+def to_pml(criterion: MarginSoftmaxLoss) -> nn.Module:
+    """pytorch-metric-learning's loss for one of this package, with a copy of its weights.
+
+    Args:
+        criterion: ArcFaceLoss with ``boundary="linear"`` and ``grad="exact"``, CosFaceLoss,
+            FixedAdaCosLoss or NormalizedSoftmaxLoss, with ``reduction="mean"``.
+
+    Returns:
+        An object of pytorch_metric_learning.losses; its W is (D, C), a margin in degrees.
+
+    Raises:
+        ValueError: another class or option, or pytorch-metric-learning isn't installed.
+    """
+    kind, arguments = _kind(criterion), {}
+    if kind not in ("ArcFaceLoss", "CosFaceLoss", "FixedAdaCosLoss", "NormalizedSoftmaxLoss"):
+        _refusals.not_converted(criterion, " has no counterpart")
+    if criterion.reduction != "mean":
+        _refusals.not_converted(criterion, f" with reduction={criterion.reduction!r}")
+    if isinstance(criterion, ArcFaceLoss):
+        if (criterion.boundary, criterion.grad) != ("linear", "exact"):
+            _refusals.not_converted(
+                criterion, f" with boundary={criterion.boundary!r}, grad={criterion.grad!r}"
+            )
+        arguments = {"margin": math.degrees(criterion.margin), "scale": criterion.scale}
+    elif isinstance(criterion, CosFaceLoss):
+        arguments = {"margin": criterion.margin, "scale": criterion.scale}
+    else:
+        kind, arguments = "NormalizedSoftmaxLoss", {"temperature": 1.0 / criterion.scale}
+    try:
+        peers = importlib.import_module("pytorch_metric_learning.losses")
+    except ImportError as error:
+        _refusals.no_peer(error)
+    peer = getattr(peers, kind)(
+        num_classes=criterion.num_classes, embedding_size=criterion.embedding_size, **arguments
+    )
+    peer.W.data = criterion.weight.detach().t().contiguous()
+    return peer
+
+
+def transpose_moments(
+    state: Mapping[str, Any], optimizer: torch.optim.Optimizer, criterion: nn.Module
+) -> dict[str, Any]:
+    """An optimiser's saved state, with what it keeps of the class weights transposed.
+
+    Moments of W (D, C) load into an optimiser of a weight (C, D) without a word, and the first step
+    fails. Those of other parameters are left as they are. It works both ways.
+
+    ```python
+    optimizer.load_state_dict(convert.transpose_moments(saved, optimizer, criterion))
+    ```
+
+    Args:
+        state: the ``state_dict()`` of the other optimiser; not changed.
+        optimizer: the one that shall load it, built of the same parameters in the same order, the
+            class weights being ``criterion``'s.
+        criterion: the loss whose class weights are stored the other way round now.
+
+    Returns:
+        A state for ``optimizer.load_state_dict``.
+
+    Raises:
+        ValueError: the groups differ, ``optimizer`` lacks the class weights, or a moment has a
+            shape that isn't the transpose.
+    """
+    weight = _parameter(criterion)
+    saved = [group["params"] for group in state["param_groups"]]
+    ours = [group["params"] for group in optimizer.param_groups]
+    if [len(group) for group in saved] != [len(group) for group in ours]:
+        _refusals.other_groups([len(group) for group in saved], [len(group) for group in ours])
+    numbers = {
+        id(parameter): number
+        for group, parameters in zip(saved, ours, strict=True)
+        for number, parameter in zip(group, parameters, strict=True)
+    }
+    if id(weight) not in numbers:
+        _refusals.not_held(_kind(criterion))
+    number, wanted = numbers[id(weight)], tuple(weight.shape)
+    result = {"state": dict(state["state"]), "param_groups": copy.deepcopy(state["param_groups"])}
+    moments = dict(result["state"].get(number, {}))
+    for name, value in moments.items():
+        if not isinstance(value, torch.Tensor) or value.ndim != 2:
+            continue  # the number of steps
+        if tuple(value.shape) != wanted[::-1]:
+            _refusals.moment(name, tuple(value.shape), wanted)
+        moments[name] = value.t().contiguous()
+    if moments:
+        result["state"][number] = moments
+    return result

@@ -1,0 +1,228 @@
+"""insightface's margins and PartialFC_V2, and copied heads: equal to what their originals compute.
+
+The originals are restated from their formulas on the whole (N, C) matrix, in fp64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_margin.compat import heads, insightface
+
+Tensor = torch.Tensor
+N, C, D = 30, 17, 6
+
+
+def batch(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows at all angles to their class's weight, a zero one among them."""
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.randint(C, (N,), generator=generator)
+    own = F.normalize(weight.detach())[labels]
+    x = torch.randn(N, D, generator=generator, dtype=weight.dtype)
+    x[:10] += 3 * own[:10]
+    x[10:20] = 0.3 * x[10:20] - own[10:20]
+    x[10:14] = 0.02 * x[10:14] - own[10:14]  # past theta + m = pi for a margin of 0.2
+    x[20] = 0.0
+    return x, labels
+
+
+def cosines(x: Tensor, w: Tensor) -> Tensor:
+    return F.normalize(x) @ F.normalize(w).t()
+
+
+def at_targets(values: Tensor, cosine: Tensor, labels: Tensor) -> Tensor:
+    return torch.where(F.one_hot(labels, C).bool(), values, cosine)
+
+
+def results(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+# Of theta and of its cosine: the target's logit over the scale
+Psi = Callable[[Tensor, Tensor], Tensor]
+
+
+def arc(m: float, past: float | None, easy: bool = False) -> Psi:
+    """cos(theta + m), cos(theta) - past where theta + m > pi; None: throughout."""
+
+    def psi(theta: Tensor, cosine: Tensor) -> Tensor:
+        inside = cosine > 0 if easy else torch.ones_like(cosine, dtype=torch.bool)
+        beyond = cosine
+        if not easy and past is not None:
+            inside, beyond = theta + m <= math.pi, cosine - past
+        return torch.where(inside, (theta + m).cos(), beyond)
+
+    return psi
+
+
+HEADS: dict[str, tuple[Callable[[], Any], float, Psi]] = {
+    "kaggle": (
+        lambda: heads.ArcMarginProduct(D, C), 30.0, arc(0.5, 0.5 * math.sin(0.5))
+    ),
+    "kaggle-easy": (
+        lambda: heads.ArcMarginProduct(D, C, 45.0, 0.4, True, 0.0), 45.0, arc(0.4, None, True)
+    ),
+    "wespeaker": (lambda: heads.WeSpeakerAAM(D, C), 32.0, arc(0.2, 1 - math.cos(0.2))),
+    "wespeaker-easy": (
+        lambda: heads.WeSpeakerAAM(D, C, margin=0.5, easy_margin=True), 32.0, arc(0.5, None, True)
+    ),
+    "speechbrain": (
+        lambda: heads.SpeechBrainAAM(D, C), 30.0, arc(0.2, 0.2 * math.sin(0.2))
+    ),
+    "cosface": (lambda: heads.AddMarginProduct(D, C), 30.0, lambda theta, cosine: cosine - 0.4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads(name: str) -> None:
+    make, scale, psi = HEADS[name]
+    head = make().double()
+    x, labels = batch(head.weight)
+    x.requires_grad_()
+    actual = results(head(x, labels), x, head.weight)
+    # the originals' slopes have no floor; no row lies so near that it would show
+    cosine = cosines(x, head.weight)
+    logits = scale * at_targets(psi(cosine.acos(), cosine), cosine, labels)
+    expected = results(F.cross_entropy(logits, labels), x, head.weight)
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(head.logits(x), scale * cosine)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_have_the_weight_of_a_linear_layer(name: str) -> None:
+    torch.manual_seed(4)
+    head = HEADS[name][0]()
+    torch.manual_seed(4)
+    expected = nn.init.xavier_uniform_(torch.empty(C, D))
+    torch.testing.assert_close(head.weight.detach(), expected, rtol=0, atol=0)
+    assert list(head.state_dict()) == ["weight"]
+    assert (head.in_features, head.out_features) == (D, C)
+    x, labels = batch(head.weight)
+    torch.testing.assert_close(head(x[:, None], labels[:, None]), head(x, labels))
+
+
+def test_update_sets_the_margin() -> None:
+    head = heads.WeSpeakerAAM(D, C, margin=0.0).double()
+    other = heads.WeSpeakerAAM(D, C, margin=0.3).double()
+    other.load_state_dict(head.state_dict())
+    x, labels = batch(head.weight)
+    assert float(head(x, labels).detach()) < float(other(x, labels).detach())
+    head.update(0.3)
+    torch.testing.assert_close(head(x, labels), other(x, labels))
+    assert "margin=0.3, scale=32" in repr(head)
+    with pytest.raises(ValueError, match=r"math\.radians"):
+        head.update(20)
+
+
+MARGINS: dict[str, tuple[Any, float, Psi]] = {
+    "combined-arc": (insightface.CombinedMarginLoss(64, 1.0, 0.5, 0.0), 64.0, arc(0.5, None)),
+    "combined-cos": (
+        insightface.CombinedMarginLoss(64, 1.0, 0.0, 0.4), 64.0, lambda theta, cosine: cosine - 0.4
+    ),
+    "arc": (insightface.ArcFace(30.0, 0.3), 30.0, arc(0.3, None)),
+    "cos": (insightface.CosFace(), 64.0, lambda theta, cosine: cosine - 0.4),
+}  # fmt: skip
+
+
+def straight_through(value: Tensor, cosine: Tensor) -> Tensor:
+    """As where the margin is applied under no_grad, in place."""
+    return cosine + (value - cosine).detach()
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_partial_fc(name: str) -> None:
+    margin, scale, psi = MARGINS[name]
+    criterion = insightface.PartialFC_V2(margin, D, C).double()
+    x, labels = batch(criterion.weight)
+    x.requires_grad_()
+    cosine = cosines(x, criterion.weight).clamp(-1, 1)
+    changed = straight_through(at_targets(psi(cosine.acos(), cosine), cosine, labels), cosine)
+    expected = results(F.cross_entropy(scale * changed, labels), x, criterion.weight)
+    for given in (labels, labels[:, None]):
+        actual = results(criterion(x, given), x, criterion.weight)
+        for got, want in zip(actual, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    # the margin alone, on finished cosines; a row of label -1 has none
+    partly = labels.clone()
+    partly[::2] = -1
+    logits = cosines(x, criterion.weight).detach()
+    got = margin(logits.clone(), partly[:, None])
+    torch.testing.assert_close(got[::2], scale * logits[::2])
+    torch.testing.assert_close(got[1::2], (scale * changed).detach()[1::2])
+
+
+def test_partial_fc_with_the_exact_gradient() -> None:
+    margin = insightface.CombinedMarginLoss(64, 1.0, 0.5, 0.0, grad="exact")
+    criterion = insightface.PartialFC_V2(margin, D, C, sample_rate=1.0, fp16=True).double()
+    x, labels = batch(criterion.weight)
+    cosine = cosines(x, criterion.weight)
+    logits = 64 * at_targets((cosine.acos() + 0.5).cos(), cosine, labels)
+    expected = results(F.cross_entropy(logits, labels), criterion.weight)
+    actual = results(criterion(x, labels), criterion.weight)
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_partial_fc_follows_its_margin() -> None:
+    margin = insightface.ArcFace(30.0, 0.1)
+    criterion = insightface.PartialFC_V2(margin, D, C)
+    assert list(criterion.state_dict()) == ["weight"]
+    assert 0.005 < float(criterion.weight.detach().std()) < 0.02
+    x, labels = batch(criterion.weight)
+    before = float(criterion(x, labels).detach())
+    margin.margin = 0.5
+    assert float(criterion(x, labels).detach()) > before
+    assert criterion(x[:7], labels[:7]).ndim == 0  # a smaller batch
+    assert "margin=0.5 rad" in repr(criterion)
+    assert criterion.scale == 30.0
+    criterion.scale = 64
+    assert margin.s == 64.0
+
+
+Combined = insightface.CombinedMarginLoss
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "filtering": (lambda: Combined(64, 1, 0.5, 0, 0.4), ValueError, "threshold=0.4"),
+    "ignored margins": (lambda: Combined(64, 1, 0.3, 0.2), ValueError, "ignores m1 and m2"),
+    "multiple": (lambda: Combined(64, 1.35, 0.5, 0), ValueError, "margin_softmax"),
+    "negative": (lambda: Combined(64, 1, 0, -0.1), ValueError, "margin_softmax"),
+    "scale": (lambda: Combined(0, 1, 0.5, 0), ValueError, "> 0"),
+    "sampling": (
+        lambda: insightface.PartialFC_V2(insightface.ArcFace(), D, C, 0.1), ValueError,
+        "sample_rate=0.1",
+    ),
+    "other margins": (
+        lambda: insightface.PartialFC_V2(nn.Identity(), D, C),  # pyright: ignore[reportArgumentType]
+        TypeError, "torch.nn.modules.linear.Identity; import it from there",
+    ),
+    "labels": (
+        lambda: insightface.PartialFC_V2(insightface.ArcFace(), D, C)(
+            torch.randn(2, D), torch.tensor([0, -1])
+        ),
+        ValueError, "labels must be in",
+    ),
+    "smoothing": (lambda: heads.ArcMarginProduct(D, C, ls_eps=0.1), ValueError, "ls_eps=0.1"),
+    "degrees": (lambda: heads.ArcMarginProduct(D, C, m=28.6), ValueError, "math.radians"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    call, kind, message = REFUSED[name]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_partial_fc_refuses_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_margin import _setup
+
+    monkeypatch.setattr(_setup, "_ranks", lambda: 2)
+    with pytest.raises(ValueError, match="over 2 ranks"):
+        insightface.PartialFC_V2(insightface.ArcFace(), D, C)

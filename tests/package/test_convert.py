@@ -1,0 +1,319 @@
+"""Class weights and optimiser states, from the checkpoints that other packages write."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_metric_learning import distances, reducers
+from pytorch_metric_learning import losses as peers
+from pytorch_metric_learning import regularizers as peer_regularizers
+from torch import nn
+
+import fused_margin as fm
+from fused_margin import convert
+from fused_margin.compat import heads, insightface, pml
+
+Tensor = torch.Tensor
+C, D = 11, 7
+ROWS = torch.randn(C, D, generator=torch.Generator().manual_seed(0))
+COLUMNS = ROWS.t().contiguous()
+BACKBONE = {"layer1.weight": torch.randn(D, 32), "layer1.bias": torch.randn(D)}
+BACKBONE["conv.weight"] = torch.randn(8, 3, 3, 3)
+
+
+def under(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+# As each package saves them; "hint": nothing but the sizes tells which matrix it is
+CHECKPOINTS: dict[str, tuple[dict[str, Any], str]] = {
+    "pytorch-metric-learning": ({"W": COLUMNS}, "hint"),
+    "pytorch-metric-learning, in a model": ({**BACKBONE, "criterion.W": COLUMNS}, "hint"),
+    "insightface": (
+        {
+            "epoch": 3,
+            "state_dict_backbone": BACKBONE,
+            "state_dict_softmax_fc": {"weight": ROWS},
+            "state_optimizer": {"state": {0: {"momentum_buffer": ROWS}}},
+        },
+        "hint",
+    ),
+    "insightface, the softmax alone": ({"weight": ROWS}, ""),
+    "OML, by Lightning": (
+        {"state_dict": under("model.", BACKBONE) | {"criterion.weight": ROWS}}, "hint"
+    ),
+    "WeSpeaker": ({**BACKBONE, "projection.weight": ROWS}, "hint"),
+    "SpeechBrain": ({"weight": ROWS}, ""),
+    "AdaFace, by Lightning": (
+        {
+            "state_dict": under("model.", BACKBONE)
+            | {"head.kernel": COLUMNS, "head.t": torch.zeros(1)}
+        },
+        "",
+    ),
+    "CurricularFace": ({"kernel": COLUMNS, "t": torch.zeros(1)}, ""),
+    "ElasticFace, from DDP": ({"module.kernel": COLUMNS}, ""),
+    "pytorch-adacos": ({"W": ROWS}, "hint"),
+    "fused_margin": ({"weight": ROWS}, ""),
+    "another name": ({**BACKBONE, "fc.centers": ROWS}, "hint"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints(name: str, tmp_path: Path) -> None:
+    checkpoint, needs = CHECKPOINTS[name]
+    path = tmp_path / "checkpoint.pt"
+    torch.save(checkpoint, path)
+    for given in (checkpoint, path, str(path)):
+        weight = convert.class_weights(given, C, D)
+        assert weight.is_contiguous()
+        torch.testing.assert_close(weight, ROWS, rtol=0, atol=0)
+    torch.testing.assert_close(convert.class_weights(checkpoint, num_classes=C), ROWS)
+    if name != "another name":  # where layer1.weight fits too
+        torch.testing.assert_close(convert.class_weights(checkpoint, embedding_size=D), ROWS)
+    if needs:
+        with pytest.raises(ValueError, match=r"num_classes and embedding_size|name another one"):
+            convert.class_weights(checkpoint)
+    else:
+        torch.testing.assert_close(convert.class_weights(checkpoint), ROWS)
+
+
+LOSSES: dict[str, Callable[[], Any]] = {
+    "native": lambda: fm.CosFaceLoss(C, D),
+    "pml": lambda: pml.ArcFaceLoss(C, D),
+    "partial fc": lambda: insightface.PartialFC_V2(insightface.ArcFace(), D, C),
+    "head": lambda: heads.ArcMarginProduct(D, C),
+    "wrapped": lambda: fm.FixedAdaCosLoss(C, D, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loading_into_a_loss(name: str) -> None:
+    for checkpoint, _ in CHECKPOINTS.values():
+        criterion = LOSSES[name]()
+        parameter = next(criterion.parameters())
+        convert.load_class_weights(criterion, checkpoint)
+        assert next(criterion.parameters()) is parameter
+        rows = parameter.t() if name == "pml" else parameter
+        assert rows.is_contiguous()
+        torch.testing.assert_close(rows.detach(), ROWS.to(rows.dtype), rtol=0, atol=0)
+
+
+SQUARE = torch.randn(5, 5)
+
+
+def test_square_matrices_go_by_their_name() -> None:
+    torch.testing.assert_close(convert.class_weights({"weight": SQUARE}, 5, 5), SQUARE)
+    torch.testing.assert_close(convert.class_weights({"kernel": SQUARE}, 5, 5), SQUARE.t())
+    torch.testing.assert_close(convert.class_weights({"W": SQUARE}, 5, 5, layout="CD"), SQUARE)
+    torch.testing.assert_close(convert.class_weights({"W": SQUARE}, layout="DC"), SQUARE.t())
+    with pytest.raises(ValueError, match=r"W of shape \(5, 5\) can be a row per class.*layout="):
+        convert.class_weights({"W": SQUARE}, 5, 5)
+
+
+def test_a_key_chooses() -> None:
+    both = {"first": {"weight": ROWS}, "second": {"weight": 2 * ROWS}, "weight": 3 * ROWS}
+    for key, factor in (("first.weight", 1), ("second.weight", 2), ("weight", 3)):
+        torch.testing.assert_close(convert.class_weights(both, C, D, key=key), factor * ROWS)
+    nested = {"a": both["first"], "b": {"c": {"weight": 2 * ROWS}}}
+    torch.testing.assert_close(convert.class_weights(nested, key="c.weight"), 2 * ROWS)
+
+
+class Anything:
+    """Something that a file may not hold."""
+
+
+def unsafe(folder: Path) -> Path:
+    path = folder / "unsafe.pt"
+    torch.save({"weight": ROWS, "hyper_parameters": Anything()}, path)
+    return path
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
+    "several": (
+        lambda folder: convert.class_weights({"a.weight": ROWS, "b.weight": ROWS}, C, D),
+        ValueError, r"several matrices.*a\.weight \(11, 7\), b\.weight \(11, 7\); choose with key=",
+    ),
+    "several of other names": (
+        lambda folder: convert.class_weights(CHECKPOINTS["another name"][0], embedding_size=D),
+        ValueError, r"layer1\.weight \(7, 32\), fc\.centers \(11, 7\)",
+    ),
+    "none": (
+        lambda folder: convert.class_weights(BACKBONE, C, D), ValueError,
+        r"no class weights with C = 11, D = 7 among.*layer1\.weight \(7, 32\)",
+    ),
+    "no matrix": (lambda folder: convert.class_weights({}), ValueError, "checkpoint: none"),
+    "no such key": (
+        lambda folder: convert.class_weights({"weight": ROWS}, key="kernel"), ValueError,
+        "no class weights named kernel",
+    ),
+    "unknown layout": (
+        lambda folder: convert.class_weights({"W": ROWS}), ValueError,
+        "11 classes .pytorch-adacos.*7 classes .pytorch-metric-learning",
+    ),
+    "layout": (
+        lambda folder: convert.class_weights({"W": ROWS}, layout="T"), ValueError, "'CD'"
+    ),
+    "no mapping": (
+        lambda folder: convert.class_weights(ROWS), TypeError, "mapping.*got Tensor"  # pyright: ignore[reportArgumentType]
+    ),
+    "unsafe": (
+        lambda folder: convert.class_weights(unsafe(folder)), ValueError, "weights_only=False"
+    ),
+    "no weights": (
+        lambda folder: convert.load_class_weights(nn.ReLU(), {"weight": ROWS}), TypeError,
+        "got ReLU",
+    ),
+    "another class": (
+        lambda folder: convert.from_pml(pml.SphereFaceLoss(C, D)), ValueError, "compat.pml"
+    ),
+    "a regulariser": (
+        lambda folder: convert.from_pml(
+            peers.CosFaceLoss(C, D, weight_regularizer=peer_regularizers.RegularFaceRegularizer())
+        ),
+        ValueError, "with weight_regularizer",
+    ),
+    "a reducer": (
+        lambda folder: convert.from_pml(peers.CosFaceLoss(C, D, reducer=reducers.SumReducer())),
+        ValueError, "SumReducer",
+    ),
+    "norms": (
+        lambda folder: convert.from_pml(
+            peers.NormalizedSoftmaxLoss(
+                C, D, distance=distances.DotProductSimilarity(normalize_embeddings=False)
+            )
+        ),
+        ValueError, "not normalised",
+    ),
+    "a boundary": (
+        lambda folder: convert.to_pml(fm.ArcFaceLoss(C, D, boundary="none")), ValueError,
+        "boundary='none'",
+    ),
+    "a reduction": (
+        lambda folder: convert.to_pml(fm.CosFaceLoss(C, D, reduction="sum")), ValueError,
+        "reduction='sum'",
+    ),
+    "a subclass": (
+        lambda folder: convert.to_pml(heads.ArcMarginProduct(D, C)), ValueError, "ArcMarginProduct"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, tmp_path: Path) -> None:
+    call, kind, message = REFUSED[name]
+    with pytest.raises(kind, match=message):
+        call(tmp_path)
+
+
+def test_to_pml_says_that_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    with pytest.raises(ValueError, match="pip install pytorch-metric-learning"):
+        convert.to_pml(fm.CosFaceLoss(C, D))
+
+
+PEERS: dict[str, Callable[[], Any]] = {
+    "arcface": lambda: peers.ArcFaceLoss(C, D, margin=40, scale=32),
+    "cosface": lambda: peers.CosFaceLoss(C, D, margin=0.2, scale=10),
+    "softmax": lambda: peers.NormalizedSoftmaxLoss(C, D, temperature=0.1),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_objects_round_trip(name: str) -> None:
+    peer = PEERS[name]()
+    ours = convert.from_pml(peer, backend="reference")
+    back: Any = convert.to_pml(ours)
+    assert ours.backend == "reference"
+    assert type(back) is type(peer)
+    torch.testing.assert_close(back.W, peer.W, rtol=0, atol=0)
+    x, labels = torch.randn(9, D), torch.randint(C, (9,))
+    for criterion in (ours, back):
+        torch.testing.assert_close(criterion(x, labels), peer(x, labels))
+    same = convert.from_pml(getattr(pml, type(peer).__name__)(C, D))
+    assert type(same) is type(ours)
+    ours.weight.data.zero_()
+    assert float(peer.W.detach().abs().min()) > 0.0  # a copy
+
+
+def test_fixed_adacos_becomes_a_temperature() -> None:
+    ours = fm.FixedAdaCosLoss(C, D)
+    peer: Any = convert.to_pml(ours)
+    assert peer.temperature == pytest.approx(1 / (math.sqrt(2) * math.log(C - 1)))
+    x, labels = torch.randn(9, D), torch.randint(C, (9,))
+    torch.testing.assert_close(ours(x, labels), peer(x, labels))
+
+
+# --- optimisers -----------------------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.3, 0.9, weight_decay=5e-4),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.05, amsgrad=True),
+    "plain": lambda p: torch.optim.SGD(p, 0.3),
+}
+
+
+def steps(model: nn.Module, criterion: Any, optimizer: Any, number: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    for _ in range(3):
+        x = torch.randn(9, D, generator=generator, dtype=torch.float64)
+        labels = torch.randint(C, (9,), generator=generator)
+        optimizer.zero_grad()
+        criterion(model(x), labels).backward()
+        optimizer.step()
+    weight = convert._parameter(criterion)
+    rows = weight.t() if weight.shape == (D, C) else weight
+    return [rows.detach(), *(p.detach() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("target", ["native", "compat"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_with_the_moments(name: str, target: str) -> None:
+    """Three steps with the peer, three more with ours or the peer: the same weights."""
+    model = nn.Linear(D, D).double()
+    peer: Any = peers.ArcFaceLoss(C, D).double()
+    optimizer = OPTIMIZERS[name]([*model.parameters(), *peer.parameters()])
+    steps(model, peer, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other_model = copy.deepcopy(model)
+    ours: Any = convert.from_pml(peer) if target == "native" else pml.ArcFaceLoss(C, D).double()
+    convert.load_class_weights(ours, peer.state_dict())
+    other = OPTIMIZERS[name]([*other_model.parameters(), *ours.parameters()])
+    if target == "native":
+        before = copy.deepcopy(saved)
+        saved = convert.transpose_moments(saved, other, ours)
+        assert str(before) == str(optimizer.state_dict())  # what was given is left alone
+    other.load_state_dict(saved)
+    expected, actual = steps(model, peer, optimizer, 2), steps(other_model, ours, other, 2)
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    if target == "native":  # and back
+        back = convert.transpose_moments(other.state_dict(), optimizer, peer)
+        optimizer.load_state_dict(back)
+        steps(model, peer, optimizer, 3)
+
+
+def test_moments_that_do_not_fit() -> None:
+    ours, model = fm.ArcFaceLoss(C, D), nn.Linear(D, D)
+    optimizer = torch.optim.SGD([*model.parameters(), *ours.parameters()], 0.1, 0.9)
+    ours(model(torch.randn(3, D)), torch.arange(3)).backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"has shape \(11, 7\).*weight's own layout"):
+        convert.transpose_moments(optimizer.state_dict(), optimizer, ours)
+    with pytest.raises(ValueError, match="doesn't hold the class weights of this CosFaceLoss"):
+        convert.transpose_moments(optimizer.state_dict(), optimizer, fm.CosFaceLoss(C, D))
+    fewer = torch.optim.SGD(ours.parameters(), 0.1, 0.9)
+    with pytest.raises(ValueError, match=r"groups of \[3\] parameters, the optimizer of \[1\]"):
+        convert.transpose_moments(optimizer.state_dict(), fewer, ours)
+    swapped = torch.optim.SGD([*ours.parameters(), *model.parameters()], 0.1, 0.9)
+    with pytest.raises(ValueError, match=r"has shape \(7, 7\).*same order"):
+        convert.transpose_moments(optimizer.state_dict(), swapped, ours)
