@@ -96,8 +96,8 @@ PROBLEMS = {
 # (kernel, architecture, operands), as patterns: what is accepted of its problems, and why.
 ACCEPTED: dict[tuple[str, str, str], dict[str, str]] = {
     ("gradient_kernel*", "sm_90", "*bf16"): {
-        "registers": "W comes first, so that sums over the batch stay in a warp's lanes; the products"
-        " are exact by tests/package/test_gpu_exact.py",
+        "registers": "W comes first, so that sums over the batch stay within a warp; products are"
+        " exact by tests/package/test_gpu_exact.py",
         "conflicts": "W by descriptor, in fp32 rows of 128 bytes, is read 8 bytes a lane: 3.4 ms of"
         " shared memory at webface42m beside 10 of L2",
     },
@@ -129,7 +129,7 @@ ACCEPTED: dict[tuple[str, str, str], dict[str, str]] = {
         " nothing has been measured there",
     },
     ("*_kernel*", "sm_100", "*"): {
-        "conflicts": "Triton takes an operand that is cast through an unswizzled buffer; nothing has"
+        "conflicts": "Triton takes operands that are cast through unswizzled buffers; nothing has"
         " been measured there",
     },
     ("*_kernel*", "gfx942", "*"): {

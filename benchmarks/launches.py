@@ -190,9 +190,9 @@ def candidates(
     for kernel, tile in tuning.candidates(present.tiles, present.operands, *MANY, dim):
         instead = tuning.with_tile(present.tiles, kernel, tile, dim)
         name = "sweep_kernel" if kernel == "forward" else f"{kernel}_kernel"
-        with recorded(target, given.lowers, is_described, instead) as found:
-            with planning.override("fused" if kernel in tuning.FUSED else "chunked"):
-                step(*MANY, dim, given)
+        strategy = planning.override("fused" if kernel in tuning.FUSED else "chunked")
+        with strategy, recorded(target, given.lowers, is_described, instead) as found:
+            step(*MANY, dim, given)
         yield kernel, tile, next(one for one in found if one.kernel.__name__ == name)
 
 

@@ -38,7 +38,7 @@ LAUNCH = 30e-6  # s of the host for one, Python included
 ROUND = 0.7e-6  # s from a load of device memory to its use
 SCHEDULERS = 4  # of a multiprocessor; each issues an instruction of a warp in a cycle
 ARCHITECTURES = {"H100 SXM": "sm_90", "H200": "sm_90"}
-LIMITS = ("matrix unit", "shared memory", "issue", "device memory", "L2")
+LIMITS = ("matrix unit", "shared memory", "issue", "latency", "device memory", "L2")
 KEEPING = ("sweep_kernel", "gradient_kernel")  # those that "kept" changes
 
 
@@ -48,7 +48,8 @@ class Prediction:
 
     Attributes:
         seconds: by L2 rate.
-        parts: seconds that each of `LIMITS` takes by itself, L2 at the lower rate.
+        parts: seconds that each of `LIMITS` takes by itself, L2 at the lower rate; latency is that
+            of loads which wait for each other.
         around: of them, seconds that nothing hides.
         floor: seconds of its products and its device memory at least.
     """
@@ -75,8 +76,6 @@ class Prediction:
 
     def limit(self) -> str:
         """What takes longest, and the share of what nothing hides."""
-        if not any(self.parts.values()):
-            return "loads that wait for each other"
         name = max(self.parts, key=lambda part: self.parts[part])
         longest = max(self.seconds.values())
         return f"{name}; {self.around / longest:.0%} around the loop" if self.around else name
@@ -111,10 +110,11 @@ def _one(launch: Launch, row: kernels.Row, operand: str, device: roofline.Device
     busy = min(1.0, moved.programs / places)
     cycle = 1.0 / (chip.clock * chip.processors * busy)
     issue = row.warps / SCHEDULERS * cycle
-    parts = {
+    parts: dict[str, float] = {
         "matrix unit": moved.flops / device.rate(operand) / busy if moved.flops else 0.0,
         "shared memory": moved.steps * row.shared_cycles * cycle,
         "issue": moved.steps * row.instructions * issue,
+        "latency": moved.rounds * ROUND,
         "device memory": _memory(moved, chip) / device.bandwidth,
     }
     instructions = moved.tiles * row.around * issue
@@ -124,18 +124,12 @@ def _one(launch: Launch, row: kernels.Row, operand: str, device: roofline.Device
         around += instructions
     else:
         parts["issue"] += instructions
-    waiting = moved.rounds * ROUND
-    seconds = {
-        rate: max(*parts.values(), moved.l2_bytes / rate, waiting) + around
-        for rate in chip.l2_rates
-    }
+    seconds = {rate: max(*parts.values(), moved.l2_bytes / rate) + around for rate in chip.l2_rates}
     parts["L2"] = moved.l2_bytes / min(chip.l2_rates)
     floor = max(
         moved.flops / device.rate(operand) if moved.flops else 0.0,
         moved.memory_bytes / device.bandwidth,
     )
-    if waiting > max(parts.values()):
-        parts = dict.fromkeys(LIMITS, 0.0)
     return Prediction(1.0, moved.l2_bytes, _memory(moved, chip), floor, around, parts, seconds)
 
 
@@ -220,7 +214,7 @@ def table(step: Step, device: roofline.Device, name: str) -> str:
     assert device.chip is not None
     slow, fast = device.chip.l2_rates
     heads = (("launches", 9), ("L2 GB", 8), ("mem. GB", 8))
-    heads += tuple((f"{limit.split()[0]} ms", 10) for limit in LIMITS)
+    heads += tuple((f"{limit.split()[0]} ms", 11) for limit in LIMITS)
     heads += (("floor ms", 9), (f"{fast / 1e12:g} TB/s", 9), (f"{slow / 1e12:g} TB/s", 9))
     lines = [
         f"{name}: predicted ms of each kernel, by the rate between L2 and multiprocessors",
@@ -238,7 +232,7 @@ def table(step: Step, device: roofline.Device, name: str) -> str:
         )
     floor = sum(one.floor for one in step.kernels.values())
     lines.append(
-        f"{'total':34}{sum(one.launches for one in step.kernels.values()):9.0f}{'':66}"
+        f"{'total':34}{sum(one.launches for one in step.kernels.values()):9.0f}{'':82}"
         f"{1e3 * floor:9.3f}{1e3 * step.total(fast):9.3f}{1e3 * step.total(slow):9.3f}"
         f"  host {1e3 * step.host:.2f} ms"
     )
