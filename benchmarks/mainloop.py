@@ -26,6 +26,7 @@ BANKS_BYTES = 128  # what shared memory serves in a cycle
 WARP_GROUP_ROWS = 64  # of a result, for which a warp-group product reads all of its second operand
 
 _CUDA = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][\w.]*)([^;]*);")
+_CUDA_BROADCAST = re.compile(r"SHFL\.IDX\b[^;]*, RZ, 0x1f")  # of lane 0, to have the warp's number
 _CUDA_TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 _HIP = re.compile(r"^(?:(\.L\w+):|\s+([a-z]\w+)([^;\n]*))", re.MULTILINE)
 _HIP_TARGET = re.compile(r"(\.L\w+)\s*$")
@@ -90,7 +91,11 @@ def _cuda(sass: str) -> tuple[list[str], list[tuple[int, int]]]:
         first = None if target is None else at.get(int(target[1], 16))
         if first is not None and first < index:
             backward.append((first, index))
-    return [name for _, name, _ in found], backward
+    names = [
+        "BROADCAST" if _CUDA_BROADCAST.match(name + operands) else name
+        for _, name, operands in found
+    ]
+    return names, backward
 
 
 def _hip(assembly: str) -> tuple[list[str], list[tuple[int, int]]]:

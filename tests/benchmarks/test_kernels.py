@@ -172,6 +172,10 @@ def test_the_main_loop_is_the_innermost_with_products(mainloop: ModuleType) -> N
     assert loop.around == 3
     assert loop.count(mainloop.SHUFFLES) == 1
     assert loop.shared() == "ds_read_b128 x1"
+    broadcast = SASS.replace("LDS.128 R4, [R2]", "SHFL.IDX PT, R4, R2, RZ, 0x1f")
+    assert mainloop.loop(broadcast).count(mainloop.SHUFFLES) == 0
+    shuffled = SASS.replace("LDS.128 R4, [R2]", "SHFL.IDX PT, R4, R2, R5, 0x1f")
+    assert mainloop.loop(shuffled).count(mainloop.SHUFFLES) == 1
     without = mainloop.loop(SASS.replace("HGMMA", "FFMA"))
     assert (without.instructions, without.around, without.per_matrix()) == (0, 11, None)
 
