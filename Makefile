@@ -55,7 +55,7 @@ bench: $(INSTALLED)bench  ## run the benchmarks of the named shapes, for about t
 bench-report: $(INSTALLED)bench  ## write docs/benchmarks.md and its charts from the results
 	$(RUN) -m benchmarks.report $(if $(wildcard $(BENCH_JSON)),--bench $(BENCH_JSON))
 
-kernels: $(INSTALLED)dev  ## compile every kernel for each architecture: registers, spills
+kernels: $(INSTALLED)dev  ## compile every kernel for each architecture: spills, main loops
 	env -u TRITON_INTERPRET $(RUN) -m benchmarks.kernels
 
 clean:  ## remove the environment, builds and caches

@@ -487,6 +487,39 @@ def liger_fp32(problem: Problem) -> Contender:
     return _bind_liger(problem, "Liger, fp32 sums", accum_dtype=torch.float32)
 
 
+def _mean_cross_entropy(x_hat: Tensor, w_hat: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x_hat, w_hat).float(), labels)
+
+
+def auto_chunked(problem: Problem) -> Contender:
+    """Bind Inductor's auto-chunker: a cross-entropy of which it makes a few rows' logits at a time.
+
+    It has no rule for the scatter of a target's margin.
+
+    Raises:
+        UnavailableError: this torch has none; on the first step, if it leaves the code whole.
+    """
+    config = importlib.import_module("torch._inductor.config")
+    metrics = importlib.import_module("torch._inductor.metrics")
+    if not hasattr(config, "auto_chunker"):
+        raise UnavailableError(f"torch {torch.__version__} has no auto-chunker")
+    torch.compiler.reset()
+    # a graph from the cache would not say whether it was chunked
+    options: dict[str, Any] = {"auto_chunker.enable": True, "fx_graph_cache": False}
+    compiled_loss = torch.compile(
+        _mean_cross_entropy, fullgraph=True, dynamic=False, options=options
+    )
+    before = metrics.num_auto_chunking
+
+    def compute_loss(x_hat: Tensor, w_hat: Tensor, labels: Tensor) -> Tensor:
+        loss = compiled_loss(x_hat, w_hat, labels)
+        if torch.is_grad_enabled() and metrics.num_auto_chunking == before:
+            raise UnavailableError("Inductor found nothing to chunk")
+        return loss
+
+    return _without_margin(problem, "Inductor, auto-chunked", compute_loss)
+
+
 CONTENDERS: dict[str, Callable[[Problem], Contender]] = {
     "ours": ours,
     "careful": careful,
@@ -503,6 +536,8 @@ LOWER_BOUNDS: dict[str, Callable[[Problem], Contender]] = {
     "liger_fp32": liger_fp32,
 }
 EVERYONE = {**CONTENDERS, **LOWER_BOUNDS}
+# Timed on GPUs alone: compiling it takes a minute on a CPU.
+ON_GPU: dict[str, Callable[[Problem], Contender]] = {"auto_chunked": auto_chunked}
 # Those that hold (N, C) matrices, so that they fit where `memory.eager_bytes` does.
 DENSE = frozenset({"careful", "compiled", "usual", "lce"})
 

@@ -1,14 +1,17 @@
 """Everything the owner of a GPU should run, in one command of bounded time and without network.
 
-    python -m benchmarks.gpu --out results                       # nine minutes at most
+    python -m benchmarks.gpu --out results                       # six minutes at most
     python -m benchmarks.gpu --out results --minutes 30          # more of the steps
+    python -m benchmarks.gpu --out results --skip check tiles    # without some of the parts
     python -m benchmarks.gpu --out rehearsal --device cpu        # a dry run of tiny shapes
 
-For CUDA and ROCm devices. In this order: correctness (a quarter of the time at most), the
-strategies of the backward against each other, steps of small shapes, the kernels of a step, the
-rivals that are installed, other dtypes, and tile candidates. A short table comes last on stdout;
-DIR/gpu.json has everything, and is written whole after every step, so that an interrupted run keeps
-what it has. `python -m benchmarks.report --results DIR --docs DIR` makes a page and charts of it.
+For CUDA and ROCm devices. In this order: correctness (a third of the time at most), the kernels of
+a step, the strategies of the backward against each other, descriptors against pointers, tile
+candidates, steps that are bound by launches, with and without a CUDA graph, chunks of several
+sizes, and the rivals that are installed; then other shapes and dtypes. A short table comes last on
+stdout; DIR/gpu.json has everything, and is written whole after every step, so that an interrupted
+run keeps what it has. `python -m benchmarks.report --results DIR --docs DIR` makes a page and
+charts of it.
 
 A floor (`benchmarks.roofline`) is that of the strategy on this device, with rates measured in the
 same run; for a rival, that of the strategy which this package takes. Times are by the device's own
@@ -35,17 +38,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_worker, harness
+from benchmarks import gpu_run, gpu_worker, harness
 
 Result = dict[str, Any]
 
 CLOSING = 10.0  # seconds kept for the table, at most a tenth of the time
 STDERR = 2  # the file descriptor: stdout is for the table
+COMPARISONS = ("strategies/", "descriptors/", "chunks/", "baselines/")  # of whole steps
 POLL = 0.1  # seconds between looks at the worker
 WORKER = [sys.executable, "-m", "benchmarks.gpu_worker"]
 
 
-def new_result(device: str, minutes: float, *, skip_checks: bool = False) -> Result:
+def new_result(device: str, minutes: float, skip: Sequence[str] = ()) -> Result:
     """What the file holds before the first step."""
     started = time.time()
     seconds = 60.0 * minutes
@@ -54,7 +58,7 @@ def new_result(device: str, minutes: float, *, skip_checks: bool = False) -> Res
         "device": device,
         "dry_run": device == "cpu",
         "minutes": minutes,
-        "skip_checks": skip_checks,
+        "skip": list(skip),
         "started": started,
         "deadline": started + seconds - min(CLOSING, 0.1 * seconds),
         "status": "running",
@@ -143,12 +147,12 @@ def failures(result: Result) -> list[str]:
     """Failed checks, and results of this package that the gate refused."""
     failed = []
     for key, details in result["steps"].items():
-        if details.get("is_check") and details.get("status") in gpu_worker.FAILED:
+        if details.get("is_check") and details.get("status") in gpu_run.FAILED:
             failed.append(f"{key}: {details.get('message', details['status'])}")
         elif key.startswith("small/") and details.get("status") == "wrong":
             failed.append(f"{key}: {details['message']}")
         for name, row in details.get("rows", {}).items():
-            is_ours = key.startswith("strategies/") or name == "ours"
+            is_ours = not key.startswith("baselines/") or name == "ours"
             if is_ours and row.get("status") == "wrong":
                 failed.append(f"{key}, {name}: {row['message']}")
     return failed
@@ -172,7 +176,7 @@ def _rows(key: str, details: Result) -> list[str]:
             continue
         floor, extra = row.get("floor", {}), row.get("extra_bytes")
         ideal = floor.get("8NCD_ms")
-        label = f"{kind[:-1] if kind == 'baselines' else 'strategy'}: {row['name']}"
+        label = f"{kind.removesuffix('s') if kind != 'strategies' else 'strategy'}: {row['name']}"
         lines.append(
             f"{shape:12} {mode:13} {label:48}"
             f"{_number(_median(row, 'forward'), 10, '.3f')} {_number(step, 10, '.3f')}"
@@ -199,7 +203,7 @@ def table(result: Result) -> str:
         )
     body = []
     for key, details in steps.items():
-        if key.startswith(("strategies/", "baselines/")) and "rows" in details:
+        if key.startswith(COMPARISONS) and "rows" in details:
             body += _rows(key, details)
     if body:
         heads = f"{'':75}{'forward':>10} {'step':>10} {'floor':>7} {'over':>7} {'extra':>10}"
@@ -238,7 +242,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=harness.real_number(0.1, 1440),
-        default=9.0,
+        default=6.0,
         help="the run takes no longer (%(default)s)",
     )
     parser.add_argument(
@@ -246,8 +250,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="cuda (ROCm's devices too), or cpu for a dry run (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--skip-checks", action="store_true",
-        help="all the time is for times: results are judged before they are timed, no more",
+        "--skip", nargs="+", choices=gpu_worker.PARTS, default=[], metavar="PART",
+        help="leave out some of %(choices)s; without checks, results are judged before they are"
+        " timed, no more",
     )  # fmt: skip
     settings = parser.parse_args(arguments)
     if (settings.out / "gpu.json").exists():
@@ -266,9 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     path = settings.out / "gpu.json"
-    harness.write_json(
-        path, new_result(settings.device, settings.minutes, skip_checks=settings.skip_checks)
-    )
+    harness.write_json(path, new_result(settings.device, settings.minutes, settings.skip))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the worker as Ctrl-C does
     result = supervise(path)
     print(table(result), flush=True)

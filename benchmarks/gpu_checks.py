@@ -12,7 +12,7 @@ import importlib
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ CASES = (
     (300, 1_000, 64, "mean"),
 )
 SMALL = (64, 5_003, 64)
-PYTEST = [sys.executable, "-m", "pytest", "tests/package/test_gpu.py", "-m", "not slow", "-v"]
+TESTS = ("tests/package/test_gpu_exact.py", "tests/package/test_gpu.py")
+PYTEST = [sys.executable, "-m", "pytest", *TESTS, "-m", "gpu and not slow", "-v"]
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,14 @@ class Ours(Contender):
 
     strategy: str | None = None
     mode: Mode = MODES["fp32"]
+    change: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def forward(self) -> Tensor:
-        with forced(None, self.mode):  # strategies are of the backward
+        with forced(None, self.mode), self.change():  # strategies are of the backward
             return super().forward()
 
     def step(self) -> Tensor:
-        with forced(self.strategy, self.mode):
+        with forced(self.strategy, self.mode), self.change():
             return super().step()
 
 
@@ -437,7 +439,7 @@ def check_graph(mode: Mode, strategy: str, device: torch.device) -> dict[str, An
 
 
 def run_tests(log: Path, timeout: float) -> dict[str, Any]:
-    """Run tests/package/test_gpu.py in a process of its own, its output going to ``log``.
+    """Run `TESTS` in a process of its own, its output going to ``log``.
 
     Returns:
         how many tests passed, and whether there was time for all.

@@ -7,6 +7,7 @@ after each step, and within the longer ones.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -17,280 +18,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks import baselines, gpu_checks, gpu_timing, harness, roofline
 from benchmarks.gpu_checks import MODES, Mode
-from benchmarks.shapes import SHAPES, Shape
-from fused_margin import _validate
+from benchmarks.gpu_run import SMALL_DIM, Binder, Details, Run, Step
+from benchmarks.shapes import Shape
 
 RESTART = 75  # exit status: this process can't use the device any more, another one can
-CHECKS_SHARE = 0.25  # of the time, at most
+TILES_SHARE = 0.08  # of the time, for the candidates of each shape
 MAIN_MODE = "autocast-bf16"
-MAIN_SHAPES = ("webface42m", "llm", "ms1m")
-OTHER_SHAPES = ("glint360k", "sop", "voxceleb2")
-# The fused strategy is for small D, which none of the large shapes has.
-SMALL_DIM = Shape("ms1m_d128", 256, 85_742, 128, "ms1m with a smaller embedding")
-LAUNCH_BOUND_SHAPES = ("mnist", "faces16")
-PROFILED_SHAPES = ("mnist", "ms1m", "glint360k", "webface42m", "llm")
+MAIN_SHAPES = ("glint360k", "webface42m", "ms1m", "llm")
+OTHER_SHAPES = ("sop", "voxceleb2")
+TUNED_SHAPES = ("glint360k", "webface42m")  # to compare descriptors, chunks and tiles on
+CHUNKS = (16, 32, 64, 128)  # MiB of G at a time
+LAUNCH_BOUND_SHAPES = ("mnist", "ms1m")
+PROFILED_SHAPES = (*MAIN_SHAPES, "mnist")
 OTHER_MODES = ("tf32", "bf16", "bf16-weight", "fp16", "fp32")
-SLOW = 20.0  # a contender this many times slower than the fastest is timed once
-DRY_ROUNDS = 3
-YARDSTICK_MEMORY = 2 << 30  # what the gate takes at most
+COMPILED = ("compiled", "auto_chunked")
 NEEDS_GPU = {"status": "skipped", "message": "needs a GPU"}
 NOT_OFFERED = {"status": "skipped", "message": "there is no such strategy for D and dtypes"}
-FAILED = ("wrong", "error", "killed", "crashed")
-
-# What goes wrong with a step or a contender without stopping the others. Anything else ends the
-# process, which is recorded too.
-ERRORS: tuple[type[Exception], ...] = (
-    RuntimeError,  # of which out of memory, CUDA's and torch.compile's errors are kinds
-    ImportError,
-    OSError,
-    ValueError,
-    subprocess.SubprocessError,
-)
-if _validate.has_triton():
-    ERRORS += (importlib.import_module("triton.errors").TritonError,)
-# Foreign code under versions it was not made for.
-RIVAL_ERRORS = (*ERRORS, AttributeError, TypeError, AssertionError, LookupError)
-
-Details = dict[str, Any]
-Binder = Callable[[baselines.Problem], baselines.Contender]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One entry of the result.
-
-    ``call`` fills in the entry. ``limit``: seconds after which the step is given up. ``at_least``:
-    seconds that must be left to begin. A failed check makes the command fail. A step that runs the
-    profiler takes no times that it would disturb; those after it are left to another process.
-    """
-
-    key: str
-    call: Callable[[Details], None]
-    limit: float = 60.0
-    at_least: float = 3.0
-    is_check: bool = False
-    runs_profiler: bool = False
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:500]
-
-
-def _status(error: Exception) -> Details:
-    kind = "wrong" if isinstance(error, harness.WrongResultError) else "error"
-    return {"status": kind, "error": type(error).__name__, "message": _first_line(error)}
-
-
-def tiny(shape: Shape) -> Shape:
-    """The shape for a dry run."""
-    rows, classes, dim = min(shape.num_rows, 16), min(shape.num_classes, 300), min(shape.dim, 32)
-    return Shape(shape.name, rows, classes, dim, shape.origin)
-
-
-class Run:
-    """The result file, the meter and the clock."""
-
-    def __init__(
-        self, path: Path, meter: gpu_timing.Meter, now: Callable[[], float] = time.time
-    ) -> None:
-        self.path, self.meter, self.now = path, meter, now
-        self.result: Details = json.loads(path.read_text())
-        self.device = meter.device
-        self.on_gpu = self.device.type == "cuda"
-        self.step_deadline = self.result["deadline"]
-
-    def left(self) -> float:
-        """Seconds until the end."""
-        return self.result["deadline"] - self.now()
-
-    def left_for_checks(self) -> float:
-        """Seconds until the end of the share for correctness."""
-        started, deadline = self.result["started"], self.result["deadline"]
-        return started + CHECKS_SHARE * (deadline - started) - self.now()
-
-    def is_time_left(self) -> bool:
-        """Whether the step in progress may go on."""
-        return self.now() < self.step_deadline
-
-    def save(self) -> None:
-        """Write the file."""
-        harness.write_json(self.path, self.result)
-
-    def do(self, step: Step) -> bool:
-        """Do a step that has no entry yet, or enter why it is skipped.
-
-        Returns:
-            whether this process can go on: not if the device can't be used any more, or if the
-            step wants times and the profiler has run, in which case the step is not begun.
-        """
-        steps = self.result["steps"]
-        if step.key in steps:
-            return True
-        if not step.runs_profiler and not self.meter.is_undisturbed():
-            return False
-        left = min(self.left(), self.left_for_checks()) if step.is_check else self.left()
-        details: Details = {"is_check": step.is_check}
-        steps[step.key] = details
-        if left < step.at_least:
-            details |= {"status": "skipped", "message": "out of time"}
-            self.save()
-            return True
-        harness.progress(f"{step.key} ({self.left():.0f} s left)")
-        limit = min(step.limit, self.left())
-        start = self.now()
-        self.step_deadline = start + 0.8 * limit
-        self.result["running"] = {"key": step.key, "until": start + limit}
-        self.save()
-        try:
-            step.call(details)
-        except ERRORS as error:
-            details |= _status(error)
-            harness.progress(f"{step.key}: {type(error).__name__}: {_first_line(error)}")
-        details.setdefault("status", "done")
-        details["seconds"] = self.now() - start
-        self.result["running"] = None
-        self.save()
-        return self.meter.is_usable()
-
-    # --- what the steps share ---------------------------------------------------------------------
-
-    def shape(self, name: str) -> Shape:
-        """A named shape; a tiny one in a dry run."""
-        shape = SMALL_DIM if name == SMALL_DIM.name else SHAPES[name]
-        return tiny(shape) if self.result["dry_run"] else shape
-
-    def problem(self, shape: Shape, mode: Mode) -> baselines.Problem:
-        """The data of a shape on this device."""
-        return mode.problem(shape.num_rows, shape.num_classes, shape.dim, self.device)
-
-    def rates(self) -> roofline.Device | None:
-        """The device as measured by an earlier step."""
-        details = self.result["steps"].get("rates", {})
-        if details.get("status") != "done":
-            return None
-        return roofline.Device(
-            details["name"], details["rates"], details["bandwidth"], details["source"]
-        )
-
-    def refusal(self, mode: str, strategy: str) -> str | None:
-        """The first failed check of a combination."""
-        prefix = f"check/{mode}/{strategy}/"
-        for key, details in self.result["steps"].items():
-            if key.startswith(prefix) and details["status"] in FAILED:
-                return f"{key}: {details.get('message', details['status'])}"
-        return None
-
-    def floors(self, shape: Shape, mode: Mode, strategy: str) -> Details:
-        """Milliseconds of the floors of forward and step, and of 8NCD flops alone."""
-        device = self.rates()
-        if device is None:
-            return {}
-        works = [roofline.work(shape, mode.dtypes, strategy, backward=b) for b in (False, True)]
-        forward, step = (1e3 * roofline.floor(work, device) for work in works)
-        operand = next(iter(works[0].flops))
-        return {
-            "forward_ms": forward,
-            "step_ms": step,
-            "8NCD_ms": 1e3 * roofline.ideal(shape, operand, device, 8),
-        }
-
-    def misfit(self, shape: Shape, mode: Mode, extra: float) -> str | None:
-        """Why inputs, gradients and ``extra`` bytes don't fit the device."""
-        free = self.meter.free()
-        if free is None:
-            return None
-        inputs = shape.num_rows * shape.dim * mode.dtypes.x.itemsize
-        inputs += shape.num_classes * shape.dim * mode.dtypes.w.itemsize
-        needed = 2 * inputs + extra + YARDSTICK_MEMORY
-        if needed <= free:
-            return None
-        return f"needs {needed / 2**30:.1f} GiB by formula, {free / 2**30:.1f} are free"
-
-    def time_all(
-        self, rows: Details, shape: Shape, mode: Mode, contenders: Mapping[str, Binder]
-    ) -> None:
-        """Gate each contender, take its peak memory, and time those that pass, interleaved."""
-        if contenders:
-            with gpu_checks.forced(None, mode):
-                bound = self._admit(rows, self.problem(shape, mode), mode, contenders)
-                self._rounds(rows, bound)
-
-    def _admit(
-        self,
-        rows: Details,
-        problem: baselines.Problem,
-        mode: Mode,
-        contenders: Mapping[str, Binder],
-    ) -> dict[str, baselines.Contender]:
-        bound: dict[str, baselines.Contender] = {}
-        for name, bind in contenders.items():
-            row = rows[name]
-            if not self.is_time_left():
-                row |= {"status": "skipped", "message": "out of time"}
-                continue
-            harness.progress(f"  {name}")
-            try:
-                contender = bind(problem)
-                row |= {"name": contender.name, "drops_margin": contender.drops_margin}
-                row["relative_errors"] = gpu_checks.gate(problem, contender, mode.dtypes.operand)
-                row |= self._first_step(contender)
-                bound[name] = contender
-            except baselines.UnavailableError as error:
-                row |= {"status": "unavailable", "message": _first_line(error)}
-            except RIVAL_ERRORS as error:
-                row |= _status(error)
-                if not self.meter.is_usable():
-                    raise
-            row.setdefault("status", "done")
-            self.save()
-        return bound
-
-    def _rounds(self, rows: Details, bound: Mapping[str, baselines.Contender]) -> None:
-        fastest = min((rows[name]["first_ms"] for name in bound), default=0.0)
-        is_quick = {name: rows[name]["first_ms"] <= SLOW * fastest for name in bound}
-        for name, contender in bound.items():
-            if is_quick[name]:
-                continue
-            contender.clear()
-            rows[name]["step"] = gpu_timing.summary([self.meter.seconds(contender.step)])
-            contender.clear()
-        quick = {name: contender for name, contender in bound.items() if is_quick[name]}
-        for work in ("step", "forward"):  # the more important first
-            samples = gpu_timing.interleave(
-                self.meter,
-                [one if work == "step" else harness.ForwardAlone(one) for one in quick.values()],
-                self.is_time_left,
-                DRY_ROUNDS if self.result["dry_run"] else gpu_timing.MAX_ROUNDS,
-            )
-            for name, seconds in zip(quick, samples, strict=True):
-                rows[name][work] = gpu_timing.summary(seconds)
-            self.save()
-        for name in bound:
-            row = rows[name]
-            if row["step"] is not None and row["floor"]:
-                row["fraction_of_floor"] = row["floor"]["step_ms"] / row["step"]["median_ms"]
-
-    def _first_step(self, contender: baselines.Contender) -> Details:
-        """Peak memory above inputs and gradients, and a time that includes no compilation."""
-        contender.clear()
-        growth = self.meter.peak(contender.step)
-        extra = None
-        if growth is not None:
-            gradients = contender.gradients()
-            extra = growth - sum(part.numel() * part.element_size() for part in gradients)
-        contender.clear()
-        first = 1e3 * self.meter.seconds(contender.step)
-        contender.clear()
-        return {"extra_bytes": extra, "first_ms": first}
-
-
-# --- steps ----------------------------------------------------------------------------------------
 
 
 def environment(run: Run, details: Details) -> None:
@@ -342,6 +92,60 @@ def compare_strategies(run: Run, details: Details, shape: Shape, mode: Mode) -> 
     run.time_all(rows, shape, mode, contenders)
 
 
+def _compare_variants(
+    run: Run,
+    details: Details,
+    shape: Shape,
+    mode: Mode,
+    changes: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+) -> None:
+    """The chunked backward under some changes to the package."""
+    details["rows"] = rows = {}
+    work = roofline.work(shape, mode.dtypes, "chunked", backward=True)
+    contenders: dict[str, Binder] = {}
+    for name, change in changes.items():
+        rows[name] = {"floor": run.floors(shape, mode, "chunked")}
+        if reason := run.misfit(shape, mode, 2.0 * work.memory):
+            rows[name] |= {"status": "skipped", "message": reason}
+            continue
+
+        def bind(
+            problem: baselines.Problem,
+            name: str = name,
+            change: Callable[[], AbstractContextManager[Any]] = change,
+        ) -> baselines.Contender:
+            ours = gpu_checks.bind(problem, mode, "chunked")
+            ours.name, ours.change = name, change
+            return ours
+
+        contenders[name] = bind
+    run.time_all(rows, shape, mode, contenders)
+
+
+def compare_descriptors(run: Run, details: Details, shape: Shape, mode: Mode) -> None:
+    """The matrices read as the package chooses, which may be by descriptors, and by pointers."""
+    if not run.on_gpu:
+        details |= NEEDS_GPU
+        return
+    planning = importlib.import_module("fused_margin._triton.planning")
+    pointers = functools.partial(planning.override, strategy="chunked", descriptors=False)
+    changes = {"as chosen": contextlib.nullcontext, "pointers": pointers}
+    _compare_variants(run, details, shape, mode, changes)
+
+
+def compare_chunks(run: Run, details: Details, shape: Shape, mode: Mode) -> None:
+    """Chunks of G of several sizes."""
+    if not run.on_gpu:
+        details |= NEEDS_GPU
+        return
+    launch = importlib.import_module("fused_margin._triton.launch")
+    changes = {
+        f"{size} MiB": functools.partial(mock.patch.object, launch, "CHUNK_BYTES", size << 20)
+        for size in CHUNKS
+    }
+    _compare_variants(run, details, shape, mode, changes)
+
+
 def compare_baselines(run: Run, details: Details, shape: Shape, mode: Mode) -> None:
     """This package, by its own choice of strategy, against everyone."""
     strategy = gpu_checks.chosen_strategy(shape, mode, run.device)
@@ -352,14 +156,19 @@ def compare_baselines(run: Run, details: Details, shape: Shape, mode: Mode) -> N
     eager = roofline.work(shape, mode.dtypes, "eager", backward=True).memory
     # the others normalise W before their own work: five of C x D in the derivative, one is d_w
     normalising = 4.0 * shape.num_classes * shape.dim * mode.dtypes.w.itemsize
-    for key, bind in baselines.EVERYONE.items():
+    o, cosines = mode.dtypes.compute.itemsize, shape.num_rows * shape.num_classes
+    of_products = float(o * (cosines + 2 * shape.num_classes * shape.dim))
+    rivals: dict[str, Binder] = {**baselines.EVERYONE, **baselines.ON_GPU}
+    for key, bind in {**rivals, "products": baselines.BareProducts}.items():
         row: Details = {"floor": floor}
         rows[key] = row
         extra = eager if key in baselines.DENSE else normalising
+        if key == "products":
+            extra = of_products
         if key == "ours":
             extra = roofline.work(shape, mode.dtypes, strategy, backward=True).memory
             bind = functools.partial(gpu_checks.bind, mode=mode, strategy=None)
-        if key == "compiled" and run.result["dry_run"]:
+        if key in COMPILED and run.result["dry_run"]:
             row |= {"status": "skipped", "message": "not compiled in a dry run"}
         elif reason := run.misfit(shape, mode, extra):
             row |= {"status": "skipped", "message": reason}
@@ -420,7 +229,8 @@ def tiles(run: Run, details: Details, shape: Shape, mode: Mode) -> None:
     tuned = tuning.tune(
         shape.num_rows, shape.num_classes, shape.dim, dtype=x, weight_dtype=mode.dtypes.w,
         autocast=None if compute is x else compute, device=run.device.type,
-        seconds=min(60.0, 0.8 * run.left()), save=False,
+        seconds=min(60.0, 60.0 * TILES_SHARE * run.result["minutes"], 0.8 * run.left()),
+        save=False,
     )  # fmt: skip
     details |= {"tiles": tuned.rows, "chosen": str(tuned.tiles)}
 
@@ -508,25 +318,29 @@ def _measurements(run: Run) -> list[Step]:
                 runs_profiler=kind == "kernels",
             )
 
-    steps = [
-        *measure("strategies", MAIN_SHAPES),
-        *measure("small", LAUNCH_BOUND_SHAPES, (MAIN_MODE, "fp32")),
+    return [
         *measure("kernels", PROFILED_SHAPES),  # together: one process is lost to them
+        *measure("strategies", MAIN_SHAPES),
+        *measure("descriptors", TUNED_SHAPES),
+        *(measure("tiles", TUNED_SHAPES) if run.on_gpu else ()),
+        *measure("small", LAUNCH_BOUND_SHAPES),
+        *measure("chunks", TUNED_SHAPES),
         *measure("baselines", MAIN_SHAPES),
-        *measure("strategies", [SMALL_DIM.name]),
+        # for who has more time
+        *measure("small", ["mnist"], ["fp32"]),
+        *measure("strategies", [SMALL_DIM.name, *OTHER_SHAPES]),
+        *measure("strategies", ["ms1m"], OTHER_MODES),
+        *measure("strategies", ["ten_million"]),
+        *measure("baselines", OTHER_SHAPES),
+        *measure("baselines", ["ms1m"], ["tf32"]),
     ]
-    for name in OTHER_SHAPES:
-        steps += [*measure("strategies", [name]), *measure("baselines", [name])]
-    steps += measure("strategies", ["ms1m"], OTHER_MODES)
-    steps += measure("baselines", ["ms1m"], ["tf32"])
-    if run.on_gpu:
-        steps += measure("tiles", (*MAIN_SHAPES, "glint360k"))
-    return [*steps, *measure("strategies", ["ten_million"])]
 
 
 # The steps that measure one shape in one mode, by the first word of their key; seconds at most.
 MEASUREMENTS: dict[str, tuple[Callable[[Run, Details, Shape, Mode], None], float]] = {
     "strategies": (compare_strategies, 90.0),
+    "descriptors": (compare_descriptors, 45.0),
+    "chunks": (compare_chunks, 45.0),
     "baselines": (compare_baselines, 150.0),
     "small": (launch_bound, 45.0),
     "kernels": (profile_kernels, 45.0),
@@ -534,14 +348,19 @@ MEASUREMENTS: dict[str, tuple[Callable[[Run, Details, Shape, Mode], None], float
 }
 
 
+# What may be skipped: the first words of the steps' keys.
+PARTS = ("rates", "check", *MEASUREMENTS)
+
+
 def plan(run: Run) -> list[Step]:
     """All steps, in the order in which they are done."""
-    return [
+    steps = [
         Step("environment", lambda details: environment(run, details)),
         Step("rates", lambda details: rates(run, details)),
-        *([] if run.result["skip_checks"] else _checks(run)),
+        *_checks(run),
         *_measurements(run),
     ]
+    return [step for step in steps if step.key.partition("/")[0] not in run.result["skip"]]
 
 
 def work(

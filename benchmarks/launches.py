@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from fused_margin import tuning
 from fused_margin._arguments import Inputs, Needs, Slopes
 from fused_margin._triton import launch, planning, tiles
 from fused_margin.margins import angular
@@ -26,11 +27,17 @@ KERNELS = tuple(name for name in vars(launch) if name.endswith("_kernel"))
 
 
 class Operands(NamedTuple):
-    """Dtypes of a call, and whether fp32 products may run in TF32."""
+    """Dtypes of a call and of autocast, and whether fp32 products may run in TF32."""
 
     x: torch.dtype
     w: torch.dtype
     lowers: bool = True
+    autocast: torch.dtype | None = None
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype that is asked for in products."""
+        return self.autocast or self.x
 
 
 TYPES = {
@@ -39,10 +46,15 @@ TYPES = {
     "tf32": Operands(torch.float32, torch.float32),
     "ieee": Operands(torch.float32, torch.float32, lowers=False),
     "fp64": Operands(torch.float64, torch.float64),
+    # fp32 embeddings under autocast, which reach the kernels as they are
+    "autocast-bf16": Operands(torch.float32, torch.float32, autocast=torch.bfloat16),
+    "autocast-fp16": Operands(torch.float32, torch.float32, autocast=torch.float16),
     # on request: embeddings and weight that differ
     "bf16+fp64": Operands(torch.bfloat16, torch.float64),
     "fp64+bf16": Operands(torch.float64, torch.bfloat16),
 }
+# Those that the package's tiles are for, from embeddings of every dtype.
+REPORTED = (*tiles.OPERANDS, "autocast-bf16", "autocast-fp16")
 # N and C of calls: with several chunks of the classes; with one, whose d_x takes no partials
 MANY, ONE = (1024, 300_000), (1024, 256)
 MULTIPROCESSORS = 132  # as an H100 has; no other code comes of it
@@ -85,7 +97,10 @@ class _Recorder:
 
 @contextlib.contextmanager
 def recorded(
-    target: GPUTarget, lowers: bool = True, described: bool = True
+    target: GPUTarget,
+    lowers: bool = True,
+    described: bool = True,
+    instead: tiles.Tiles | None = None,
 ) -> Iterator[list[Launch]]:
     """Launches of the calls inside, as they are made for an architecture.
 
@@ -93,12 +108,14 @@ def recorded(
         target: the architecture.
         lowers: whether fp32 products may run in TF32.
         described: whether tensor descriptors may be used.
+        instead: tiles to use, not the default ones.
     """
     found: list[Launch] = []
 
     def plan(x: torch.Tensor, w: torch.Tensor, compute_dtype: torch.dtype) -> planning.Plan:
         is_described = described and planning.describable(x, w)
-        return plan_for(target, x.dtype, w.dtype, compute_dtype, lowers, is_described)
+        chosen = plan_for(target, x.dtype, w.dtype, compute_dtype, lowers, is_described)
+        return chosen if instead is None else replace(chosen, tiles=instead)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(launch, "plan", plan))
@@ -109,18 +126,16 @@ def recorded(
         yield found
 
 
-def step(
-    num_rows: int, num_classes: int, dim: int, x: torch.dtype, w: torch.dtype, budget: int = 0
-) -> None:
+def step(num_rows: int, num_classes: int, dim: int, operands: Operands, budget: int = 0) -> None:
     """Forward and backward of ArcFace's mean loss, with tensors that have no memory."""
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     labels = empty(num_rows, dtype=torch.int64)
-    inputs = Inputs(
-        empty(num_rows, dim, dtype=x), empty(num_classes, dim, dtype=w), labels, 64.0, None, x
-    )
+    x = empty(num_rows, dim, dtype=operands.x)
+    w = empty(num_classes, dim, dtype=operands.w)
+    inputs = Inputs(x, w, labels, 64.0, None, operands.compute)
     margin = angular(0.5, "linear", "exact")
     needs = Needs(True, True, False)
     losses, swept, loan = launch.margin_ce(inputs, margin, "mean", -100, budget, needs)
@@ -130,7 +145,7 @@ def step(
     launch.backward(slopes, inputs, swept, needs, loan)
 
 
-def _variant(launched: Launch) -> str:
+def variant(launched: Launch) -> str:
     """The kernel's name, and words for what makes it another kernel to the compiler."""
     given = dict(zip(launched.kernel.arg_names, launched.arguments, strict=False))
     name, words = launched.kernel.__name__, []
@@ -153,25 +168,42 @@ def _variant(launched: Launch) -> str:
 
 def defaults(target: GPUTarget, operands: str, dim: int) -> dict[str, Launch]:
     """Every kernel for D = ``dim`` with the default tiles, by its name and variant."""
-    x, w, lowers = TYPES[operands]
+    x, w, lowers, _ = given = TYPES[operands]
     variants: dict[str, Launch] = {}
     for described in (False, True):
         with recorded(target, lowers, described) as found:
             with planning.override("chunked"):
-                step(*MANY, dim, x, w)
-                step(*ONE, dim, x, w)
+                step(*MANY, dim, given)
+                step(*ONE, dim, given)
             with planning.override("kept"):
-                step(*MANY, dim, x, w)
-            lent = plan_for(target, x, w, x, lowers).lent
-            if lent is not None and dim <= lent.weight.d:
+                step(*MANY, dim, given)
+            p = plan_for(target, x, w, given.compute, lowers)
+            if p.lent is not None and dim <= p.lent.weight.d:
                 with planning.override("lent"):
-                    step(dim // 2, MANY[1], dim, x, w)  # rows of d_w are long enough
-            if plan_for(target, x, w, x, lowers).tiles.for_fused(dim) is not None:
+                    step(dim // 2, MANY[1], dim, given)  # rows of d_w are long enough
+            if p.tiles.for_fused(dim) is not None:
                 with planning.override("fused"):
-                    step(*MANY, dim, x, w)
+                    step(*MANY, dim, given)
         for launched in found:
-            variants.setdefault(_variant(launched), launched)
+            variants.setdefault(variant(launched), launched)
     return variants
+
+
+def candidates(
+    target: GPUTarget, operands: str, dim: int
+) -> Iterator[tuple[str, tiles.Tile, Launch]]:
+    """What `fused_margin.tuning` tries for a large call: kernel, tile, and its launch."""
+    given = TYPES[operands]
+    described = (tiles.family(target.backend, target.arch), operands.split("-")[-1])
+    is_described = described in tiles.DESCRIBED
+    present = plan_for(target, given.x, given.w, given.compute, given.lowers, is_described)
+    for kernel, tile in tuning.candidates(present.tiles, present.operands, *MANY, dim):
+        instead = tuning.with_tile(present.tiles, kernel, tile, dim)
+        name = "sweep_kernel" if kernel == "forward" else f"{kernel}_kernel"
+        strategy = planning.override("fused" if kernel in tuning.FUSED else "chunked")
+        with strategy, recorded(target, given.lowers, is_described, instead) as found:
+            step(*MANY, dim, given)
+        yield kernel, tile, next(one for one in found if one.kernel.__name__ == name)
 
 
 def _bound(launched: Launch, target: GPUTarget) -> tuple[Any, Any, Any]:

@@ -1,6 +1,6 @@
 """What a strategy has to compute and to move for a shape, and the least time a device needs for it.
 
-    python -m benchmarks.roofline --shape webface42m --device h200
+    python -m benchmarks.roofline --shape webface42m --device h100 --strategy chunked lent
     python -m benchmarks.roofline --n 256 --c 100000 --d 512 --device cpu --dtype fp32
 
 A floor is the longer of two times, flops of matrix products over the device's rate for that operand
@@ -41,11 +41,20 @@ webface42m with bf16 products the N x C tensors alone are 207 GB, 48 ms on an H2
 and its derivative add 120 GB of C x D, 28 ms.
 
 **Memory** is the peak above x, W, labels, d_x and d_w, by the count of what is allocated.
+
+"lent" is "kept" with the entries in the memory that d_w will have: only their shifts, 4 bytes a row
+and block of classes, come on top. They have room while e_g N <= e_w D; of further classes the
+cosines are formed again. It is a plan: the package has no such strategy.
+
+For Hopper GPUs a second table, of the package's own choice of strategy and of those that --strategy
+names, predicts the time of each kernel, from its launches and its compiled code
+(`benchmarks.predicted`). It takes Triton, and seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +64,7 @@ import torch
 
 from benchmarks.harness import cpu_name, whole_number
 from benchmarks.shapes import SHAPES, Shape
-from fused_margin import _cpu, _ops
+from fused_margin import _cpu, _ops, _validate
 from fused_margin._cpu import single, sweep
 
 # The backward's chunk of G, and all its partials of d_x (`fused_margin._triton.launch`).
@@ -65,7 +74,8 @@ PARTIAL_BYTES = 64 << 20
 PARTIAL_TILES, PARTIAL_TILE = 264, 128 * 128
 
 GPU_STRATEGIES = ("chunked", "fused", "kept")
-STRATEGIES = ("eager", "cpu", *GPU_STRATEGIES)
+STRATEGIES = ("eager", "cpu", *GPU_STRATEGIES, "lent")
+LENT_BLOCK = 128  # classes that share a shift
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,23 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Chip:
+    """What `benchmarks.predicted` needs to know besides.
+
+    Attributes:
+        processors: multiprocessors. warps: of each, at most. clock: Hz.
+        l2_rates: bytes/s between L2 and all multiprocessors, the least and the most expected.
+        l2_bytes: size of the L2 cache.
+    """
+
+    processors: int
+    warps: int
+    clock: float
+    l2_rates: tuple[float, float]
+    l2_bytes: float
+
+
+@dataclass(frozen=True)
 class Device:
     """Rates of a device.
 
@@ -133,6 +160,7 @@ class Device:
         bandwidth: bytes/s of device memory, reads and writes together.
         source: "published" or "measured", of every figure that `measured` doesn't name.
         measured: names of other figures that were measured: operand types, or "bandwidth".
+        chip: None where times of kernels aren't predicted.
     """
 
     name: str
@@ -140,6 +168,7 @@ class Device:
     bandwidth: float
     source: str
     measured: frozenset[str] = field(default_factory=frozenset)
+    chip: Chip | None = None
 
     def source_of(self, figure: str) -> str:
         """Where the rate of an operand type, or the "bandwidth", comes from."""
@@ -159,20 +188,25 @@ class Device:
         return self.rates[operand]
 
 
+# From 5.5 to 8 TB/s is what others measured between L2 and the multiprocessors of an H100.
+HOPPER = Chip(132, 64, 1.83e9, (5.5e12, 8.0e12), 50e6)
 # Dense rates without sparsity. The published bandwidth of an H200 is 4.8 TB/s and its bf16 rate
-# 989 TFLOP/s; a copy reached 4.3 and a large product 790, which are the more honest ceilings.
+# 989 TFLOP/s; a copy reached 4.3 and a large product 790, which are the more honest ceilings. Of an
+# H100 the figures are those of benchmarks/results/nvidia-h100-gpu.json.
 H200 = Device(
     "H200",
     {"bf16": 790e12, "fp16": 989e12, "tf32": 494e12, "ieee": 67e12, "fp64": 67e12},
     4.3e12,
     "published",
     frozenset({"bf16", "bandwidth"}),
+    HOPPER,
 )
 H100 = Device(
     "H100 SXM",
-    {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "ieee": 67e12, "fp64": 67e12},
-    3.35e12,
-    "published",
+    {"bf16": 842e12, "fp16": 882e12, "tf32": 458e12, "ieee": 51.5e12, "fp64": 58.2e12},
+    2.98e12,
+    "measured",
+    chip=HOPPER,
 )
 A100 = Device(
     "A100 SXM 80GB",
@@ -275,10 +309,17 @@ def partial_bytes(shape: Shape, dtypes: Dtypes) -> float:
     return float(max(one, min(PARTIAL_BYTES, PARTIAL_TILES * PARTIAL_TILE * a)))
 
 
+def lent_share(shape: Shape, dtypes: Dtypes) -> float:
+    """The share of the classes whose exponentials have room in the memory of d_w."""
+    itemsize = 4 if dtypes.operand == "fp16" else dtypes.compute.itemsize
+    return min(1.0, dtypes.w.itemsize * shape.dim / (itemsize * shape.num_rows))
+
+
 def _work_gpu(shape: Shape, dtypes: Dtypes, strategy: str, *, backward: bool) -> Work:
     num_rows, num_classes, dim = shape.num_rows, shape.num_classes, shape.dim
     logits, product = num_rows * num_classes, 2.0 * num_rows * num_classes * dim
-    is_kept = strategy == "kept"
+    is_kept = strategy in ("kept", "lent")
+    share = lent_share(shape, dtypes) if strategy == "lent" else float(is_kept)
     weight = float(dtypes.w.itemsize * num_classes * dim)
     rows = _row_bytes(shape, dtypes, backward=backward)
     norms = dtypes.accumulate.itemsize * num_classes
@@ -289,12 +330,14 @@ def _work_gpu(shape: Shape, dtypes: Dtypes, strategy: str, *, backward: bool) ->
     # fp16 lacks the exponents for probabilities: G is kept in fp32, and multiplied in TF32
     operand_g = "tf32" if dtypes.operand == "fp16" else dtypes.operand
     itemsize_g = 4 if dtypes.operand == "fp16" else dtypes.compute.itemsize
-    cosines = {"chunked": 2, "fused": 3, "kept": 1}[strategy]  # times they are formed, in all
+    # times they are formed, in all
+    cosines = {"chunked": 2, "fused": 3}.get(strategy, 2.0 - share)
     flops = {dtypes.operand: cosines * product}
     flops[operand_g] = flops.get(operand_g, 0.0) + 2.0 * product
     partials = partial_bytes(shape, dtypes)
     reads_of_weight = 3 if strategy == "fused" else 2
-    kept_bytes = float(itemsize_g * logits) if is_kept else 0.0
+    kept_bytes = share * itemsize_g * logits
+    shifts = 4.0 * num_rows * -(-num_classes // LENT_BLOCK) * share if strategy == "lent" else 0.0
     chunk = l2_bytes = 0.0
     if strategy != "fused":
         chunk = float(min(CHUNK_BYTES, itemsize_g * logits))
@@ -302,10 +345,11 @@ def _work_gpu(shape: Shape, dtypes: Dtypes, strategy: str, *, backward: bool) ->
         l2_bytes = 3.0 * itemsize_g * logits + 2.0 * partials * max(num_chunks - 1.0, 0.0)
     return Work(
         flops=flops,
-        exponentials=float((3 if is_kept else cosines) * logits),
-        bytes=(reads_of_weight + 1) * weight + rows + 2.0 * partials + 2.0 * kept_bytes,
+        # with kept entries an exponential and a logarithm for each, besides the forward's
+        exponentials=float((cosines + 2.0 * share) * logits),
+        bytes=(reads_of_weight + 1) * weight + rows + 2.0 * (partials + kept_bytes + shifts),
         l2_bytes=l2_bytes,
-        memory=norms + partials + chunk + kept_bytes,
+        memory=norms + partials + chunk + (shifts if strategy == "lent" else kept_bytes),
     )
 
 
@@ -366,7 +410,7 @@ def work(
     if strategy == "cpu":
         budget = _ops.DEFAULT_BUDGET if memory_budget is None else memory_budget
         return _work_cpu(shape, dtypes, budget, backward=backward)
-    if strategy in GPU_STRATEGIES:
+    if strategy in (*GPU_STRATEGIES, "lent"):
         return _work_gpu(shape, dtypes, strategy, backward=backward)
     raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
 
@@ -468,6 +512,25 @@ def table(shape: Shape, dtypes: Dtypes, device: Device, strategies: Sequence[str
     return "\n".join(lines)
 
 
+def _predictions(
+    shape: Shape,
+    dtypes: Dtypes,
+    device: Device,
+    strategies: Sequence[str] | None,
+    pointers: bool,
+) -> str:
+    """The predicted times of the kernels, or why there are none."""
+    if not _validate.has_triton():
+        return f"no times of kernels without Triton: {_validate.get_triton()}"
+    if _validate.INTERPRETED:
+        return "no times of kernels while they are interpreted: unset TRITON_INTERPRET"
+    predicted = importlib.import_module("benchmarks.predicted")
+    predictor = predicted.Predictor(device, pointers=pointers)
+    chosen = strategies or [predictor.choice(shape, dtypes)]
+    tables = [predicted.table(predictor.step(shape, dtypes, name), device, name) for name in chosen]
+    return "\n\n".join(tables)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -489,6 +552,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="autocast-bf16", help="%(choices)s (%(default)s)"
     )
+    parser.add_argument(
+        "--strategy", nargs="+", choices=(*GPU_STRATEGIES, "lent"), metavar="NAME",
+        help="of %(choices)s: predict its kernels' times (the package's own choice)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pointers", action="store_true", help="predict without tensor descriptors"
+    )
     settings = parser.parse_args(arguments)
     sizes = (settings.n, settings.c, settings.d)
     if any(size is not None for size in sizes):
@@ -499,9 +569,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shape = SHAPES[settings.shape or "webface42m"]
     on_cpu = settings.device == "cpu"
     device = measure(torch.device("cpu")) if on_cpu else DEVICES[settings.device]
-    strategies = ("eager", "cpu") if on_cpu else ("eager", *GPU_STRATEGIES)
+    strategies = ("eager", "cpu") if on_cpu else ("eager", *GPU_STRATEGIES, "lent")
+    dtypes = DTYPES[settings.dtype]
     try:
-        print(table(shape, DTYPES[settings.dtype], device, strategies))
+        print(table(shape, dtypes, device, strategies))
+        if device.chip is not None:
+            print(f"\n{_predictions(shape, dtypes, device, settings.strategy, settings.pointers)}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

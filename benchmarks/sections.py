@@ -377,7 +377,7 @@ def _gpu_comparison(report: Report, result: Result, key: str, step: Mapping[str,
         lines = []
         for name, row in sorted(timed.items(), key=lambda item: item[1]["ms"]):
             extra = row.get("extra_bytes")
-            starred = row["name"] + (" \\*" if name in baselines.LOWER_BOUNDS else "")
+            starred = row["name"] + (" \\*" if _is_lower_bound(name, row) else "")
             lines.append(
                 [
                     f"**{starred}**" if name == "ours" else starred,

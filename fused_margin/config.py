@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import os
 import platform
+import re
+import subprocess
+from pathlib import Path
 
 import torch
 
@@ -16,6 +21,32 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _ptxas_version(path: str) -> str | None:
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    found = re.search(r"release \d+\.\d+, V([\d.]+)", done.stdout)
+    return None if found is None else found[1]
+
+
+def _assembler(name: str) -> str:
+    """The version and place of NVIDIA's assembler that Triton runs, found as Triton finds it."""
+    spec = importlib.util.find_spec("triton")  # which doesn't import it
+    if spec is None or spec.origin is None:
+        return "none: Triton is not installed"
+    variable = f"TRITON_{name.upper().replace('-', '_')}_PATH"
+    bundled = str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name)
+    asked, note = os.environ.get(variable), ""
+    if asked is not None:
+        version = _ptxas_version(asked)
+        if version is not None:
+            return f"{name} {version}, {asked} ({variable})"
+        note = f"; {variable}={asked} is not one"
+    version = _ptxas_version(bundled)
+    return f"{name} {version}, {bundled}{note}" if version else f"no {name} in Triton{note}"
 
 
 def _devices() -> list[str]:
@@ -50,6 +81,8 @@ def show_config() -> None:
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__}, CUDA/ROCm {build}",
         "triton": _version("triton"),
+        "assembler": _assembler("ptxas"),
+        "from sm_100 on": _assembler("ptxas-blackwell"),
         "numpy": _version("numpy"),
         "cpu": f"{capability}, {bf16}, {torch.get_num_threads()} threads",
         "gpu": "; ".join(_devices()),

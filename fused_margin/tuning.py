@@ -62,10 +62,12 @@ class Tuned:
     saved_as: tuple[Path, str] | None
 
 
-def _candidates(
+def candidates(
     tiles: Tiles, operands: str, num_rows: int, num_classes: int, dim: int
 ) -> Iterator[tuple[str, Tile]]:
     """(kernel, tile): the present tile of each kernel, and others.
+
+    `tune` tries them, `benchmarks.gpu` through it, and `benchmarks.kernels` compiles them.
 
     The kernels take turns, so that each has had some when time runs out. A tile that this N, C or D
     would cut down along its result is left out: it would be saved untried.
@@ -111,7 +113,7 @@ def _candidates(
         yield from (candidate for candidate in one_each if candidate is not None)
 
 
-def _with_tile(tiles: Tiles, kernel: str, tile: Tile, dim: int) -> Tiles:
+def with_tile(tiles: Tiles, kernel: str, tile: Tile, dim: int) -> Tiles:
     """``tiles`` with another tile for ``kernel``."""
     if kernel not in FUSED:
         return replace(tiles, **{kernel: tile})
@@ -278,11 +280,11 @@ def tune(
         with planning.override("chunked", best):
             expected = work.run()
         fastest: dict[str, float] = {}
-        for kernel, tile in _candidates(best, p.operands, num_rows, num_classes, embedding_size):
+        for kernel, tile in candidates(best, p.operands, num_rows, num_classes, embedding_size):
             if time.monotonic() > deadline:
                 complete = False
                 break
-            trial = _with_tile(best, kernel, tile, embedding_size)
+            trial = with_tile(best, kernel, tile, embedding_size)
             row: dict[str, Any] = {"kernel": kernel, "tile": asdict(tile)}
             rows.append(row | _try(work, kernel, trial, expected, TOLERANCE[p.operands]))
             if rows[-1].get("milliseconds", math.inf) < fastest.get(kernel, math.inf):

@@ -193,11 +193,13 @@ _ADA = {operand: _shallow(tiles, 2) for operand, tiles in _DEFAULT.items()}
 _HOPPER = _DEFAULT | {"bf16": _HOPPER_BF16, "fp16": _HOPPER_FP16, "tf32": _HOPPER_TF32}
 _TABLE: dict[str, dict[str, Tiles]] = {
     "sm_80": _AMPERE,
-    # 99 KiB of shared memory; these three spilled 8 bytes with the tiles of the others
+    # 99 KiB of shared memory; these spilled 8 bytes with the tiles of the others
     "sm_86": _ADA
     | {
         "bf16": replace(_ADA["bf16"], forward=Tile(128, 128, 32, 8, 2)),
-        "fp16": replace(_ADA["fp16"], gradient=Tile(128, 128, 32, 8, 2)),
+        "fp16": replace(
+            _ADA["fp16"], gradient=Tile(128, 128, 32, 8, 2), weight=Tile(32, 64, 128, 8, 2)
+        ),
         "tf32": replace(_ADA["tf32"], weight=Tile(32, 64, 128, 8, 2)),
     },
     "sm_90": _HOPPER,

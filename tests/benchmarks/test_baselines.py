@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 import types
 from typing import Any
@@ -166,3 +167,19 @@ def test_bare_products_are_the_three_products() -> None:
         in_mode = baselines.BareProducts(problem.in_mode(mode))
         in_mode.step()
         assert {in_mode.cosines.dtype, in_mode.d_w.dtype} == {torch.bfloat16}
+
+
+def test_the_auto_chunker_has_to_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that Inductor leaves whole is no rival; small logits it leaves."""
+    problem = baselines.make_problem("arcface", 8, 60, 16)
+    metrics = importlib.import_module("torch._inductor.metrics")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    contender = baselines.auto_chunked(problem)
+    assert contender.drops_margin
+    with pytest.raises(baselines.UnavailableError, match="nothing to chunk"):
+        contender.step()
+    monkeypatch.setattr(metrics, "num_auto_chunking", metrics.num_auto_chunking + 1)
+    assert max(harness.Gate(problem).check(contender).values()) < 1e-5
+    monkeypatch.setitem(sys.modules, "torch._inductor.config", types.ModuleType("config"))
+    with pytest.raises(baselines.UnavailableError, match="has no auto-chunker"):
+        baselines.auto_chunked(problem)

@@ -191,7 +191,8 @@ def test_scratch_is_that_of_the_kernels() -> None:
 def test_sources_and_missing_figures() -> None:
     assert roofline.H200.source_of("bf16") == "measured"
     assert roofline.H200.source_of("fp16") == "published"
-    assert roofline.H100.source_of("bandwidth") == "published"
+    assert roofline.H100.source_of("bandwidth") == "measured"
+    assert roofline.A100.source_of("bandwidth") == "published"
     slow = roofline.Device("slow", {"bf16": 1e12}, 1e9, "published")
     work = roofline.work(shapes.SHAPES["sop"], roofline.DTYPES["fp32"], "chunked", backward=True)
     with pytest.raises(ValueError, match="no rate of ieee products is known for slow"):

@@ -60,8 +60,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     pytest.importorskip("triton", reason="Triton is not installed")
     directory = tmp_path_factory.mktemp("kernels")
     halves = (("sm_90", "gfx942"), ("sm_80", "sm_100"))
+    options = ("--operands", *OPERANDS)
     with ThreadPoolExecutor(len(halves)) as pool:
-        reports = pool.map(lambda half: _compile(half, directory), halves)
+        reports = pool.map(lambda half: _compile(half, directory, *options), halves)
         return [row for report in reports for row in report]
 
 
@@ -83,6 +84,21 @@ def test_report_covers_every_default(rows: list[dict]) -> None:
 def test_no_default_spills(rows: list[dict], architecture: str) -> None:
     mine = [r for r in rows if r["architecture"] == architecture]
     assert not _names([r for r in mine if r["spill_bytes"]])
+
+
+def test_no_default_is_unfit(rows: list[dict]) -> None:
+    """Spills, shuffles in main loops, bank conflicts and so on, but for reasons that are given."""
+    assert not [(r["kernel"], r["architecture"], r["problems"]) for r in rows if r["problems"]]
+
+
+def test_fp32_embeddings_under_autocast(tmp_path: Path) -> None:
+    """They reach the kernels as they are, where x is not cast beforehand."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    types = ("autocast-bf16", "autocast-fp16")
+    found = _compile(("sm_90",), tmp_path, "--dims", "512", "--operands", *types)
+    assert {r["operands"] for r in found} == set(types)
+    assert {r["kernel"] for r in found} >= {"weight_kernel", "sweep_kernel, described"}
+    assert not [(r["kernel"], r["problems"]) for r in found if r["problems"]]
 
 
 @pytest.mark.parametrize("operands", ["bf16", "fp16", "tf32", "fp64"])
@@ -187,7 +203,7 @@ from benchmarks import kernels, launches
 target, variants = kernels.TARGETS["sm_90"], collections.defaultdict(set)
 for num_rows in range(1, 1026):
     with launches.recorded(target) as found:
-        launches.step(num_rows, 100_003, 512, *launches.TYPES["bf16"][:2])
+        launches.step(num_rows, 100_003, 512, launches.TYPES["bf16"])
     for launch in found:
         variants[launch.kernel.__name__].add(launches.key(launch, target))
 print(json.dumps({name: len(keys) for name, keys in variants.items()}))

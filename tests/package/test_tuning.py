@@ -35,7 +35,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two candidates for each kernel."""
-    candidates = tuning._candidates
+    candidates = tuning.candidates
 
     def first_two(present: tiles.Tiles, operands: str, *sizes: int):
         seen: dict[str, int] = {}
@@ -44,7 +44,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
             if seen[candidate[0]] <= 2:
                 yield candidate
 
-    monkeypatch.setattr(tuning, "_candidates", first_two)
+    monkeypatch.setattr(tuning, "candidates", first_two)
     monkeypatch.setattr(tuning, "REPEATS", 1)
     monkeypatch.setattr(tuning, "WARM_UPS", 0)
 
@@ -139,7 +139,7 @@ def test_a_wrong_candidate_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> N
             yield "gradient", tile
 
     monkeypatch.setattr(launch, "_chunked", corrupting)
-    monkeypatch.setattr(tuning, "_candidates", candidates)
+    monkeypatch.setattr(tuning, "candidates", candidates)
     result = tuning.tune(**TINY, device="cpu", save=False)
     assert result.tiles.gradient == default.gradient
     assert "relative error" in result.rows[1]["error"]
@@ -202,7 +202,7 @@ def test_no_candidate_is_cut_down() -> None:
     """It would be saved without having run."""
     base = tiles.default("sm_90", "bf16")
     for num_rows, num_classes, dim in ((16, 100_000, 512), (512, 10, 512), (512, 100_000, 32)):
-        candidates = list(tuning._candidates(base, "bf16", num_rows, num_classes, dim))
+        candidates = list(tuning.candidates(base, "bf16", num_rows, num_classes, dim))
         for kernel, tile in candidates:
             present = {base.forward, base.gradient, base.weight, base.embeddings}
             fused = base.for_fused(dim)
@@ -211,7 +211,7 @@ def test_no_candidate_is_cut_down() -> None:
             cut = tiles.cut(tile, num_rows, num_classes, dim)
             for axis in tiles.AXES.get(kernel, ("n", "c"))[:2]:
                 assert getattr(cut, axis) == getattr(tile, axis)
-    first = [kernel for kernel, _ in tuning._candidates(base, "bf16", 512, 100_000, 64)][:6]
+    first = [kernel for kernel, _ in tuning.candidates(base, "bf16", 512, 100_000, 64)][:6]
     assert len(set(first)) == 6, "kernels take turns"
 
 
