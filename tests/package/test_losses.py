@@ -375,12 +375,15 @@ def test_a_scale_may_be_set(make: Any) -> None:
 ASSIGNED: dict[str, tuple[Any, Any]] = {  # a value that does, and one that doesn't
     "margin": (0.2, 28.6),
     "scale": (16.0, -1.0),
-    "boundary": ("continuous", "easy"),
+    "boundary": ("continuous", "hard"),
     "grad": ("straight_through", "ste"),
     "reduction": ("sum", None),
     "ignore_index": (3, 1.5),
     "backend": ("reference", "gpu"),
     "memory_budget": (1 << 10, -1),
+    "class_weight": (torch.linspace(0.1, 1.0, 10), -torch.ones(10)),
+    "focal_gamma": (2.0, -1.0),
+    "focal_alpha": (0.25, math.inf),
 }
 SETTINGS = [
     (make, name)
@@ -408,7 +411,8 @@ def test_what_is_assigned_is_as_if_constructed(make: Any, name: str) -> None:
     with pytest.raises(constructed.type) as assigned:
         setattr(criterion, name, wrong)
     assert str(assigned.value) == str(constructed.value)
-    assert getattr(criterion, name) == value
+    kept = getattr(criterion, name)
+    assert torch.equal(kept, value) if isinstance(value, torch.Tensor) else kept == value
     assert list(criterion.state_dict()) == ["weight"]
 
 
