@@ -74,7 +74,9 @@ def _weigh(
     """The losses of rows (N,), made focal, weighed and reduced (eq. 15)."""
     if options.focal_gamma is not None:
         # 1 - p of the target is 1 - e^-loss; at a loss of 0 a power below 1 has no slope
-        rows = rows * (-torch.expm1(-rows.clamp_min(_TINY))) ** options.focal_gamma
+        missing = -torch.expm1(-rows.clamp_min(_TINY))
+        # a tensor as exponent, since Dynamo keeps a float symbolic in a product
+        rows = rows * missing.pow(rows.new_ones(()) * options.focal_gamma)
     if options.focal_alpha is not None:
         rows = rows * options.focal_alpha
     if penalty is not None:
@@ -89,7 +91,8 @@ def _weigh(
         _validate.numbers_per(
             "sample_weight", options.sample_weight, "row", rows.shape[0], rows.device
         )
-        weights = weights * options.sample_weight.to(rows.dtype)
+        # 0 before the product: a NaN there would make the gradient of class_weight NaN
+        weights = weights * options.sample_weight.to(rows.dtype).masked_fill(ignored, 0.0)
     weights = weights.masked_fill(ignored, 0.0)
     total = weights.sum()
     return _reduce(rows * weights, total.masked_fill(total == 0, 1.0), options.reduction)
