@@ -16,7 +16,7 @@ def criterion(value: Any, setting: str) -> nn.Module:
     found: list[tuple[nn.Module, dict[str, Any]]] = [
         (module, settings)
         for module in value.modules()
-        if isinstance(settings := getattr(module, "settings", None), dict)
+        if isinstance(settings := getattr(type(module), "settings", None), dict)
     ]
     able = [module for module, settings in found if setting in settings]
     if len(able) == 1:

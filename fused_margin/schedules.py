@@ -64,7 +64,7 @@ class Schedule:
         *,
         setting: str = "margin",
     ) -> None:
-        self.criterion = _validate_schedules.criterion(criterion, setting)
+        self.criterion: Any = _validate_schedules.criterion(criterion, setting)
         self.setting = setting
         self.initial, self.final = initial, final
         self.first_step, self.last_step = _validate_schedules.steps(first_step, last_step)

@@ -371,9 +371,11 @@ def elastic_psi(
     else:
         mean = _validate_margins.cosine_margin(margin)
     sigma = _validate.between("sigma", sigma, 0.0, 10.0)
-    device = labels.device if generator is None else generator.device
-    drawn = torch.randn(labels.shape[0], generator=generator, device=device).to(labels.device)
-    drawn = mean + sigma * drawn
+    if generator is None:  # a call of its own: Dynamo has none with a generator
+        drawn = torch.randn(labels.shape[0], device=labels.device)
+    else:
+        drawn = torch.randn(labels.shape[0], generator=generator, device=generator.device)
+    drawn = mean + sigma * drawn.to(labels.device)
 
     def psi(u: torch.Tensor) -> torch.Tensor:
         rows = drawn.to(u.dtype)
