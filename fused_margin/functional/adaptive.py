@@ -68,7 +68,7 @@ def adacos_scale(
 def next_scale(
     lse: torch.Tensor, u: torch.Tensor, counted: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """Eq. 16 of this rank's rows: their lse, target cosines and whether they count, (N,)."""
+    """The scale of eq. 16: of this rank's lse and target cosines, and whether they count, (N,)."""
     log_sum = lse.masked_fill(~counted, -math.inf).logsumexp(dim=0)
     count = counted.sum().to(lse.dtype)
     # the lower median of the angles; a NaN is left out, and one more for an empty batch
@@ -196,7 +196,7 @@ def adaface_psi(
     norm_std: float | torch.Tensor,
     ignore_index: int,
 ) -> Psi:
-    """Eq. 17 of a batch's norms."""
+    """The margin of eq. 17, of a batch's norms."""
     margin = _validate.between("margin", margin, 0.0, LARGEST_ADAFACE_MARGIN, _RADIANS)
     h = _validate.between("h", h, 0.0, 100.0)
     found = norms(embeddings.detach(), labels, ignore_index).clamp(SMALLEST_NORM, LARGEST_NORM)
@@ -281,14 +281,14 @@ def magface_margin(
     lower_norm: float,
     upper_norm: float,
 ) -> torch.Tensor:
-    """Eq. 19: m(a), (N,)."""
+    """m(a) of eq. 19, (N,)."""
     lower = _validate_margins.angle("lower_margin", lower_margin)
     upper = _validate_margins.angle("upper_margin", upper_margin)
     return lower + (upper - lower) / (upper_norm - lower_norm) * (found - lower_norm)
 
 
 def magface_penalty(found: torch.Tensor, upper_norm: float, regularizer: float) -> torch.Tensor:
-    """Eq. 19: what MagFace adds to each row's loss, (N,)."""
+    """What MagFace adds to each row's loss (eq. 19), (N,)."""
     regularizer = _validate.between("regularizer", regularizer, 0.0, _validate.LARGEST_SCALE)
     return regularizer * (found / (upper_norm * upper_norm) + 1.0 / found)
 

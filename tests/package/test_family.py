@@ -229,6 +229,22 @@ def test_straight_through() -> None:
         )
 
 
+class _Penalised(fm.NormalizedSoftmaxLoss):
+    def penalty(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return embeddings.detach().square().sum(dim=1)
+
+
+def test_what_a_subclass_adds_to_a_row() -> None:
+    """Counted as the rest of the loss is, but for ignored rows, whose own may be NaN."""
+    x, _, labels = leaves(torch.float32)
+    x = x.detach().clone()
+    x[3] = math.nan
+    criterion = _Penalised(CLASSES, DIM)
+    plain = fmf.normalized_softmax(x, criterion.weight, labels, 20.0, reduction="none")
+    expected = plain + x.square().sum(dim=1).nan_to_num(0.0)
+    torch.testing.assert_close(criterion(x, labels), expected.sum() / (ROWS - 1))
+
+
 # --- at the ends of the angle ---------------------------------------------------------------------
 
 PSIS: dict[str, Any] = {

@@ -51,12 +51,12 @@ def _adacos_scale(x: Tensor, w: Tensor, labels: Tensor, scale: float) -> float:
 
 @each_backend
 def test_adacos_follows_its_formula(backend: str) -> None:
-    """Three batches, whose scale each batch has already; near its classes, and far from them."""
+    """Each loss has its own batch's scale; far from the classes, and near them, of even number."""
     device = device_of(backend)
     criterion = fm.AdaCosLoss(CLASSES, DIM, backend=backend).to(device)
     assert float(criterion.scale) == pytest.approx(math.sqrt(2) * math.log(CLASSES - 1))
-    for seed, nearness in ((0, 0.0), (1, 50.0), (2, 2.0)):
-        x, labels = _batch(seed)
+    for seed, rows, nearness in ((0, 9, 0.0), (1, 8, 50.0), (2, 9, 2.0)):
+        x, labels = _batch(seed, rows)
         w = criterion.weight.detach().cpu()
         x = x + nearness * w[labels.clamp_min(0)]
         expected = _adacos_scale(x, w, labels, float(criterion.scale))
