@@ -149,7 +149,7 @@ class MarginSoftmaxLoss(nn.Module):
         """As for any module, but what is in `settings` is checked, and tensors become buffers."""
         check = self.settings.get(name)
         is_parameter = isinstance(value, nn.Parameter)
-        if check is None or (is_parameter and name in self._parameters):
+        if check is None:
             super().__setattr__(name, value)
             return
         value = check(value)

@@ -92,9 +92,8 @@ def test_functions(backend: str, name: str) -> None:
     "make",
     [
         fm.ArcFaceLoss, fm.CosFaceLoss, fm.FixedAdaCosLoss, fm.NormalizedSoftmaxLoss,
-        fm.CombinedMarginLoss, lambda *args, **kw: fm.CombinedMarginLoss(*args, 1.1, 0.3, 0.2, **kw),
-        lambda *args, **kw: fm.ArcFaceLoss(*args, boundary="easy", **kw),
-        lambda *args, **kw: fm.ArcFaceLoss(*args, torch.linspace(0.1, 0.5, CLASSES), **kw),
+        lambda c, d, **kw: fm.CombinedMarginLoss(c, d, 1.1, 0.3, 0.2, **kw),
+        lambda c, d, **kw: fm.ArcFaceLoss(c, d, torch.linspace(0.1, 0.5, CLASSES), **kw),
         lambda *args, **kw: fm.ArcFaceLoss(*args, reduction="none", **kw),
     ],
 )  # fmt: skip
@@ -301,10 +300,6 @@ SCHEDULES: dict[str, tuple[Callable[..., Any], list[tuple[float, ...]]]] = {
     "combined, all three": (
         fmf.combined_margin,
         [(1.0 + i / 20, i / 40, 0.3 - i / 50) for i in range(1, 12)],
-    ),
-    "combined, the angle": (
-        lambda x, w, y, m2, **kw: fmf.combined_margin(x, w, y, 1.0, m2, 0.0, **kw),
-        [(0.05 + i / 40,) for i in range(12)],
     ),
     "sphereface": (fmf.sphereface, [(1.05 + i / 10, 20.0 + i) for i in range(12)]),
     "adaface": (fmf.adaface, [(0.05 + i / 40, 20.0 + i) for i in range(12)]),
