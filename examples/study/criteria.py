@@ -65,9 +65,8 @@ class DegreesAsOffsetLoss(fm.NormalizedSoftmaxLoss):
     def __init__(self, num_classes: int, embedding_size: int) -> None:
         super().__init__(num_classes, embedding_size, scale=ARCFACE_SCALE)
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        lse, cosine = fm.functional.cosine_lse(embeddings, self.weight, labels, self.scale)
-        return -F.logsigmoid(self.scale * (cosine - ARCFACE_DEGREES) - lse).mean()
+    def psi(self, embeddings: Tensor, labels: Tensor) -> fm.functional.Psi:
+        return lambda cosine: cosine - ARCFACE_DEGREES
 
 
 @dataclass(frozen=True)
