@@ -54,7 +54,7 @@ class OutputCrossEntropy(nn.Module):
         return F.cross_entropy(embeddings, labels)
 
 
-class DegreesAsOffsetLoss(fm.NormalizedSoftmaxLoss):
+class DegreesAsOffsetLoss(fm.MarginSoftmaxLoss):
     """What was published as Simple ArcFace: s (cos θ - 28.6), degrees taken off the cosine.
 
     The offset is far outside what a cosine margin can be (at most 2), so that the target's share of
