@@ -1,11 +1,11 @@
 """Margin-softmax losses over many classes without an N x C matrix.
 
-ArcFace, CosFace, Fixed AdaCos and normalised softmax as drop-in modules
+ArcFace, CosFace, AdaCos, AdaFace, MagFace and their kin as drop-in modules
 (:mod:`fused_margin.losses`) and functions (:mod:`fused_margin.functional`), class-blocked on a CPU
 and as Triton kernels on a GPU. Importing the package never imports Triton.
 """
 
-from fused_margin import _flops, functional, margins, regularizers
+from fused_margin import _flops, functional, margins, regularizers, schedules
 from fused_margin._cpu import empty_cache
 from fused_margin._setup import (
     UnsynchronizedWeightsWarning,
@@ -15,19 +15,31 @@ from fused_margin._setup import (
 from fused_margin._version import __version__
 from fused_margin.config import show_config
 from fused_margin.losses import (
+    AdaCosLoss,
+    AdaFaceLoss,
     ArcFaceLoss,
+    CombinedMarginLoss,
     CosFaceLoss,
+    ElasticFaceLoss,
     FixedAdaCosLoss,
+    MagFaceLoss,
     MarginSoftmaxLoss,
     NormalizedSoftmaxLoss,
+    SphereFaceLoss,
 )
 
 __all__ = [
+    "AdaCosLoss",
+    "AdaFaceLoss",
     "ArcFaceLoss",
+    "CombinedMarginLoss",
     "CosFaceLoss",
+    "ElasticFaceLoss",
     "FixedAdaCosLoss",
+    "MagFaceLoss",
     "MarginSoftmaxLoss",
     "NormalizedSoftmaxLoss",
+    "SphereFaceLoss",
     "UnsynchronizedWeightsWarning",
     "WeightDecayWarning",
     "__version__",
@@ -36,6 +48,7 @@ __all__ = [
     "functional",
     "margins",
     "regularizers",
+    "schedules",
     "show_config",
 ]
 

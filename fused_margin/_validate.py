@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import importlib.util
 import math
@@ -10,17 +11,17 @@ import numbers
 import operator
 import os
 import sys
-from typing import Any, NoReturn
+from collections.abc import Collection
+from typing import Any
 
 import torch
 
 from fused_margin import _remedies, _transforms
-from fused_margin._arguments import Margin
 from fused_margin._compiled import known
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 REDUCTIONS = ("mean", "sum", "none")
-BOUNDARIES = ("linear", "continuous", "none")
+BOUNDARIES = ("linear", "continuous", "none", "easy")
 GRADS = ("exact", "straight_through")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (
@@ -28,9 +29,7 @@ INTEGERS = (
     torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
 
-# A larger scale is infinite in fp32; pi in fp32 lies 9e-8 above pi.
-LARGEST_SCALE = torch.finfo(torch.float32).max
-LARGEST_ANGLE = 3.1415928
+LARGEST_SCALE = torch.finfo(torch.float32).max  # a larger one is infinite in fp32
 
 # Read once: Triton decides at decoration time whether a kernel is interpreted.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -336,11 +335,7 @@ def scale(value: Any, device: torch.device) -> float | torch.Tensor:
     """Check the scale: a number > 0, or a 0-d floating tensor on the embeddings' device."""
     if isinstance(value, torch.Tensor):
         plain("scale", value)
-        if value.dtype not in FLOATS:
-            raise TypeError(
-                f"a tensor scale must be floating, got {value.dtype}"
-                + _remedies.of_dtype("scale", value)
-            )
+        floating_numbers("scale", value)
         if value.ndim != 0:
             remedy = "use .squeeze()" if value.numel() == 1 else "all rows share one scale"
             raise ValueError(
@@ -352,12 +347,6 @@ def scale(value: Any, device: torch.device) -> float | torch.Tensor:
             positive_scale(value.detach().item())
         return value
     return _scale_number(value)
-
-
-def module_scale(value: Any) -> float:
-    """Check the scale of a module: a number > 0."""
-    _no_tensor("scale", value)
-    return _scale_number(value, "a number")
 
 
 def _scale_number(value: Any, kinds: str = "a number or a 0-d tensor") -> float:
@@ -382,106 +371,83 @@ def positive_scale(value: float) -> float:
     return value
 
 
-def _margin(
-    value: Any, labels: torch.Tensor | None, ignore_index: int, unit: str
-) -> float | torch.Tensor:
-    """A finite number, or an (N,) tensor that is 0 where a row is ignored."""
-    if isinstance(value, torch.Tensor) and labels is not None:
-        plain("margin", value)
-        if value.dtype not in FLOATS:
-            raise TypeError(
-                f"a tensor margin must be floating, got {value.dtype}"
-                + _remedies.of_dtype("margin", value)
-            )
-        if value.shape != labels.shape:
-            num_rows = known(labels.shape[0])
-            raise ValueError(
-                f"a tensor margin must have shape ({num_rows},), one {unit} per row, got"
-                f" {known(value.shape)}{_remedies.of_margin_shape(value, num_rows)}"
-            )
-        if value.device != labels.device:
-            raise ValueError(
-                f"margin is on {value.device}, embeddings on {labels.device}; move the margin"
-            )
-        return value.masked_fill(labels.long() == ignore_index, 0.0)
-    _no_tensor("margin", value)
-    if value is None:
-        remedy = "; 0.0 is no margin"
-    elif not _remedies.holds_several(value):
-        remedy = ""
-    elif labels is None:
-        remedy = "; a module takes float(margin), and margins per row go to the functional form"
-    else:
-        remedy = "; torch.as_tensor converts arrays and lists"
-    kinds = "a number" if labels is None else "a number or an (N,) tensor"
-    return _real("margin", value, kinds, remedy)
-
-
-def _beyond(margin: float | torch.Tensor, limit: float) -> tuple[float, str] | None:
-    """A margin above ``limit`` or NaN, and its place; None too where it can't be read."""
-    if not isinstance(margin, torch.Tensor):
-        return None if abs(margin) <= limit else (known(margin), "")
-    if not _transforms.is_readable(margin):
-        return None
-    beyond = ~(margin.detach().abs() <= limit)
-    if not bool(beyond.any()):
-        return None
-    row = int(beyond.nonzero()[0])
-    return round(margin[row].item(), 6), f" in row {row}"
-
-
-def angular_margin(
-    value: float | torch.Tensor, labels: torch.Tensor | None = None, ignore_index: int = -100
-) -> float | torch.Tensor:
-    """Check ArcFace's margin, in radians, and return what to use.
-
-    Only a functional call, which has ``labels``, may pass an (N,) tensor. Rows that are ignored may
-    hold anything there; their margin is returned as 0.
-    """
-    value = _margin(value, labels, ignore_index, "angle in radians")
-    beyond = _beyond(value, LARGEST_ANGLE)
-    if beyond is not None:
-        given, where = beyond
-        _finite(given, where)
-        if isinstance(value, torch.Tensor):
-            remedy = "torch.deg2rad(margin)"
-        else:
-            remedy = f"math.radians({given:g}) = {math.radians(given):.4g}"
-        raise ValueError(
-            f"margin is an angle in radians, at most pi; got {given}{where}. If that is in degrees,"
-            f" pass {remedy}; the scale comes after the margin"
-        )
-    return value
-
-
-def cosine_margin(
-    value: float | torch.Tensor, labels: torch.Tensor | None = None, ignore_index: int = -100
-) -> float | torch.Tensor:
-    """Check CosFace's margin, a cosine offset, as `angular_margin` does."""
-    value = _margin(value, labels, ignore_index, "cosine offset")
-    beyond = _beyond(value, 2.0)
-    if beyond is not None:
-        given, where = beyond
-        _finite(given, where)
-        raise ValueError(
-            f"CosFace's margin is an offset of the cosine, at most 2; got {given}{where} (0.35 is"
-            " usual; the scale comes after the margin)"
-        )
-    return value
-
-
-def _finite(margin: float, where: str) -> None:
-    if not -math.inf < margin < math.inf:
-        raise ValueError(f"margin must be finite, got {margin}{where}")
-
-
-def _no_tensor(name: str, value: Any) -> None:
+def _no_tensor(name: str, value: Any, remedy: str = "") -> None:
     """Refuse a tensor as a module's number, where a parameter would become part of its state."""
     if isinstance(value, torch.Tensor):
+        remedy = remedy or "; a tensor, for one that is learnable, goes to the functional form"
         raise TypeError(
             f"{name} must be a number, got {_shown(value)}; a module takes its {name} as a number,"
-            f" float({name}); a tensor, for one that is learnable, goes to the functional form"
+            f" float({name}){remedy}"
         )
+
+
+def between(name: str, value: Any, lowest: float, highest: float, hint: str = "") -> float:
+    """Check a number within bounds, which both belong to them."""
+    number = _real(name, value, "a number")
+    if not lowest <= number <= highest:
+        raise ValueError(
+            f"{name} must be in [{lowest:g}, {highest:g}], got {known(number)}"
+            + (f"; {hint}" if hint else "")
+        )
+    return number
+
+
+def optional(name: str, value: Any) -> float | None:
+    """Check None or a number >= 0."""
+    return None if value is None else between(name, value, 0.0, LARGEST_SCALE)
+
+
+def positive(name: str, value: Any) -> float:
+    """Check a number > 0 that is finite in fp32."""
+    number = _real(name, value, "a number")
+    if not 0 < number <= LARGEST_SCALE:
+        raise ValueError(f"{name} must be finite in fp32 and > 0, got {known(number)}")
+    return number
+
+
+def increasing(lower: str, low: float, upper: str, high: float) -> None:
+    """Check two numbers of which one bounds the other."""
+    if not low < high:
+        raise ValueError(
+            f"{lower} must be below {upper}, got {lower}={known(low)}, {upper}={known(high)}"
+        )
+
+
+def keywords(given: Collection[str], allowed: Collection[str]) -> None:
+    """Refuse a keyword that is no option of a loss, as Python does for an argument."""
+    for name in given:
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=1)
+            meant = f"did you mean {near[0]!r}? The" if near else "the"
+            raise TypeError(
+                f"got an unexpected keyword argument {name!r}; {meant} options that"
+                f" losses share are {', '.join(allowed)}"
+            )
+
+
+def floating_numbers(name: str, value: torch.Tensor) -> torch.Tensor:
+    """Check that a tensor is floating."""
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"a tensor {name} must be floating, got {value.dtype}" + _remedies.of_dtype(name, value)
+        )
+    return value
+
+
+def numbers_per(name: str, value: Any, unit: str, count: Any, device: torch.device) -> torch.Tensor:
+    """Check one floating number for each row, or for each class."""
+    _tensor(name, value)
+    plain(name, value)
+    floating_numbers(name, value)
+    if value.ndim != 1 or value.shape[0] != count:
+        remedy = "; use .flatten()" if value.ndim != 1 and value.numel() == count else ""
+        raise ValueError(
+            f"{name} must have shape ({known(count)},), one number per {unit}, got"
+            f" {known(value.shape)}{remedy}"
+        )
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, embeddings on {device}; move the {name}")
+    return value
 
 
 def size(name: str, value: int, minimum: int) -> int:
@@ -515,14 +481,6 @@ def memory_budget(value: int | None) -> int | None:
     return min(value, 2**63 - 1)  # what the operator's schema holds
 
 
-def derived_scale(value: Any) -> NoReturn:
-    """Refuse to set the scale of Fixed AdaCos, be it a number or a tensor."""
-    raise AttributeError(
-        "the scale of Fixed AdaCos follows from the number of classes and can't be set; for a scale"
-        " of your choice use NormalizedSoftmaxLoss"
-    )
-
-
 def fixed_adacos_classes(num_classes: int) -> int:
     """Check that sqrt(2) ln(C - 1) is positive."""
     num_classes = _integer("num_classes", num_classes)
@@ -533,36 +491,6 @@ def fixed_adacos_classes(num_classes: int) -> int:
             " NormalizedSoftmaxLoss with a scale of your choice"
         )
     return num_classes
-
-
-def psi(value: Any) -> None:
-    """Check that a margin is a function, or coefficients, which have a type of their own."""
-    if not callable(value) and not isinstance(value, Margin):
-        raise TypeError(
-            "psi must be a function of the target cosines, or one of fused_margin.margins; got"
-            f" {value!r}. For a number use arcface or cosface"
-        )
-
-
-def coefficients(margin: Margin, u: torch.Tensor) -> None:
-    """Check the tensors of a margin for target cosines u, (N,)."""
-    for value in margin:
-        if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape != u.shape:
-            num_rows = known(u.shape[0])
-            raise ValueError(
-                f"a tensor in a Margin must have shape ({num_rows},), one number per row, or be"
-                f" 0-d, got {known(value.shape)}{_remedies.of_margin_shape(value, num_rows)}"
-            )
-
-
-def psi_values(value: Any, u: torch.Tensor) -> torch.Tensor:
-    """Check what a function has made of target cosines u, (N,)."""
-    if not isinstance(value, torch.Tensor) or value.shape != u.shape:
-        given = f"shape {known(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-        raise ValueError(
-            f"psi must return a tensor of its argument's shape, {known(u.shape)}; got {given}"
-        )
-    return value
 
 
 def module(value: Any) -> None:

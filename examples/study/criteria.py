@@ -54,7 +54,7 @@ class OutputCrossEntropy(nn.Module):
         return F.cross_entropy(embeddings, labels)
 
 
-class DegreesAsOffsetLoss(fm.NormalizedSoftmaxLoss):
+class DegreesAsOffsetLoss(fm.MarginSoftmaxLoss):
     """What was published as Simple ArcFace: s (cos θ - 28.6), degrees taken off the cosine.
 
     The offset is far outside what a cosine margin can be (at most 2), so that the target's share of
@@ -65,9 +65,8 @@ class DegreesAsOffsetLoss(fm.NormalizedSoftmaxLoss):
     def __init__(self, num_classes: int, embedding_size: int) -> None:
         super().__init__(num_classes, embedding_size, scale=ARCFACE_SCALE)
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        lse, cosine = fm.functional.cosine_lse(embeddings, self.weight, labels, self.scale)
-        return -F.logsigmoid(self.scale * (cosine - ARCFACE_DEGREES) - lse).mean()
+    def psi(self, embeddings: Tensor, labels: Tensor) -> fm.functional.Psi:
+        return lambda cosine: cosine - ARCFACE_DEGREES
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fused_margin import _ops, _transforms, _validate, margins
+from fused_margin import _ops, _transforms, _validate, _validate_settings, margins
 from fused_margin._numerics import CLAMPED_INVERSE_NORM, accumulation_dtype, sum_dtype
 from fused_margin._weight_sweeps import _add_rows, _normalized
 from fused_margin.functional import Psi
@@ -63,7 +63,7 @@ def losses(
         centers: K.
     """
     _validate.tensors(embeddings, weight, labels)
-    scale = _validate.module_scale(scale)
+    scale = _validate_settings.number_scale(scale)
     num_classes = weight.shape[0] // centers
     labels = _ops.check_labels(labels, num_classes, -100)
     ignored = labels == _ops.IGNORED

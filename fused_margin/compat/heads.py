@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fused_margin import _validate, margins
+from fused_margin import _validate_margins, margins
 from fused_margin.compat import _refusals
 from fused_margin.losses import MarginSoftmaxLoss
 
@@ -79,7 +79,7 @@ class _AngularHead(_Head):
     """
 
     settings: ClassVar[dict[str, Callable[[Any], Any]]] = {
-        "margin": _validate.angular_margin,
+        "margin": _validate_margins.module_angular_margin,
         **MarginSoftmaxLoss.settings,
     }
     boundary = "linear"
@@ -188,7 +188,7 @@ class AddMarginProduct(_Head):
     """
 
     settings: ClassVar[dict[str, Callable[[Any], Any]]] = {
-        "margin": _validate.cosine_margin,
+        "margin": _validate_margins.module_cosine_margin,
         **MarginSoftmaxLoss.settings,
     }
 

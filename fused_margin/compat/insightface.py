@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fused_margin import _setup, _validate, margins
+from fused_margin import _setup, _validate, _validate_margins, _validate_settings, margins
 from fused_margin.compat import _refusals
 from fused_margin.losses import MarginSoftmaxLoss
 
@@ -75,8 +75,8 @@ class CombinedMarginLoss(_Margin):
         super().__init__()
         _refusals.filtering(interclass_filtering_threshold)
         _refusals.combined_margin(m1, m2, m3)
-        self.s, self.m1 = _validate.module_scale(s), m1
-        self.m2, self.m3 = _validate.angular_margin(m2), _validate.cosine_margin(m3)
+        self.s, self.m1 = _validate_settings.number_scale(s), m1
+        self.m2, self.m3 = _validate_margins.angular_margin(m2), _validate_margins.cosine_margin(m3)
         self.interclass_filtering_threshold = interclass_filtering_threshold
         self.grad = _validate.grad(grad)
 
@@ -105,7 +105,10 @@ class ArcFace(_Margin):
         self, s: float = 64.0, margin: float = 0.5, *, grad: str = "straight_through"
     ) -> None:
         super().__init__()
-        self.s, self.margin = _validate.module_scale(s), _validate.angular_margin(margin)
+        self.s, self.margin = (
+            _validate_settings.number_scale(s),
+            _validate_margins.angular_margin(margin),
+        )
         self.grad = _validate.grad(grad)
 
     @property
@@ -128,7 +131,7 @@ class CosFace(_Margin):
 
     def __init__(self, s: float = 64.0, m: float = 0.40) -> None:
         super().__init__()
-        self.s, self.m = _validate.module_scale(s), _validate.cosine_margin(m)
+        self.s, self.m = _validate_settings.number_scale(s), _validate_margins.cosine_margin(m)
 
     @property
     def psi(self) -> margins.Margin:
@@ -186,7 +189,7 @@ class PartialFC_V2(MarginSoftmaxLoss):
 
     @scale.setter
     def scale(self, value: Any) -> None:
-        self.margin_softmax.s = _validate.module_scale(value)
+        self.margin_softmax.s = _validate_settings.number_scale(value)
 
     def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> margins.Margin:
         """The margin of ``margin_loss``."""

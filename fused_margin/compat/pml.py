@@ -31,7 +31,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_margin import _compiled, _setup, _validate, functional, margins
+from fused_margin import (
+    _compiled,
+    _setup,
+    _validate,
+    _validate_margins,
+    _validate_settings,
+    functional,
+    margins,
+)
 from fused_margin._numerics import accumulation_dtype
 from fused_margin.compat import _dots, _refusals
 from fused_margin.compat._regularizers import (
@@ -43,6 +51,8 @@ from fused_margin.compat._regularizers import (
     mean,
     part,
 )
+from fused_margin.functional.core import margin_loss
+from fused_margin.functional.options import Options
 
 __all__ = [
     "ArcFaceLoss",
@@ -260,10 +270,9 @@ class _OnKernels(_ClassWeights):
 
     def _losses(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         _validate.tensors(embeddings, weight, labels)
-        return functional._margin_softmax(
-            embeddings, weight, labels, self.psi(embeddings, labels), self._scale(), "none", -100,
-            self.backend, self.memory_budget,
-        )  # fmt: skip
+        options = Options("none", -100, self.backend, self.memory_budget)
+        psi = self.psi(embeddings, labels)
+        return margin_loss(embeddings, weight, labels, psi, self._scale(), options)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Scaled cosines, (N, C)."""
@@ -294,9 +303,9 @@ class ArcFaceLoss(_OnKernels):
         **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(num_classes, embedding_size, **options)
-        self.margin = _validate.angular_margin(math.radians(margin))
+        self.margin = _validate_margins.angular_margin(math.radians(margin))
         self.scale = scale
-        _validate.module_scale(scale)
+        _validate_settings.number_scale(scale)
 
     def psi(self, embeddings: Tensor, labels: Tensor) -> margins.Margin:
         """cos(theta + m)."""
@@ -329,8 +338,8 @@ class CosFaceLoss(_OnKernels):
         **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(num_classes, embedding_size, **options)
-        self.margin, self.scale = _validate.cosine_margin(margin), scale
-        _validate.module_scale(scale)
+        self.margin, self.scale = _validate_margins.cosine_margin(margin), scale
+        _validate_settings.number_scale(scale)
 
     def psi(self, embeddings: Tensor, labels: Tensor) -> margins.Margin:
         """cos(theta) - m."""
@@ -368,7 +377,7 @@ class NormalizedSoftmaxLoss(_OnKernels):
     ) -> None:
         super().__init__(num_classes, embedding_size, **options)
         self.temperature = temperature
-        _validate.module_scale(self._scale())
+        _validate_settings.number_scale(self._scale())
 
     def psi(self, embeddings: Tensor, labels: Tensor) -> margins.Margin:
         """cos(theta)."""
@@ -422,8 +431,8 @@ class SubCenterArcFaceLoss(_ClassWeights):
         self_centers = _refusals.centers(sub_centers)
         super().__init__(num_classes * self_centers, embedding_size, **options)
         self.num_classes, self.sub_centers = num_classes, self_centers
-        self.margin, self.scale = _validate.angular_margin(math.radians(margin)), scale
-        _validate.module_scale(scale)
+        self.margin, self.scale = _validate_margins.angular_margin(math.radians(margin)), scale
+        _validate_settings.number_scale(scale)
 
     def psi(self, embeddings: Tensor, labels: Tensor) -> margins.Margin:
         """cos(theta + m), of the angle to the nearest centre."""
@@ -512,7 +521,7 @@ class LargeMarginSoftmaxLoss(_ClassWeights):
         super().__init__(num_classes, embedding_size, **options)
         self.num_classes = num_classes
         self.margin, self.scale = _refusals.peer_margin(margin), scale
-        _validate.module_scale(scale)
+        _validate_settings.number_scale(scale)
 
     def _losses(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return _dots.losses(

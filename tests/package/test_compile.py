@@ -92,6 +92,8 @@ def test_functions(backend: str, name: str) -> None:
     "make",
     [
         fm.ArcFaceLoss, fm.CosFaceLoss, fm.FixedAdaCosLoss, fm.NormalizedSoftmaxLoss,
+        lambda c, d, **kw: fm.CombinedMarginLoss(c, d, 1.1, 0.3, 0.2, **kw),
+        lambda c, d, **kw: fm.ArcFaceLoss(c, d, torch.linspace(0.1, 0.5, CLASSES), **kw),
         lambda *args, **kw: fm.ArcFaceLoss(*args, reduction="none", **kw),
     ],
 )  # fmt: skip
@@ -295,6 +297,17 @@ def test_opcheck_check_labels(dtype: torch.dtype) -> None:
 
 SCHEDULES: dict[str, tuple[Callable[..., Any], list[tuple[float, ...]]]] = {
     "arcface": (fmf.arcface, [(0.5 * i / 12, 20.0 + i) for i in range(12)]),
+    "combined, all three": (
+        fmf.combined_margin,
+        [(1.0 + i / 20, i / 40, 0.3 - i / 50) for i in range(1, 12)],
+    ),
+    "sphereface": (fmf.sphereface, [(1.05 + i / 10, 20.0 + i) for i in range(12)]),
+    "adaface": (fmf.adaface, [(0.05 + i / 40, 20.0 + i) for i in range(12)]),
+    "magface": (fmf.magface, [(0.05 + i / 40, 0.6 + i / 40) for i in range(12)]),
+    "easy": (
+        lambda x, w, y, m, **kw: fmf.arcface(x, w, y, m, boundary="easy", **kw),
+        [(0.05 + i / 40,) for i in range(12)],
+    ),
     "arcface, margin alone": (fmf.arcface, [(0.05 + i / 30,) for i in range(12)]),
     "cosface": (fmf.cosface, [(0.4 * i / 12, 64.0 - i) for i in range(12)]),
     "normalized_softmax": (fmf.normalized_softmax, [(10.0 + i,) for i in range(12)]),

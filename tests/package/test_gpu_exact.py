@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import FP32, FP64, HALF_MODES, INTERPRETED, Mode, device_of, needs_triton
 
-from fused_margin._arguments import Inputs, Needs, Slopes, Swept
+from fused_margin._arguments import Gradients, Inputs, Loan, Needs, Slopes, Swept
 
 Tensor = torch.Tensor
 pytestmark = needs_triton
@@ -128,7 +128,7 @@ def test_cosines_of_the_sweep(name: str, mode: Mode, ways: str) -> None:
     for seed in range(SEEDS):
         case = _case(sizes, mode, scale, seed)
         with planning.override(descriptors=_descriptors(ways)):
-            swept = launch.cosine_lse(case.inputs, 0)
+            swept, _ = launch.cosine_lse(case.inputs, 0)
         _check_norms(swept, sizes)
         others = _without_targets(case)
         largest = others.amax(dim=1)
@@ -149,10 +149,11 @@ def test_cosines_that_are_kept(name: str, mode: Mode) -> None:
     sizes, scale = SIZES[name], 0.25
     case = _case(sizes, mode, scale)
     with planning.override("kept"):
-        swept = launch.cosine_lse(case.inputs, 0)
+        swept, _ = launch.cosine_lse(case.inputs, 0)
         plan = planning.plan(case.inputs.x, case.inputs.w, case.inputs.compute_dtype)
     kept, block = planning.kept_parts(swept.kept, sizes.n, plan)
     assert kept is not None
+    assert kept.shifts is not None
     _check_norms(swept, sizes)
     z = scale * case.cosines
     classes = kept.entries.view(-1, kept.pitch)[: sizes.c, : sizes.n].t()  # (N, C)
@@ -174,7 +175,7 @@ def _backward_case(sizes: Sizes, mode: Mode, seed: int) -> tuple[Case, Slopes, S
 
     scale = 2.0**12 * sizes.k
     case = _case(sizes, mode, scale, seed)
-    swept = launch.cosine_lse(case.inputs, 0)
+    swept, _ = launch.cosine_lse(case.inputs, 0)
     _check_norms(swept, sizes)
     generator = torch.Generator().manual_seed(seed + 100)
     middle = torch.randint(-3, 4, (sizes.n,), generator=generator).double() + 0.5
@@ -187,6 +188,17 @@ def _backward_case(sizes: Sizes, mode: Mode, seed: int) -> tuple[Case, Slopes, S
     return case, slopes, swept._replace(lse=scale * threshold), g
 
 
+def _check_gradients(got: Gradients, case: Case, g: Tensor, sizes: Sizes) -> None:
+    norm = math.sqrt(sizes.k)
+    radial = g * case.cosines
+    d_w = (g.t() @ case.x / norm - radial.sum(dim=0)[:, None] * case.w / norm) / norm
+    d_x = (g @ case.w / norm - radial.sum(dim=1)[:, None] * case.x / norm) / norm
+    assert got.x is not None
+    assert got.w is not None
+    _equal(got.w, d_w, "d_w")
+    _equal(got.x, d_x, "d_x")
+
+
 def _check_backward(sizes: Sizes, mode: Mode, strategy: str, options: dict[str, Any]) -> None:
     from fused_margin._triton import launch, planning
 
@@ -194,14 +206,7 @@ def _check_backward(sizes: Sizes, mode: Mode, strategy: str, options: dict[str, 
         with planning.override(strategy, **options):
             case, slopes, swept, g = _backward_case(sizes, mode, seed)
             got = launch.backward(slopes, case.inputs, swept, Needs(True, True, False))
-        norm = math.sqrt(sizes.k)
-        radial = g * case.cosines
-        d_w = (g.t() @ case.x / norm - radial.sum(dim=0)[:, None] * case.w / norm) / norm
-        d_x = (g @ case.w / norm - radial.sum(dim=1)[:, None] * case.x / norm) / norm
-        assert got.x is not None
-        assert got.w is not None
-        _equal(got.w, d_w, "d_w")
-        _equal(got.x, d_x, "d_x")
+        _check_gradients(got, case, g, sizes)
 
 
 @pytest.mark.parametrize("ways", ["descriptors", "pointers", "fused"])
@@ -219,6 +224,31 @@ def test_products_of_the_backward(name: str, mode: Mode, ways: str) -> None:
         _check_backward(sizes, mode, "fused", {})
     else:
         _check_backward(sizes, mode, "chunked", {"descriptors": _descriptors(ways)})
+
+
+@pytest.mark.parametrize("ways", ["descriptors", "pointers"])
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_products_over_lent_memory(name: str, mode: Mode, ways: str) -> None:
+    """Exponentials of 0 and 1, put where d_w will be, and an lse of 0."""
+    from fused_margin._triton import arguments, launch, planning
+
+    sizes = SIZES[name]
+    for seed in range(SEEDS):
+        with planning.override("lent", descriptors=_descriptors(ways)):
+            case, slopes, swept, g = _backward_case(sizes, mode, seed)
+            plan = planning.plan(case.inputs.x, case.inputs.w, case.inputs.compute_dtype)
+            d_w = torch.empty_like(case.inputs.w)
+            needed = arguments.pitch(sizes.n) * plan.gradient.itemsize
+            if plan.lent is None or needed > sizes.d * d_w.itemsize:
+                pytest.skip("a row of d_w is too short, or no tile holds one")
+            q = d_w.view(plan.gradient)
+            q.zero_()
+            others = g.scatter(1, case.labels[:, None], 0.0) / math.sqrt(sizes.k)
+            q[:, : sizes.n] = others.t()
+            swept = swept._replace(lse=torch.zeros_like(swept.lse))
+            needs = Needs(True, True, False)
+            got = launch.backward(slopes, case.inputs, swept, needs, Loan(d_w, q))
+        _check_gradients(got, case, g, sizes)
 
 
 @pytest.mark.gpu

@@ -17,6 +17,8 @@ import pytest
 import torch
 
 import fused_margin as fm
+from fused_margin.functional import options
+from fused_margin.losses import base
 
 PACKAGE = Path(fm.__file__).parent
 
@@ -70,13 +72,14 @@ LAYERS = (
     {"_version", "_arguments", "_numerics"},
     {"_transforms", "_remedies", "_compiled"},
     {"_validate"},
+    {"_validate_margins", "_validate_settings", "_validate_schedules"},
     {"margins"},
     {"_cpu", "_triton", "_reference", "_loans"},
     {"_ops", "_weight_sweeps"},
-    {"_flops", "tuning", "_setup"},
+    {"_flops", "tuning", "_setup", "_collectives"},
     {"functional", "regularizers", "config"},
     {"losses"},
-    {"compat"},
+    {"compat", "schedules"},
     {"convert"},
     {"__init__"},
 )
@@ -128,7 +131,7 @@ def test_only_the_kernels_import_triton() -> None:
 def test_only_functional_imports_the_reference() -> None:
     """An oracle that shares code with what it judges proves nothing."""
     users = {module for module, imported in _imports().items() if "_reference" in imported}
-    assert users == {"functional"}
+    assert users == {"functional.core"}
 
 
 def _raised(path: Path) -> set[str]:
@@ -143,11 +146,11 @@ def _raised(path: Path) -> set[str]:
     "path",
     [
         path
-        for folder in (".", "_cpu", "compat")
+        for folder in (".", "_cpu", "compat", "functional", "losses")
         for path in (PACKAGE / folder).glob("*.py")
-        if path.name not in ("_validate.py", "_refusals.py", "tuning.py")
+        if not path.name.startswith("_validate") and path.name not in ("_refusals.py", "tuning.py")
     ],
-    ids=lambda path: path.name,
+    ids=lambda path: path.relative_to(PACKAGE).as_posix(),
 )
 def test_errors_of_arguments_live_in_one_place(path: Path) -> None:
     assert not {"ValueError", "TypeError"} & _raised(path)
@@ -168,11 +171,20 @@ def _signature(function: Callable[..., Any]) -> tuple[list[tuple[str, Any]], dic
 
 REQUIRED = inspect.Parameter.empty
 BACKEND = {"backend": "auto", "memory_budget": None}
-OPTIONS = {"reduction": "mean", "ignore_index": -100} | BACKEND
-COMMON = OPTIONS | {"device": None, "dtype": None}
+WEIGHTS = {"class_weight": None, "focal_gamma": None, "focal_alpha": None}
+SHARED = {"reduction": "mean", "ignore_index": -100} | BACKEND | WEIGHTS
+OPTIONS = SHARED | {"sample_weight": None}
+COMMON = SHARED | {"device": None, "dtype": None}
 SIZES = [("num_classes", REQUIRED), ("embedding_size", REQUIRED)]
 TENSORS = [("embeddings", REQUIRED), ("weight", REQUIRED), ("labels", REQUIRED)]
 ANGULAR = {"boundary": "linear", "grad": "exact"}
+CONTINUED = {"boundary": "none", "grad": "exact"}
+COMBINED = [("m1", 1.0), ("m2", 0.5), ("m3", 0.0), ("scale", 64.0)]
+MAGFACE = [("lower_margin", 0.45), ("upper_margin", 0.8), ("scale", 64.0)]
+MAGNITUDES = {
+    "lower_norm": 10.0, "upper_norm": 110.0, "regularizer": 35.0, "boundary": "linear",
+}  # fmt: skip
+ELASTIC = {"sigma": 0.05, "kind": "arc", "plus": False, "boundary": "none", "generator": None}
 SIGNATURES = {
     fm.MarginSoftmaxLoss: ([*SIZES, ("scale", 64.0)], COMMON),
     fm.ArcFaceLoss: ([*SIZES, ("margin", 0.5), ("scale", 64.0)], ANGULAR | COMMON),
@@ -184,6 +196,31 @@ SIGNATURES = {
     fm.functional.fixed_adacos: (TENSORS, OPTIONS),
     fm.functional.normalized_softmax: ([*TENSORS, ("scale", REQUIRED)], OPTIONS),
     fm.functional.cosine_lse: ([*TENSORS, ("scale", REQUIRED)], BACKEND),
+    fm.AdaCosLoss: (SIZES, COMMON),
+    fm.AdaFaceLoss: (
+        [*SIZES, ("margin", 0.4), ("scale", 64.0)],
+        {"h": 0.333, "momentum": 0.01} | COMMON,
+    ),
+    fm.CombinedMarginLoss: ([*SIZES, *COMBINED], CONTINUED | COMMON),
+    fm.ElasticFaceLoss: ([*SIZES, ("margin", 0.5), ("scale", 64.0)], ELASTIC | COMMON),
+    fm.MagFaceLoss: ([*SIZES, *MAGFACE], MAGNITUDES | COMMON),
+    fm.SphereFaceLoss: ([*SIZES, ("margin", 1.5), ("scale", 30.0)], COMMON),
+    fm.functional.adacos_scale: (
+        [*TENSORS, ("scale", REQUIRED)],
+        {"ignore_index": -100, "backend": "auto"},
+    ),
+    fm.functional.adaface: (
+        [*TENSORS, ("margin", 0.4), ("scale", 64.0)],
+        {"h": 0.333, "norm_mean": 20.0, "norm_std": 100.0} | OPTIONS,
+    ),
+    fm.functional.combined_margin: ([*TENSORS, *COMBINED], CONTINUED | OPTIONS),
+    fm.functional.elasticface: ([*TENSORS, ("margin", 0.5), ("scale", 64.0)], ELASTIC | OPTIONS),
+    fm.functional.magface: ([*TENSORS, *MAGFACE], MAGNITUDES | OPTIONS),
+    fm.functional.margin_softmax: (
+        [*TENSORS, ("psi", REQUIRED), ("scale", REQUIRED)],
+        OPTIONS,
+    ),
+    fm.functional.sphereface: ([*TENSORS, ("margin", 1.5), ("scale", 30.0)], OPTIONS),
     fm.check_setup: ([("criterion", REQUIRED), ("optimizer", None)], {"group": None}),
     fm.regularizers.center_invariant: ([("weight", REQUIRED)], {}),
     fm.regularizers.regular_face: ([("weight", REQUIRED)], {}),
@@ -195,10 +232,48 @@ def test_signatures(function: Callable[..., Any]) -> None:
     assert _signature(function) == SIGNATURES[function]
 
 
+def test_shared_options_have_one_list() -> None:
+    """The types that checkers see, the fields with their defaults, and what a module may set."""
+    fields = options.Options._field_defaults
+    assert list(fields) == list(options.CallOptions.__annotations__)
+    own = {"device": None, "dtype": None}
+    assert fields | own == {**base.DEFAULTS, "sample_weight": None}
+    assert base.DEFAULTS.keys() - own <= fm.MarginSoftmaxLoss.settings.keys()
+    for criterion in (f for f in SIGNATURES if isinstance(f, type)):
+        assert inspect.signature(criterion.__init__).parameters["self"] is not None
+        assert len(inspect.signature(criterion).parameters) <= 20
+
+
+@pytest.mark.parametrize("call", [f for f in SIGNATURES if f is not fm.check_setup])
+def test_a_keyword_that_is_none_is_named(call: Callable[..., Any]) -> None:
+    needed = [p for p in inspect.signature(call).parameters.values() if p.default is REQUIRED]
+    given: dict[str, Any] = {"num_classes": 5, "embedding_size": 6, "scale": 9.0}
+    given |= {"embeddings": torch.randn(2, 6), "weight": torch.randn(5, 6)}
+    given |= {"labels": torch.tensor([1, 2]), "psi": fm.margins.NO_MARGIN}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'reducton'"):
+        call(**{p.name: given[p.name] for p in needed}, reducton="mean")
+
+
+def test_a_subclass_shows_the_shared_options() -> None:
+    class Own(fm.MarginSoftmaxLoss):
+        def __init__(self, num_classes: int, size: int = 3, **options: Any) -> None:
+            super().__init__(num_classes, size, **options)
+
+    positional, keywords = _signature(Own)
+    assert positional == [("num_classes", REQUIRED), ("size", 3)]
+    assert keywords == COMMON
+
+    class Fixed(fm.MarginSoftmaxLoss):
+        def __init__(self, num_classes: int) -> None:
+            super().__init__(num_classes, 3)
+
+    assert _signature(Fixed) == ([("num_classes", REQUIRED)], {})
+
+
 @pytest.mark.parametrize("criterion", [f for f in SIGNATURES if isinstance(f, type)])
 def test_call_signature_of_modules(criterion: type[torch.nn.Module]) -> None:
     names = list(inspect.signature(criterion.forward).parameters)
-    assert names == ["self", "embeddings", "labels"]
+    assert names == ["self", "embeddings", "labels", "sample_weight"]
     logits = inspect.getattr_static(criterion, "logits")
     assert list(inspect.signature(logits).parameters) == ["self", "embeddings"]
 

@@ -193,9 +193,9 @@ def test_one_loan_at_a_time(loans: list[int], backend: str) -> None:
     x, w, labels = _leaves(backend, FP64)
     other = w.detach().clone().requires_grad_()
     expected = torch.autograd.grad(fmf.arcface(x, w, labels, backend="reference"), (x, w))
-    total = sum(fmf.arcface(x, each, labels, backend=backend) for each in (w, w, other))
+    losses = [fmf.arcface(x, each, labels, backend=backend) for each in (w, w, other)]
     assert len(loans) == 2
-    d_x, d_w, d_other = torch.autograd.grad(total, (x, w, other))
+    d_x, d_w, d_other = torch.autograd.grad(torch.stack(losses).sum(), (x, w, other))
     torch.testing.assert_close((d_x, d_w), (3.0 * expected[0], 2.0 * expected[1]))
     torch.testing.assert_close(d_other, expected[1])
 

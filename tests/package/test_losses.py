@@ -198,6 +198,32 @@ MODULES = {
             " ignore_index=-100, backend='auto')"
         ),
     ),
+    "combined": (
+        lambda **kw: fm.CombinedMarginLoss(10, 6, 1.1, 0.3, 0.2, 32.0, boundary="continuous", **kw),
+        lambda x, w, y: fmf.combined_margin(x, w, y, 1.1, 0.3, 0.2, 32.0, boundary="continuous"),
+        (
+            "CombinedMarginLoss(num_classes=10, embedding_size=6, m1=1.1, m2=0.3, m3=0.2, scale=32,"
+            " boundary='continuous', grad='exact', reduction='mean', ignore_index=-100,"
+            " backend='auto')"
+        ),
+    ),
+    "sphereface": (
+        lambda **kw: fm.SphereFaceLoss(10, 6, 2.5, 12.0, **kw),
+        lambda x, w, y: fmf.sphereface(x, w, y, 2.5, 12.0),
+        (
+            "SphereFaceLoss(num_classes=10, embedding_size=6, margin=2.5, scale=12,"
+            " reduction='mean', ignore_index=-100, backend='auto')"
+        ),
+    ),
+    "magface": (
+        lambda **kw: fm.MagFaceLoss(10, 6, 0.3, 0.6, 12.0, lower_norm=1.0, upper_norm=4.0, **kw),
+        lambda x, w, y: fmf.magface(x, w, y, 0.3, 0.6, 12.0, lower_norm=1.0, upper_norm=4.0),
+        (
+            "MagFaceLoss(num_classes=10, embedding_size=6, lower_margin=0.3, upper_margin=0.6,"
+            " scale=12, lower_norm=1, upper_norm=4, regularizer=35, boundary='linear',"
+            " reduction='mean', ignore_index=-100, backend='auto')"
+        ),
+    ),
     "normalized_softmax": (
         lambda **kw: fm.NormalizedSoftmaxLoss(10, 6, 12.0, **kw),
         lambda x, w, y: fmf.normalized_softmax(x, w, y, 12.0),
@@ -406,16 +432,34 @@ def test_a_scale_may_be_set(make: Any) -> None:
 ASSIGNED: dict[str, tuple[Any, Any]] = {  # a value that does, and one that doesn't
     "margin": (0.2, 28.6),
     "scale": (16.0, -1.0),
-    "boundary": ("continuous", "easy"),
+    "boundary": ("continuous", "hard"),
     "grad": ("straight_through", "ste"),
     "reduction": ("sum", None),
     "ignore_index": (3, 1.5),
     "backend": ("reference", "gpu"),
     "memory_budget": (1 << 10, -1),
+    "class_weight": (torch.linspace(0.1, 1.0, 10), -torch.ones(10)),
+    "focal_gamma": (2.0, -1.0),
+    "focal_alpha": (0.25, math.inf),
+    "m1": (1.2, 0.0),
+    "m2": (0.2, 28.6),
+    "m3": (0.4, 35.0),
+    "lower_margin": (0.2, 28.6),
+    "upper_margin": (0.6, None),
+    "lower_norm": (4.0, -1.0),
+    "upper_norm": (50.0, 0.0),
+    "regularizer": (20.0, -1.0),
 }
 SETTINGS = [
     (make, name)
-    for make in (fm.ArcFaceLoss, fm.CosFaceLoss, fm.FixedAdaCosLoss, fm.NormalizedSoftmaxLoss)
+    for make in (
+        fm.ArcFaceLoss,
+        fm.CosFaceLoss,
+        fm.FixedAdaCosLoss,
+        fm.NormalizedSoftmaxLoss,
+        fm.CombinedMarginLoss,
+        fm.MagFaceLoss,
+    )
     for name in ASSIGNED
     if name in inspect.signature(make).parameters
 ]
@@ -439,7 +483,8 @@ def test_what_is_assigned_is_as_if_constructed(make: Any, name: str) -> None:
     with pytest.raises(constructed.type) as assigned:
         setattr(criterion, name, wrong)
     assert str(assigned.value) == str(constructed.value)
-    assert getattr(criterion, name) == value
+    kept = getattr(criterion, name)
+    assert torch.equal(kept, value) if isinstance(value, torch.Tensor) else kept == value
     assert list(criterion.state_dict()) == ["weight"]
 
 

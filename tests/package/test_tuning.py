@@ -128,10 +128,10 @@ def test_a_wrong_candidate_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> N
     wrong = tiles.Tile(16, 16, 16, 1, 1)
     launch_chunked = launch._chunked
 
-    def corrupting(p, rows, inputs, swept, gradients, needs):
-        partial = launch_chunked(p, rows, inputs, swept, gradients, needs)
-        if p.tiles.gradient == wrong:
-            gradients.w.mul_(1.5)
+    def corrupting(call):
+        partial = launch_chunked(call)
+        if call.p.tiles.gradient == wrong:
+            call.gradients.w.mul_(1.5)
         return partial
 
     def candidates(present: tiles.Tiles, operands: str, *sizes: int):

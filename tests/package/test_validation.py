@@ -222,7 +222,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "reduction None": (
         call(reduction=None), ValueError, ("reduction", "got None", "pass the string, 'none'"),
     ),
-    "boundary": (call(boundary="easy"), ValueError, ("boundary", "'easy'", "'linear'")),
+    "boundary": (call(boundary="hard"), ValueError, ("boundary", "'hard'", "'linear'")),
     "grad": (call(grad="ste"), ValueError, ("grad", "'ste'", "'straight_through'")),
     "backend": (call(backend="cuda"), ValueError, ("backend", "'cuda'", "'reference', 'cpu'")),
     "backend of cosine_lse": (
@@ -432,8 +432,28 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "module margin": (lambda: fm.ArcFaceLoss(5, 6, 28.6), ValueError, ("math.radians(28.6)",)),
     "module cosine margin": (lambda: fm.CosFaceLoss(5, 6, 35.0), ValueError, ("35.0", "0.35")),
     "module margin tensor": (
-        lambda: fm.ArcFaceLoss(5, 6, torch.ones(4)),  # pyright: ignore[reportArgumentType]
-        TypeError, ("margin must be a number, got Tensor", "float(margin)", "functional form"),
+        lambda: fm.ArcFaceLoss(5, 6, torch.ones(4)), ValueError,
+        ("margin must have shape (5,)", "one number per class", "(4,)"),
+    ),
+    "module margin 0-d": (
+        lambda: fm.ArcFaceLoss(5, 6, torch.tensor(0.5)), TypeError,
+        ("margin must be a number, got Tensor", "float(margin)", "functional form"),
+    ),
+    "module margin Parameter": (
+        lambda: fm.CosFaceLoss(5, 6, torch.nn.Parameter(torch.ones(5))), TypeError,
+        ("margin must be a number, got Parameter", "float(margin)", "functional form"),
+    ),
+    "module margins in degrees": (
+        lambda: fm.ArcFaceLoss(5, 6, torch.tensor([0.5, 28.6, 0.1, 0.2, 0.3])), ValueError,
+        ("radians", "got 28.6 of class 1", "torch.deg2rad(margin)"),
+    ),
+    "module cosine margins": (
+        lambda: fm.CosFaceLoss(5, 6, torch.full((5,), 35.0)), ValueError,
+        ("offset of the cosine", "35.0 of class 0"),
+    ),
+    "module margins of integers": (
+        lambda: fm.CosFaceLoss(5, 6, torch.ones(5, dtype=torch.int64)), TypeError,
+        ("floating", "torch.int64", ".float()"),
     ),
     "module margin None": (
         lambda: fm.CosFaceLoss(5, 6, None), TypeError, ("got None", "0.0 is no margin"),  # pyright: ignore[reportArgumentType]
@@ -441,7 +461,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "module scale": (lambda: fm.ArcFaceLoss(5, 6, scale=0), ValueError, ("scale", "> 0")),
     "module scale tensor": (
         lambda: fm.CosFaceLoss(5, 6, scale=torch.tensor(3.0)),  # pyright: ignore[reportArgumentType]
-        TypeError, ("scale as a number, float(scale)", "functional form"),
+        TypeError, ("scale as a number, float(scale)", "nn.Parameter(torch.tensor(64.0))"),
     ),
     "module reduction": (
         lambda: fm.CosFaceLoss(5, 6, reduction="x"), ValueError, ("'x'", "'mean'"),

@@ -96,7 +96,7 @@ def test_triton_is_asked_for_where_the_interpreter_is_needed(
     metadata: email.message.Message,
 ) -> None:
     """A CPU does without; a build of torch for a GPU has its own, which ROCm names otherwise."""
-    assert requirements(metadata) == {"numpy", "torch"}
+    assert requirements(metadata) == {"numpy", "torch", "typing-extensions"}
     assert requirements(metadata, "triton") == {"triton"}
     extras = metadata.get_all("Provides-Extra", [])
     with_triton = [extra for extra in extras if "triton" in requirements(metadata, extra)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,11 +153,16 @@ def test_table_of_losses_is_complete() -> None:
     assert modules | {"MarginSoftmaxLoss"} == {name for name in fm.__all__ if name.endswith("Loss")}
 
 
+def function_of(row: dict[str, str]) -> Any:
+    """The function that gives the loss, the last one where there are several."""
+    return getattr(fm.functional, row["function"].split(", ")[-1].strip("`"))
+
+
 @pytest.mark.parametrize("row", rows_of_losses(), ids=lambda row: row["module"].strip("`"))
 @pytest.mark.parametrize("name", ["margin", "scale"])
 def test_table_of_losses_has_the_defaults(row: dict[str, str], name: str) -> None:
     module = getattr(fm, row["module"].strip("`"))
-    function = getattr(fm.functional, row["function"].strip("`"))
+    function = function_of(row)
     documented = quoted_number(row[name])
     assert default(module, name) == documented
     if "no default" in row[name]:
@@ -171,19 +178,28 @@ def test_table_of_losses_has_the_formulas() -> None:
     weight = torch.eye(num_classes, dtype=torch.float64)
     embedding = torch.stack([theta.cos(), theta.sin(), torch.zeros_like(theta)])[None, :]
     others = embedding[0, 1:]
-    meaning = {"cos": torch.cos, "θ": theta}
+    meaning: dict[str, Any] = {"cos": torch.cos, "θ": theta, "m1": 1.0, "m2": 0.5, "m3": 0.0}
+    meaning["k"] = math.floor(1.5 * theta / math.pi)
+    meaning["ẑ"] = 0.333 * (1.0 - 20.0) / (100.0 + 1e-3)  # of an embedding of norm 1
     for row in rows_of_losses():
-        function = getattr(fm.functional, row["function"].strip("`"))
+        function, name = function_of(row), row["module"].strip("`")
         margin, scale = quoted_number(row["margin"]), quoted_number(row["scale"])
+        added = 0.0
+        if name == "MagFaceLoss":
+            margin, added = 0.45, 35.0 * (10.0 / 110.0**2 + 1.0 / 10.0)  # of norms up to 10
+        if name == "AdaCosLoss":
+            scale = 12.0
         if scale is None:
             formula = row["scale"].split(",")[0]
             assert formula == "√2·ln(C − 1)"
             scale = 2**0.5 * float(torch.tensor(num_classes - 1.0, dtype=torch.float64).log())
         given = {"scale": scale} if "no default" in row["scale"] else {}
-        expression = row["target"].replace("·", "*").replace("−", "-").replace("cos θ", "cos(θ)")
+        given |= {"sigma": 0.0} if name == "ElasticFaceLoss" else {}
+        expression = row["target"].split(", ")[0].replace("·", "*").replace("−", "-")
+        expression = expression.replace("cos θ", "cos(θ)").replace("^", "**")
         target = eval(expression, {}, meaning | {"m": margin, "s": scale})
         logits = torch.stack([target, *(scale * others)])
-        expected = torch.logsumexp(logits, dim=0) - target
+        expected = torch.logsumexp(logits, dim=0) - target + added
         loss = function(embedding, weight, torch.tensor([0]), **given)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
 

@@ -1,0 +1,107 @@
+"""What the settings of a loss module may be: of one argument each, returning what is kept."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NoReturn
+
+import torch
+
+from fused_margin import _transforms, _validate
+
+
+def number_scale(value: Any, remedy: str = "") -> float:
+    """Check a scale that is a number: > 0."""
+    _validate._no_tensor("scale", value, remedy)
+    return _validate._scale_number(value, "a number")
+
+
+def module_scale(value: Any) -> float | torch.nn.Parameter:
+    """Check the scale of a module: a number > 0, or a Parameter of one element."""
+    if not isinstance(value, torch.nn.Parameter):
+        return number_scale(value, "; a Parameter, nn.Parameter(torch.tensor(64.0)), is learnt")
+    _validate.floating_numbers("scale", value)
+    if value.numel() != 1 or value.ndim > 1:
+        raise ValueError(
+            f"a scale that is learnt must have one element, of shape () or (1,), got"
+            f" {tuple(value.shape)}; all rows share one scale"
+        )
+    if _transforms.is_readable(value):
+        _validate.positive_scale(value.detach().item())
+    return value
+
+
+def per_class(name: str, value: torch.Tensor, num_classes: int) -> None:
+    """Check that a module's tensor has one number for each class."""
+    if value.shape != (num_classes,):
+        raise ValueError(
+            f"{name} must have shape ({num_classes},), one number per class, got"
+            f" {tuple(value.shape)}"
+        )
+
+
+def module_class_weight(value: Any) -> torch.Tensor | None:
+    """Check the class weights of a module's mean: None, or numbers >= 0, (C,)."""
+    if value is None:
+        return None
+    _validate._tensor("class_weight", value)
+    if isinstance(value, torch.nn.Parameter) or value.requires_grad:
+        raise TypeError(
+            "class_weight is not learnt, pass class_weight.detach(); the functional form takes one"
+            " that requires a gradient"
+        )
+    _validate.floating_numbers("class_weight", value)
+    if _transforms.is_readable(value) and not bool((value >= 0).all() & value.isfinite().all()):
+        raise ValueError(
+            f"class_weight must be finite and >= 0, got {value.min().item():g} to"
+            f" {value.max().item():g}"
+        )
+    return value
+
+
+focal_gamma = functools.partial(_validate.optional, "focal_gamma")
+focal_alpha = functools.partial(_validate.optional, "focal_alpha")
+
+
+def flag(name: str, value: Any) -> bool:
+    """Check True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_validate._shown(value)}")
+    return value
+
+
+def generator(value: Any) -> torch.Generator | None:
+    """Check a source of random numbers; None is torch's own."""
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {_validate._shown(value)};"
+            " a seed makes one with torch.Generator().manual_seed(seed)"
+        )
+    return value
+
+
+def adaptive_scale(value: Any) -> torch.Tensor:
+    """Check what takes the place of the scale that AdaCos adapts: a 0-d tensor, as it is loaded."""
+    if not isinstance(value, torch.Tensor):
+        raise AttributeError(
+            "the scale of AdaCos follows from the batches and can't be set; to start from another,"
+            " criterion.scale.fill_(scale), and for one of your choice use NormalizedSoftmaxLoss"
+        )
+    return value
+
+
+def learnt(name: str, value: Any) -> NoReturn:
+    """Refuse a number where a Parameter is trained, which an optimiser holds."""
+    raise TypeError(
+        f"{name} is learnt, and {_validate._shown(value)} would leave the Parameter in the"
+        f" optimiser without effect; set its value with criterion.{name}.data.fill_({name}), or del"
+        f" criterion.{name} first"
+    )
+
+
+def derived_scale(value: Any) -> NoReturn:
+    """Refuse to set the scale of Fixed AdaCos, be it a number or a tensor."""
+    raise AttributeError(
+        "the scale of Fixed AdaCos follows from the number of classes and can't be set; for a scale"
+        " of your choice use NormalizedSoftmaxLoss"
+    )

@@ -1,0 +1,238 @@
+"""What all losses share: the sweep, the cross-entropy of N rows, weights and reductions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from typing_extensions import Unpack
+
+from fused_margin import _compiled, _ops, _reference, _validate, _validate_margins, margins
+from fused_margin._numerics import accumulation_dtype, requested_dtype
+from fused_margin.functional.options import CallOptions, Options, choose, loss
+
+Psi = margins.Margin | Callable[[torch.Tensor], torch.Tensor]
+
+
+def margin_loss(
+    embeddings: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    psi: Psi,
+    scale: float | torch.Tensor,
+    options: Options,
+    penalty: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`margin_softmax` of checked tensors: the fused operator, or autograd over N numbers.
+
+    ``penalty``: what is added to each row's loss, (N,).
+    """
+    _validate_margins.psi(psi)
+    scale = _validate.scale(scale, embeddings.device)
+    backend = _validate.backend(options.backend, embeddings.device)
+    is_weighed = penalty is not None or options.is_weighed
+    reduction = "none" if is_weighed else options.reduction
+    ignore_index = options.ignore_index
+    built_in = psi if isinstance(psi, margins.Margin) and not psi.is_tensor else None
+    if built_in is not None and not isinstance(scale, torch.Tensor) and backend != "reference":
+        compute_dtype = _compute_dtype(embeddings, weight, backend)
+        rows = _ops.margin_ce(
+            embeddings, weight, labels, scale, built_in, reduction, ignore_index, compute_dtype,
+            backend, options.memory_budget,
+        )  # fmt: skip
+        if not is_weighed:
+            return rows
+        ignored = labels.long() == ignore_index
+    else:
+        targets = _ops.check_labels(labels, weight.shape[0], ignore_index)
+        ignored = targets == _ops.IGNORED
+        # nothing of an ignored row, NaN or infinite as it may be, reaches anything
+        embeddings = embeddings.masked_fill(ignored[:, None], 0.0)
+        lse, u = sweep(embeddings, weight, targets, scale, backend, options.memory_budget)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            # -log sigmoid(t - lse) is the cross-entropy without cancellation (eq. 4)
+            rows = -F.logsigmoid(scale * _target(psi, u) - lse)
+            # a label out of range on a GPU makes its row NaN, in the loss and in the gradients
+            poison = torch.where(targets == _ops.INVALID, float("nan"), 1.0).to(rows.dtype)
+            rows = (rows * poison).masked_fill(ignored, 0.0)
+            rows = rows.to(accumulation_dtype(embeddings, weight))
+    with torch.autocast(embeddings.device.type, enabled=False):
+        if not is_weighed:
+            return _reduce(rows, (~ignored).sum().clamp_min(1), options.reduction)
+        return _weigh(rows, labels, ignored, weight.shape[0], options, penalty)
+
+
+def _weigh(
+    rows: torch.Tensor,
+    labels: torch.Tensor,
+    ignored: torch.Tensor,
+    num_classes: int,
+    options: Options,
+    penalty: torch.Tensor | None,
+) -> torch.Tensor:
+    """The losses of rows (N,), made focal, weighed and reduced (eq. 15)."""
+    if options.focal_gamma is not None:
+        # 1 - p of the target is 1 - e^-loss; at a loss of 0 a power below 1 has no slope
+        missing = -torch.expm1(-rows.clamp_min(_TINY))
+        # a tensor as exponent, since Dynamo keeps a float symbolic in a product
+        rows = rows * missing.pow(rows.new_ones(()) * options.focal_gamma)
+    if options.focal_alpha is not None:
+        rows = rows * options.focal_alpha
+    if penalty is not None:
+        rows = rows + penalty.to(rows.dtype).masked_fill(ignored, 0.0)
+    weights = torch.ones_like(rows)
+    if options.class_weight is not None:
+        _validate.numbers_per(
+            "class_weight", options.class_weight, "class", num_classes, rows.device
+        )
+        weights = options.class_weight[labels.long().clamp(0, num_classes - 1)].to(rows.dtype)
+    if options.sample_weight is not None:
+        _validate.numbers_per(
+            "sample_weight", options.sample_weight, "row", rows.shape[0], rows.device
+        )
+        # 0 before the product: a NaN there would make the gradient of class_weight NaN
+        weights = weights * options.sample_weight.to(rows.dtype).masked_fill(ignored, 0.0)
+    weights = weights.masked_fill(ignored, 0.0)
+    total = weights.sum()
+    return _reduce(rows * weights, total.masked_fill(total == 0, 1.0), options.reduction)
+
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def _reduce(rows: torch.Tensor, total: torch.Tensor, reduction: str) -> torch.Tensor:
+    if reduction == "none":
+        return rows
+    return rows.sum() / total if reduction == "mean" else rows.sum()
+
+
+def sweep(
+    embeddings: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float | torch.Tensor,
+    backend: str,
+    memory_budget: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """lse and u (eq. 1, 2), (N,), of checked arguments."""
+    if backend == "reference":
+        return _reference.cosine_lse(embeddings, weight, labels, scale)
+    compute_dtype = _compute_dtype(embeddings, weight, backend)
+    return _ops.cosine_lse(embeddings, weight, labels, scale, compute_dtype, backend, memory_budget)
+
+
+def _compute_dtype(embeddings: torch.Tensor, weight: torch.Tensor, backend: str) -> torch.dtype:
+    """The dtype asked for in products; with FUSED_MARGIN_TUNE=1 tiles not yet tuned are."""
+    dtype = requested_dtype(embeddings, weight)
+    is_eager = not torch.compiler.is_compiling()
+    if backend == "triton" and _validate.tunes_on_demand() and is_eager:
+        from fused_margin import tuning
+
+        tuning.tune_once(embeddings, weight, dtype)
+    return dtype
+
+
+def _target(psi: Psi, u: torch.Tensor) -> torch.Tensor:
+    """psi(u), (N,)."""
+    if isinstance(psi, margins.Margin):
+        _validate_margins.coefficients(psi, u)
+        return margins.apply(u, psi)
+    return _validate_margins.psi_values(psi(margins.clamp_cosine(u)), u)
+
+
+@loss
+def margin_softmax(
+    embeddings: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    psi: Psi,
+    scale: float | torch.Tensor,
+    **options: Unpack[CallOptions],
+) -> torch.Tensor:
+    r"""Margin softmax with any :math:`\psi`: the loss at the top of this module.
+
+    Args:
+        embeddings: see `arcface`.
+        weight: (C, D).
+        labels: (N,).
+        psi: a function of the target cosines, (N,) fp32 or fp64 in [-1, 1], to as many numbers,
+            made of differentiable operators; or one of `margins`, as ``margins.additive(0.35)``.
+            `margins.sine` gives it sin(theta) with a finite slope. What it makes of ignored rows
+            is not looked at. It may close over tensors that are learnt, and over what differs from
+            row to row.
+        scale: s > 0; float, or 0-d floating tensor.
+        **options: see `arcface`.
+
+    Returns:
+        0-d loss, or (N,).
+
+    Raises:
+        TypeError: psi can't be called.
+        ValueError: psi returned something else than (N,) numbers.
+    """
+    _validate.tensors(embeddings, weight, labels)
+    return margin_loss(embeddings, weight, labels, psi, scale, choose(options))
+
+
+@_compiled.raising(num_outputs=2)
+def cosine_lse(
+    embeddings: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float | torch.Tensor,
+    *,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Log-sum-exp of the scaled cosines of the *other* classes, and the target cosine.
+
+    .. math:: \ell_n = \log \sum_{k \ne y_n} e^{s\,c_{nk}}, \qquad u_n = c_{n y_n}
+
+    The primitive under every loss: ``-F.logsigmoid(scale * psi(u) - lse)`` is the softmax
+    cross-entropy with a margin psi, by autograd over N numbers. `margin_softmax` is that with
+    ignored rows, labels out of range and reductions seen to.
+
+    Args:
+        embeddings: (N, D).
+        weight: (C, D), C >= 1.
+        labels: (N,), any integer dtype. A label outside [0, C) means "no target here": lse runs
+            over all classes and u is 0. That is what a shard of the classes needs. It may be of one
+            class: lse of a row whose target that is has nothing to run over, and is -inf, with no
+            gradient; ``torch.logaddexp`` merges it with another shard's.
+        scale: s > 0; float, or 0-d floating tensor.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        memory_budget: bytes to keep for the backward, see `arcface`.
+
+    Returns:
+        lse (N,) and u (N,), fp32 or fp64, differentiable in embeddings, weight and a tensor scale.
+        u lies within [-1, 1]; `margins.sine` gives its sine, with a finite slope.
+    """
+    _validate.tensors(embeddings, weight, labels, min_classes=1)
+    memory_budget = _validate.memory_budget(memory_budget)
+    scale = _validate.scale(scale, embeddings.device)
+    backend = _validate.backend(backend, embeddings.device)
+    lse, u = sweep(embeddings, weight, labels, scale, backend, memory_budget)
+    dtype = accumulation_dtype(embeddings, weight)
+    return lse.to(dtype), u.to(dtype)
+
+
+def cosine_logits(
+    embeddings: torch.Tensor, weight: torch.Tensor, scale: float | torch.Tensor
+) -> torch.Tensor:
+    """Scaled cosines s cos(theta), (N, C), in fp32 (fp64): for those who want the whole matrix.
+
+    Args:
+        embeddings: (N, D).
+        weight: (C, D).
+        scale: s > 0; float, or 0-d floating tensor.
+
+    Returns:
+        (N, C), by plain eager PyTorch on any device, differentiable.
+    """
+    _validate.matrices(embeddings, weight)
+    scale = _validate.scale(scale, embeddings.device)
+    dtype = accumulation_dtype(embeddings, weight)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        x, w = _reference.normalize(embeddings, dtype), _reference.normalize(weight, dtype)
+        return scale * (x @ w.t())

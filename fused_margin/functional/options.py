@@ -1,0 +1,90 @@
+"""The keywords that all losses share as functions: defaults, types, signatures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, ParamSpec, get_type_hints
+
+import torch
+from typing_extensions import TypedDict
+
+from fused_margin import _compiled, _validate
+
+P = ParamSpec("P")
+
+
+class CallOptions(TypedDict, total=False):
+    """What ``**options`` of a function may be; `margin_softmax` describes each."""
+
+    reduction: str
+    ignore_index: int
+    backend: str
+    memory_budget: int | None
+    class_weight: torch.Tensor | None
+    sample_weight: torch.Tensor | None
+    focal_gamma: float | None
+    focal_alpha: float | None
+
+
+class Options(NamedTuple):
+    """All of `CallOptions`, with their defaults."""
+
+    reduction: str = "mean"
+    ignore_index: int = -100
+    backend: str = "auto"
+    memory_budget: int | None = None
+    class_weight: torch.Tensor | None = None
+    sample_weight: torch.Tensor | None = None
+    focal_gamma: float | None = None
+    focal_alpha: float | None = None
+
+    @property
+    def is_weighed(self) -> bool:
+        """Whether more is done to the losses of rows than a reduction."""
+        return (
+            self.class_weight is not None
+            or self.sample_weight is not None
+            or self.focal_gamma is not None
+            or self.focal_alpha is not None
+        )
+
+
+def choose(options: CallOptions) -> Options:
+    """Options as they were given, checked but for what depends on tensors."""
+    _validate.keywords(options, Options._fields)
+    chosen = Options(**options)
+    _validate.choice("reduction", chosen.reduction, _validate.REDUCTIONS)
+    return chosen._replace(
+        ignore_index=_validate.ignore_index(chosen.ignore_index),
+        memory_budget=_validate.memory_budget(chosen.memory_budget),
+        focal_gamma=_validate.optional("focal_gamma", chosen.focal_gamma),
+        focal_alpha=_validate.optional("focal_alpha", chosen.focal_alpha),
+    )
+
+
+def expanded(function: Callable[..., Any], defaults: Mapping[str, Any], types: type) -> Any:
+    """The signature of a function, with ``defaults`` by name in the place of its ``**options``."""
+    signature = inspect.signature(function)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if len(parameters) == len(signature.parameters):
+        return signature
+    hints = get_type_hints(types)
+    keywords = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=hints[name],
+        )
+        for name, default in defaults.items()
+        if name not in signature.parameters
+    ]
+    return signature.replace(parameters=[*parameters, *keywords])
+
+
+def loss(function: Callable[P, torch.Tensor]) -> Callable[P, torch.Tensor]:
+    """Decorate a loss: as `_compiled.raising`, with its ``**options`` shown in the signature."""
+    decorated: Any = _compiled.raising()(function)
+    decorated.__signature__ = expanded(function, Options._field_defaults, CallOptions)
+    return decorated

@@ -1,0 +1,309 @@
+"""The base class of all losses: class weights, settings, options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from typing_extensions import TypedDict, Unpack
+
+from fused_margin import _compiled, _setup, _validate, _validate_settings, functional
+from fused_margin.functional.core import margin_loss
+from fused_margin.functional.options import Options, expanded
+
+
+class LossOptions(TypedDict, total=False):
+    """What ``**options`` of a loss may be; `MarginSoftmaxLoss` describes each."""
+
+    reduction: str
+    ignore_index: int
+    backend: str
+    memory_budget: int | None
+    class_weight: torch.Tensor | None
+    focal_gamma: float | None
+    focal_alpha: float | None
+    device: torch.device | str | int | None
+    dtype: torch.dtype | None
+
+
+DEFAULTS: dict[str, Any] = {
+    name: Options._field_defaults.get(name) for name in LossOptions.__annotations__
+}
+
+
+class MarginSoftmaxLoss(nn.Module):
+    r"""Class weights (C, D), a scale and the options that all losses share: their base class.
+
+    The weights are parameters of the loss: give ``criterion.parameters()`` to an optimiser beside
+    the model's. A subclass with a margin of its own implements `psi`, and has everything else:
+
+    ```python
+    class SphereFaceLoss(fm.MarginSoftmaxLoss):
+        def psi(self, embeddings, labels):
+            return lambda u: 2 * u * u.abs() - 1  # cos(2 theta), and monotone
+
+
+    class ClassMarginLoss(fm.MarginSoftmaxLoss):
+        def __init__(self, class_margins, embedding_size, scale=64.0, **options):
+            super().__init__(len(class_margins), embedding_size, scale, **options)
+            self.register_buffer("class_margins", class_margins)
+
+        def psi(self, embeddings, labels):
+            classes = labels.clamp(0, self.num_classes - 1)  # those out of range are refused later
+            return fm.margins.additive(self.class_margins[classes])
+    ```
+
+    What is in `settings` may be assigned between any two steps, as a schedule does
+    (`fused_margin.schedules`); it is checked as in the constructor, and not in ``state_dict()``,
+    which holds parameters and statistics alone. `torch.compile` compiles a schedule of a number
+    twice, for its first value and for all others. (But the integers ``ignore_index`` and
+    ``memory_budget`` for each value, where a compiled function finds the module in a global
+    variable: torch takes those for constants. Give it the module as an argument, or in another
+    module.) A tensor among the settings, as ``class_weight``, is a buffer that moves with the
+    module; ``to_empty()`` loses it as any other, so assign it after that.
+
+    A loss with statistics, as `AdaCosLoss` and `AdaFaceLoss`, updates them at the start of each
+    ``forward`` in training mode, from the rows that are not ignored, and of all ranks where
+    `torch.distributed` is initialised: each rank then has to make as many calls. Keep such a loss
+    out of what activation checkpointing runs twice. With gradient accumulation they are updated for
+    every part of a batch.
+
+    Args:
+        num_classes: C >= 2.
+        embedding_size: D >= 1.
+        scale: s > 0; or a Parameter of one element, as ``nn.Parameter(torch.tensor(64.0))``, which
+            is learnt and part of ``state_dict()`` (`fully_shard` wants it of shape (1,)). None only
+            from a subclass that derives it, in a property ``scale``.
+        **options: keywords that all losses share.
+
+            - reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+            - ignore_index: label of rows that are left out, -100.
+            - backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+            - memory_budget: bytes that the forward may keep for the backward, None for the default;
+              see `functional.arcface`.
+            - class_weight: (C,) floating, as `torch.nn.functional.cross_entropy` takes it.
+            - focal_gamma, focal_alpha: alpha (1 - p)^gamma is a factor of each loss; see
+              `functional.arcface`.
+            - device, dtype: of the class weights; fp32 by default.
+
+    Attributes:
+        weight: (C, D) parameter, one row per class, drawn from normal(0, 1/D) so that rows start
+            with norm about 1.
+        settings: what may be assigned, in the order of ``repr``, with the function that checks a
+            value and returns what is kept. A subclass may add its own.
+    """
+
+    settings: ClassVar[dict[str, Callable[[Any], Any]]] = {
+        "scale": _validate_settings.module_scale,
+        "reduction": _validate.reduction,
+        "ignore_index": _validate.ignore_index,
+        "backend": _validate.backend_name,
+        "memory_budget": _validate.memory_budget,
+        "class_weight": _validate_settings.module_class_weight,
+        "focal_gamma": _validate_settings.focal_gamma,
+        "focal_alpha": _validate_settings.focal_alpha,
+    }
+    weight: nn.Parameter
+    scale: Any  # a number, a Parameter, or what a subclass derives
+    reduction: str
+    ignore_index: int
+    backend: str
+    memory_budget: int | None
+    class_weight: torch.Tensor | None
+    focal_gamma: float | None
+    focal_alpha: float | None
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, scale: float | nn.Parameter | None = 64.0,
+        **options: Unpack[LossOptions],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        _validate.keywords(options, DEFAULTS)
+        chosen: dict[str, Any] = {**DEFAULTS, **options}
+        num_classes = _validate.size("num_classes", num_classes, 2)
+        embedding_size = _validate.size("embedding_size", embedding_size, 1)
+        device, dtype = chosen.pop("device"), chosen.pop("dtype")
+        dtype = _validate.floating("dtype", torch.float32 if dtype is None else dtype)
+        self.weight = nn.Parameter(
+            torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
+        )
+        statistics = self.initial_statistics()
+        for name in statistics:
+            self.register_buffer(name, torch.empty((), device=device))
+        if scale is not None or not ("scale" in statistics or hasattr(type(self), "scale")):
+            self.scale = scale
+        for name, value in chosen.items():
+            setattr(self, name, value)
+        self.reset_parameters()
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Show what ``**options`` stands for in signatures and in ``help()``."""
+        super().__init_subclass__(**keywords)
+        own = cls.__dict__.get("__init__")
+        if own is not None:
+            own.__signature__ = expanded(own, DEFAULTS, LossOptions)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module, but what is in `settings` is checked, and tensors become buffers."""
+        check = self.settings.get(name)
+        is_parameter = isinstance(value, nn.Parameter)
+        if check is None:
+            super().__setattr__(name, value)
+            return
+        value = check(value)
+        if self._parameters.get(name) is not None and not is_parameter:
+            _validate_settings.learnt(name, value)
+        is_statistic = name in self._buffers and name not in self._non_persistent_buffers_set
+        if isinstance(value, torch.Tensor) and not is_parameter and not is_statistic:
+            _validate_settings.per_class(name, value, self.num_classes)
+            self.__dict__.pop(name, None)
+            self.register_buffer(name, value.to(self.weight.device), persistent=False)
+            return
+        if name in self._buffers and not isinstance(value, torch.Tensor):
+            delattr(self, name)
+        super().__setattr__(name, value)
+
+    def initial_statistics(self) -> dict[str, float]:
+        """Buffers that a loss keeps from batch to batch, by name, with what they start from."""
+        return {}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the class weights anew from normal(0, 1/D), and forget statistics."""
+        nn.init.normal_(self.weight, std=self.embedding_size**-0.5)
+        for name, value in self.initial_statistics().items():
+            getattr(self, name).fill_(value)
+
+    @property
+    def num_classes(self) -> int:
+        """C, the rows of the weight."""
+        return self.weight.shape[0]
+
+    @property
+    def embedding_size(self) -> int:
+        """D, the columns of the weight."""
+        return self.weight.shape[1]
+
+    def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> functional.Psi:
+        r"""The margin of this batch, a function of the target cosines: :math:`\psi(u)`.
+
+        Args:
+            embeddings: (N, D), not normalised.
+            labels: (N,) as they were given, those of ignored rows and out of range included:
+                ``labels.clamp(0, self.num_classes - 1)`` can index.
+
+        Returns:
+            One of `margins`, which the fused operator takes if its margin is a number; or a
+            function of (N,) cosines, see `functional.margin_softmax`.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no margin: implement psi(self, embeddings, labels), which"
+            " returns one of fused_margin.margins, margins.NO_MARGIN included, or a function of the"
+            " target cosines"
+        )
+
+    def update_statistics(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
+        """Update buffers, without gradients; called in training mode, before `psi`.
+
+        Args:
+            embeddings: (N, D), not normalised.
+            labels: (N,) as they were given.
+        """
+
+    def penalty(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the loss of each row, (N,); None for nothing."""
+        return None
+
+    @_compiled.raising()
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        sample_weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Loss of embeddings (N, D) and labels (N,).
+
+        Args:
+            embeddings: (N, D).
+            labels: (N,).
+            sample_weight: (N,) floating, a factor of each row's loss, by which a mean is weighted.
+
+        Returns:
+            0-d loss, or (N,) for ``reduction="none"``.
+        """
+        _setup.warn_if_unsynchronized(self)
+        weight = self.weight
+        _validate.tensors(embeddings, weight, labels)
+        ignore_index, memory_budget = self._integers()
+        if self.training:
+            with torch.no_grad():
+                self.update_statistics(embeddings, labels)
+        options = Options(
+            reduction=self.reduction, ignore_index=ignore_index, backend=self.backend,
+            memory_budget=memory_budget, class_weight=self.class_weight,
+            sample_weight=sample_weight, focal_gamma=self.focal_gamma, focal_alpha=self.focal_alpha,
+        )  # fmt: skip
+        return margin_loss(
+            embeddings, weight, labels, self.psi(embeddings, labels), self._current_scale(),
+            options, self.penalty(embeddings, labels),
+        )  # fmt: skip
+
+    def _current_scale(self) -> float | torch.Tensor:
+        """The scale; of a buffer a copy, which autograd may keep while the buffer changes."""
+        scale = self.scale
+        return scale.reshape(()).clone() if isinstance(scale, torch.Tensor) else scale
+
+    def _integers(self) -> tuple[int, int | None]:
+        """ignore_index and memory_budget."""
+        if not torch.compiler.is_dynamo_compiling():
+            return self.ignore_index, self.memory_budget
+        # Dynamo takes the integers of a module for constants, unless told so where it meets them
+        with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
+            return (
+                _validate.ignore_index(self.ignore_index),
+                _validate.memory_budget(self.memory_budget),
+            )
+
+    def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Scaled cosines s cos(theta), without margin.
+
+        Args:
+            embeddings: (N, D).
+
+        Returns:
+            (N, C), fp32 or fp64: this builds the matrix that the loss itself never builds.
+        """
+        return functional.cosine_logits(embeddings, self.weight, self._current_scale())
+
+    def extra_repr(self) -> str:
+        """Sizes and settings, for ``repr``; None is left out."""
+        names = ("num_classes", "embedding_size", *self.settings)
+        shown = ((name, getattr(self, name)) for name in names)
+        return ", ".join(f"{name}={_shown(value)}" for name, value in shown if value is not None)
+
+
+_init: Any = MarginSoftmaxLoss.__init__
+_init.__signature__ = expanded(_init, DEFAULTS, LossOptions)
+
+
+def of_rows(
+    name: str, value: float | torch.Tensor, labels: torch.Tensor, num_classes: int
+) -> float | torch.Tensor:
+    """A setting that is a number, or one for each class, for the rows of a batch: (N,) then."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    _validate_settings.per_class(name, value, num_classes)
+    return value[labels.long().clamp(0, num_classes - 1)]  # those out of range are refused later
+
+
+def _shown(value: Any) -> str:
+    """A setting in ``repr``: of a tensor its shape, of one with a single element that."""
+    if isinstance(value, torch.Tensor):
+        kind = "Parameter" if isinstance(value, nn.Parameter) else "Tensor"
+        is_number = value.numel() == 1 and not (value.is_meta or _validate.is_dtensor(value))
+        inside = f"{value.item():g}" if is_number else f"shape {tuple(value.shape)}"
+        return f"{kind}({inside})"
+    return f"{value:g}" if isinstance(value, float) else repr(value)
