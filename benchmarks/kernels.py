@@ -72,6 +72,9 @@ WITHOUT_PRODUCT = (
     "rows_kernel",
     "finish_kernel",
     "gradient_kernel, kept",
+    "lent_prepare_kernel",
+    "lent_targets_kernel",
+    "lent_finish_kernel",
 )
 DIMS = (64, 128, 512, 1024)
 ALL_DIMS = tuple(1 << exponent for exponent in range(4, 14))  # a tile is as wide where D is narrow

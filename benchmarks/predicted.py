@@ -15,9 +15,6 @@ around its loop, if it has one, and `ROUND` seconds until its first operands are
 without a product take `ROUND` seconds for each load that waits for another. A step takes no less
 than `LAUNCH` seconds on the host for each launch. Of loops without a known count and of branches
 not taken nothing is known: every instruction of a kernel counts once.
-
-"lent" is a plan: exponentials kept in the memory that d_w will have. Its kernels are taken to be
-those of "kept", for the share of the classes that has room there.
 """
 
 from __future__ import annotations
@@ -25,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import kernels, launches, roofline
@@ -39,7 +37,6 @@ ROUND = 0.7e-6  # s from a load of device memory to its use
 SCHEDULERS = 4  # of a multiprocessor; each issues an instruction of a warp in a cycle
 ARCHITECTURES = {"H100 SXM": "sm_90", "H200": "sm_90"}
 LIMITS = ("matrix unit", "shared memory", "issue", "latency", "device memory", "L2")
-KEEPING = ("sweep_kernel", "gradient_kernel")  # those that "kept" changes
 
 
 @dataclass
@@ -62,17 +59,17 @@ class Prediction:
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LIMITS, 0.0))
     seconds: dict[float, float] = field(default_factory=dict)
 
-    def add(self, other: Prediction, share: float = 1.0) -> None:
-        """Count a share of other launches in."""
-        self.launches += share * other.launches
-        self.l2_bytes += share * other.l2_bytes
-        self.memory_bytes += share * other.memory_bytes
-        self.floor += share * other.floor
-        self.around += share * other.around
+    def add(self, other: Prediction) -> None:
+        """Count other launches in."""
+        self.launches += other.launches
+        self.l2_bytes += other.l2_bytes
+        self.memory_bytes += other.memory_bytes
+        self.floor += other.floor
+        self.around += other.around
         for name, value in other.parts.items():
-            self.parts[name] += share * value
+            self.parts[name] += value
         for rate, value in other.seconds.items():
-            self.seconds[rate] = self.seconds.get(rate, 0.0) + share * value
+            self.seconds[rate] = self.seconds.get(rate, 0.0) + value
 
     def limit(self) -> str:
         """What takes longest, and the share of what nothing hides."""
@@ -160,29 +157,18 @@ class Predictor:
         self._rows: dict[str, kernels.Row] = {}
 
     def choice(self, shape: Shape, dtypes: roofline.Dtypes) -> str:
-        """The strategy that the package takes where it may keep nothing."""
+        """The strategy that the package takes where it may keep nothing on top."""
         given = _operands(dtypes)
         target = kernels.TARGETS[self.architecture]
         chosen = launches.plan_for(target, given.x, given.w, given.compute, given.lowers)
         sizes = (shape.num_rows, shape.num_classes, shape.dim)
-        return planning.strategy_for(*sizes, chosen.tiles, kept_bytes=1, budget=0)
+        strategy = planning.strategy_for(*sizes, chosen.tiles, kept_bytes=1, budget=0)
+        x = torch.empty(shape.num_rows, shape.dim, dtype=given.x, device="meta")
+        w = torch.empty(shape.num_classes, shape.dim, dtype=given.w, device="meta")
+        return "lent" if planning.is_lent(x, w, roofline.SCALE, chosen, 0) else strategy
 
     def step(self, shape: Shape, dtypes: roofline.Dtypes, strategy: str) -> Step:
-        """Predict forward and backward of a strategy, "lent" included."""
-        if strategy != "lent":
-            return self._step(shape, dtypes, strategy)
-        share = roofline.lent_share(shape, dtypes)
-        kept, chunked = (self._step(shape, dtypes, name) for name in ("kept", "chunked"))
-        if share == 1.0:
-            return kept
-        both: dict[str, Prediction] = {}
-        for name, one in kept.kernels.items():
-            both.setdefault(name, Prediction()).add(one, share)
-        for name, one in chunked.kernels.items():
-            both.setdefault(name, Prediction()).add(one, 1.0 - share)
-        return Step(both, max(kept.host, chunked.host))
-
-    def _step(self, shape: Shape, dtypes: roofline.Dtypes, strategy: str) -> Step:
+        """Predict forward and backward of a strategy."""
         target: GPUTarget = kernels.TARGETS[self.architecture]
         operands = _operands(dtypes)
         recorded = launches.recorded(target, operands.lowers, not self.pointers, self.tiles)
@@ -191,7 +177,7 @@ class Predictor:
         each: dict[str, Prediction] = {}
         for launch in found:
             name = launches.variant(launch)
-            of_products = name.startswith(("weight", "embeddings", "fused"))
+            of_products = name.startswith(("weight", "embeddings", "fused", "lent_weight"))
             operand = "tf32" if dtypes.operand == "fp16" and of_products else dtypes.operand
             one = _one(launch, self._row(launch, name, target, dtypes), operand, self.device)
             each.setdefault(name, Prediction()).add(one)

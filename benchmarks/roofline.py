@@ -42,9 +42,9 @@ and its derivative add 120 GB of C x D, 28 ms.
 
 **Memory** is the peak above x, W, labels, d_x and d_w, by the count of what is allocated.
 
-"lent" is "kept" with the entries in the memory that d_w will have: only their shifts, 4 bytes a row
-and block of classes, come on top. They have room while e_g N <= e_w D; of further classes the
-cosines are formed again. It is a plan: the package has no such strategy.
+"lent" keeps an exponential for each cosine where d_w will be, e_g NC written by the forward and
+read by each of the two products of the backward, which has no G. W is read by the forward and by
+both products. They have room while e_g N <= e_w D; else it is "chunked".
 
 For Hopper GPUs a second table, of the package's own choice of strategy and of those that --strategy
 names, predicts the time of each kernel, from its launches and its compiled code
@@ -66,6 +66,7 @@ from benchmarks.harness import cpu_name, whole_number
 from benchmarks.shapes import SHAPES, Shape
 from fused_margin import _cpu, _ops, _validate
 from fused_margin._cpu import single, sweep
+from fused_margin._triton.arguments import pitch
 
 # The backward's chunk of G, and all its partials of d_x (`fused_margin._triton.launch`).
 CHUNK_BYTES = 64 << 20
@@ -73,9 +74,10 @@ PARTIAL_BYTES = 64 << 20
 # Partials come from about two tiles of d_x for each multiprocessor of a large GPU.
 PARTIAL_TILES, PARTIAL_TILE = 264, 128 * 128
 
-GPU_STRATEGIES = ("chunked", "fused", "kept")
-STRATEGIES = ("eager", "cpu", *GPU_STRATEGIES, "lent")
-LENT_BLOCK = 128  # classes that share a shift
+GPU_STRATEGIES = ("chunked", "fused", "kept", "lent")
+STRATEGIES = ("eager", "cpu", *GPU_STRATEGIES)
+LENT_DIM = 512  # the largest of `tiles.LENT`
+SCALE = 64.0  # one whose exponentials need no shift
 
 
 @dataclass(frozen=True)
@@ -309,17 +311,18 @@ def partial_bytes(shape: Shape, dtypes: Dtypes) -> float:
     return float(max(one, min(PARTIAL_BYTES, PARTIAL_TILES * PARTIAL_TILE * a)))
 
 
-def lent_share(shape: Shape, dtypes: Dtypes) -> float:
-    """The share of the classes whose exponentials have room in the memory of d_w."""
+def is_lent(shape: Shape, dtypes: Dtypes) -> bool:
+    """Whether exponentials have room in the memory of d_w, and a tile holds a row of it."""
     itemsize = 4 if dtypes.operand == "fp16" else dtypes.compute.itemsize
-    return min(1.0, dtypes.w.itemsize * shape.dim / (itemsize * shape.num_rows))
+    fits = itemsize * pitch(shape.num_rows) <= dtypes.w.itemsize * shape.dim
+    return fits and shape.dim <= LENT_DIM
 
 
 def _work_gpu(shape: Shape, dtypes: Dtypes, strategy: str, *, backward: bool) -> Work:
     num_rows, num_classes, dim = shape.num_rows, shape.num_classes, shape.dim
     logits, product = num_rows * num_classes, 2.0 * num_rows * num_classes * dim
-    is_kept = strategy in ("kept", "lent")
-    share = lent_share(shape, dtypes) if strategy == "lent" else float(is_kept)
+    lends = strategy == "lent" and is_lent(shape, dtypes)
+    keeps = strategy == "kept" or lends
     weight = float(dtypes.w.itemsize * num_classes * dim)
     rows = _row_bytes(shape, dtypes, backward=backward)
     norms = dtypes.accumulate.itemsize * num_classes
@@ -331,25 +334,27 @@ def _work_gpu(shape: Shape, dtypes: Dtypes, strategy: str, *, backward: bool) ->
     operand_g = "tf32" if dtypes.operand == "fp16" else dtypes.operand
     itemsize_g = 4 if dtypes.operand == "fp16" else dtypes.compute.itemsize
     # times they are formed, in all
-    cosines = {"chunked": 2, "fused": 3}.get(strategy, 2.0 - share)
+    cosines = 3 if strategy == "fused" else 1 if keeps else 2
     flops = {dtypes.operand: cosines * product}
     flops[operand_g] = flops.get(operand_g, 0.0) + 2.0 * product
     partials = partial_bytes(shape, dtypes)
-    reads_of_weight = 3 if strategy == "fused" else 2
-    kept_bytes = share * itemsize_g * logits
-    shifts = 4.0 * num_rows * -(-num_classes // LENT_BLOCK) * share if strategy == "lent" else 0.0
+    reads_of_weight = 3 if strategy == "fused" or lends else 2
+    kept_bytes = float(itemsize_g * logits if keeps else 0)
     chunk = l2_bytes = 0.0
-    if strategy != "fused":
+    if strategy != "fused" and not lends:
         chunk = float(min(CHUNK_BYTES, itemsize_g * logits))
         num_chunks = itemsize_g * logits / chunk
         l2_bytes = 3.0 * itemsize_g * logits + 2.0 * partials * max(num_chunks - 1.0, 0.0)
     return Work(
         flops=flops,
-        # with kept entries an exponential and a logarithm for each, besides the forward's
-        exponentials=float((cosines + 2.0 * share) * logits),
-        bytes=(reads_of_weight + 1) * weight + rows + 2.0 * (partials + kept_bytes + shifts),
+        # for what is kept on top an exponential and a logarithm, besides the forward's
+        exponentials=float((cosines + (2 if strategy == "kept" else 0)) * logits),
+        bytes=(reads_of_weight + 1) * weight
+        + rows
+        + 2.0 * partials
+        + (3.0 if lends else 2.0) * kept_bytes,
         l2_bytes=l2_bytes,
-        memory=norms + partials + chunk + (shifts if strategy == "lent" else kept_bytes),
+        memory=norms + partials + chunk + (0.0 if lends else kept_bytes),
     )
 
 
@@ -366,6 +371,15 @@ def _work_cpu(shape: Shape, dtypes: Dtypes, budget: int, *, backward: bool) -> W
     num_bytes = int(_cpu.kept_bytes(x, w, budget))
     kept = _cpu.kept_classes(x, w, dtypes.compute, num_bytes) if backward else 0
     block = num_classes if is_single else sweep.block_size(num_rows, num_classes, dim, a)
+    lent = 0
+    labels = torch.empty(num_rows, dtype=torch.int64, device="meta")
+    targets = _cpu.Targets(labels, None)
+    problem = _cpu.Problem(
+        x, w, labels, targets, None, SCALE, dtypes.compute, dtypes.accumulate
+    )  # fmt: skip
+    if backward and _cpu.runs_ahead(problem, kept):
+        lent, kept = _cpu.held_classes(problem, num_bytes)
+        block = _cpu.classes_per_block(problem)
     converts, in_place = compute is not dtypes.accumulate, dtypes.w is dtypes.accumulate
     of_cosines = block * num_rows * ((a + o) + (a if converts else 0))
     of_weight = block * dim * ((o if converts else 0) + (0 if in_place else a))
@@ -373,13 +387,13 @@ def _work_cpu(shape: Shape, dtypes: Dtypes, budget: int, *, backward: bool) -> W
         of_weight *= 2  # likewise for its gradient
     weight = float(dtypes.w.itemsize * num_classes * dim)
     kept_bytes = float(kept * num_rows * (a if is_single else o))
-    again = 1.0 - kept / num_classes
+    again = 1.0 - (kept + lent) / num_classes
     return Work(
         flops={operand: product * (3.0 + again if backward else 1.0)},
         exponentials=float(logits * (2 if backward else 1)),
         bytes=(3.0 if backward else 1.0) * weight
         + _row_bytes(shape, dtypes, backward=backward)
-        + 2.0 * kept_bytes,
+        + 2.0 * (kept_bytes + lent * num_rows * o),
         l2_bytes=0.0,
         memory=kept_bytes + of_cosines + of_weight + a * (num_classes + 6 * num_rows * dim),
     )
@@ -410,7 +424,7 @@ def work(
     if strategy == "cpu":
         budget = _ops.DEFAULT_BUDGET if memory_budget is None else memory_budget
         return _work_cpu(shape, dtypes, budget, backward=backward)
-    if strategy in (*GPU_STRATEGIES, "lent"):
+    if strategy in GPU_STRATEGIES:
         return _work_gpu(shape, dtypes, strategy, backward=backward)
     raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
 
@@ -553,7 +567,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dtype", choices=DTYPES, default="autocast-bf16", help="%(choices)s (%(default)s)"
     )
     parser.add_argument(
-        "--strategy", nargs="+", choices=(*GPU_STRATEGIES, "lent"), metavar="NAME",
+        "--strategy", nargs="+", choices=GPU_STRATEGIES, metavar="NAME",
         help="of %(choices)s: predict its kernels' times (the package's own choice)",
     )  # fmt: skip
     parser.add_argument(
@@ -569,7 +583,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shape = SHAPES[settings.shape or "webface42m"]
     on_cpu = settings.device == "cpu"
     device = measure(torch.device("cpu")) if on_cpu else DEVICES[settings.device]
-    strategies = ("eager", "cpu") if on_cpu else ("eager", *GPU_STRATEGIES, "lent")
+    strategies = ("eager", "cpu") if on_cpu else ("eager", *GPU_STRATEGIES)
     dtypes = DTYPES[settings.dtype]
     try:
         print(table(shape, dtypes, device, strategies))

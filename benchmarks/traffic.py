@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fused_margin._triton.arguments import pitch
+
 if TYPE_CHECKING:
     from benchmarks.launches import Launch
 
@@ -140,7 +142,9 @@ def _weight(call: _Call) -> Traffic:
 def _embeddings(call: _Call) -> Traffic:
     row_blocks, blocks, splits = call.launch.grid
     classes, programs = call.num_classes, math.prod(call.launch.grid)
-    g = classes * call.chunk.pitch * call.chunk.g.element_size()
+    is_lent = call.chunk.radial is None  # then rows of g lie where rows of d_w will
+    columns = pitch(call.N) if is_lent else call.chunk.pitch
+    g = classes * columns * call.chunk.g.element_size()
     w = classes * call.D * call.size("w")
     partial = 0
     if call.partial_ptr is not None:  # written, and read where there is something before
@@ -149,12 +153,55 @@ def _embeddings(call: _Call) -> Traffic:
     return Traffic(
         flops=2.0 * call.N * classes * call.D,
         l2_bytes=g * blocks + w * row_blocks + partial,
-        memory_bytes=w,
-        scratch_bytes=g + partial,
+        memory_bytes=w + g if is_lent else w,
+        scratch_bytes=partial if is_lent else g + partial,
         programs=programs,
         tiles=programs,
         steps=programs * cdiv(call.classes_per_split, call.c),
     )
+
+
+def _lent_prepare(call: _Call) -> Traffic:
+    both = call.N * call.D * (call.size("x") + call.size("operand_ptr"))
+    scans = call.launch.grid[0] * ROW_BYTES * call.N
+    return Traffic(
+        l2_bytes=both + scans, memory_bytes=both, programs=call.launch.grid[0],
+        rounds=cdiv(call.N, 256) + cdiv(call.D, call.d),
+    )  # fmt: skip
+
+
+def _lent_weight(call: _Call) -> Traffic:
+    class_blocks = cdiv(call.C, call.c)
+    x, q = call.N * call.D * call.size("operand"), call.C * pitch(call.N) * call.size("q")
+    matrices = call.C * call.D * (call.size("w") + call.size("d_w_ptr"))
+    return Traffic(
+        flops=2.0 * call.N * call.C * call.D,
+        l2_bytes=q + x * class_blocks + matrices,
+        memory_bytes=x + q + matrices,
+        programs=class_blocks,
+        tiles=class_blocks,
+        steps=class_blocks * cdiv(call.N, call.n),
+    )
+
+
+def _lent_targets(call: _Call) -> Traffic:
+    rows = call.N * call.D * (call.size("x") + call.size("w") + 2 * call.size("d_w_ptr"))
+    scans = call.N * ROW_BYTES * call.N * (1 + cdiv(call.D, call.d))
+    return Traffic(
+        l2_bytes=rows + scans, memory_bytes=rows, programs=call.N,
+        rounds=cdiv(call.N, call.n) * (1 + cdiv(call.D, call.d)),
+    )  # fmt: skip
+
+
+def _lent_finish(call: _Call) -> Traffic:
+    partial = call.num_splits * call.N * call.D * call.size("partial_ptr")
+    rows = call.N * call.D * (call.size("x") + call.size("w"))
+    d_x = call.N * call.D * call.size("d_x_ptr")
+    reads = cdiv(call.num_splits, call.launch.keywords["num_stages"])
+    return Traffic(
+        l2_bytes=2 * (partial + rows) + d_x, memory_bytes=rows + d_x, scratch_bytes=partial,
+        programs=call.launch.grid[0], rounds=2 * cdiv(call.D, call.d) * reads,
+    )  # fmt: skip
 
 
 def _fused_weight(call: _Call) -> Traffic:
@@ -228,6 +275,10 @@ _OF: dict[str, Callable[[_Call], Traffic]] = {
     "fused_weight_kernel": _fused_weight,
     "fused_embeddings_kernel": _fused_embeddings,
     "finish_kernel": _finish,
+    "lent_prepare_kernel": _lent_prepare,
+    "lent_weight_kernel": _lent_weight,
+    "lent_targets_kernel": _lent_targets,
+    "lent_finish_kernel": _lent_finish,
 }
 
 

@@ -53,7 +53,8 @@ def fits(problem: Problem) -> bool:
     return num_classes > 1 and not needs_shift(problem.scale, num_classes, problem.accumulate)
 
 
-def _block_size(problem: Problem) -> int:
+def classes_per_block(problem: Problem) -> int:
+    """Classes in a block."""
     return block_size(*problem.sizes, problem.accumulate.itemsize, EFFICIENT_BLOCK)
 
 
@@ -64,7 +65,7 @@ def lent_classes(problem: Problem) -> int:
     num_entries = num_classes * dim * problem.w.itemsize // dtype.itemsize
     if num_entries >= num_classes * num_rows:
         return num_classes
-    size = _block_size(problem)
+    size = classes_per_block(problem)
     return num_entries // (num_rows * size) * size
 
 
@@ -137,7 +138,7 @@ def forward(problem: Problem, num_bytes: int, needs: Needs) -> tuple[Swept, Loan
     inv_w = x.inverse.new_empty(num_classes)
     d_w = gradient_memory.empty(num_classes, dim, dtype=problem.w.dtype)
     more = _more(problem, num_bytes)
-    store, sweep = _Store(problem, d_w, more), Sweep(problem, x.rows, _block_size(problem))
+    store, sweep = _Store(problem, d_w, more), Sweep(problem, x.rows, classes_per_block(problem))
     of_x = EmbeddingsSum(sweep, x.rows) if needs.x or needs.scale else None
     total = torch.zeros(num_rows, dtype=torch.float64, device="cpu")
     for block in sweep.blocks(inv_w, is_first=True):
@@ -152,16 +153,23 @@ def forward(problem: Problem, num_bytes: int, needs: Needs) -> tuple[Swept, Loan
     return swept, Loan(d_w, Left(more, None if of_x is None else of_x.v))
 
 
-def _more(problem: Problem, num_bytes: int) -> torch.Tensor:
-    """Bytes for Q of whole blocks of classes, beyond those that d_w holds."""
+def held_classes(problem: Problem, num_bytes: int) -> tuple[int, int]:
+    """Of how many classes d_w holds Q, and ``num_bytes`` that of the next: of whole blocks."""
     num_rows, num_classes, _ = problem.sizes
     itemsize = product_dtype(problem.compute_dtype, problem.accumulate).itemsize
-    further = num_classes - lent_classes(problem)
-    num_held = num_bytes // (num_rows * itemsize)
+    lent = lent_classes(problem)
+    further, num_held = num_classes - lent, num_bytes // (num_rows * itemsize)
     if num_held < further:
-        size = _block_size(problem)
+        size = classes_per_block(problem)
         further = num_held // size * size
-    return kept_memory.empty(further * num_rows * itemsize, dtype=torch.uint8)
+    return lent, further
+
+
+def _more(problem: Problem, num_bytes: int) -> torch.Tensor:
+    """Bytes for Q of the classes beyond those that d_w holds."""
+    itemsize = product_dtype(problem.compute_dtype, problem.accumulate).itemsize
+    _, further = held_classes(problem, num_bytes)
+    return kept_memory.empty(further * problem.x.shape[0] * itemsize, dtype=torch.uint8)
 
 
 def _exponentials(sweep: Sweep, block: Block) -> torch.Tensor:
@@ -206,7 +214,7 @@ def _write_weight_gradient(
     """Write d_w, (C, D), over what is stored there, for factors f / ||x||, (N,) fp64."""
     _, exponent = np.frexp(np.abs(factor).max(initial=0.0))
     power = 2.0 ** float(exponent) if abs(exponent) > FAR else 1.0
-    sweep = Sweep(problem, x, _block_size(problem))
+    sweep = Sweep(problem, x, classes_per_block(problem))
     factors = rounded(factor / power, problem.accumulate)
     of_w = WeightGradient(sweep, d_w, x, factors, of_target)
     for block in sweep.blocks(inv_w, is_first=False):

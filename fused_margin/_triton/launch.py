@@ -59,6 +59,8 @@ KEPT_GRADIENT_ROWS = 64
 FEW_ROWS, FEW_COLUMNS = 4, 128
 # Splits and rows that `rows_kernel` merges at a time: many, as a single program may go through all.
 MERGED_SPLITS, MERGED_ROWS = 32, 128
+# Rows that `lent_targets_kernel` looks at at a time, for those of a class.
+SCANNED_ROWS = 64
 
 
 def guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -427,7 +429,7 @@ def _lent(call: _Call, loan: Loan) -> Gradients:
         tile = cut(p.tiles.embeddings, num_rows, num_classes, dim)
         grid = cdiv(num_rows, tile.n), cdiv(dim, tile.d)
         splits = _splits(
-            cdiv(2 * p.programs, grid[0] * grid[1]),
+            p.programs // (grid[0] * grid[1]),
             cdiv(num_classes, 4 * tile.c),
             num_rows * dim * p.accumulate.itemsize,
         )
@@ -452,7 +454,7 @@ def _lent(call: _Call, loan: Loan) -> Gradients:
     )  # fmt: skip
     lent_targets_kernel[(num_rows,)](
         x_in, w_in, rows, swept.inv_w, loan.d_w, num_rows, num_classes, dim, P=p.precision,
-        BLOCK_N=MERGED_SPLITS, BLOCK_D=FEW_COLUMNS, num_warps=4, enable_fp_fusion=True,
+        BLOCK_N=SCANNED_ROWS, BLOCK_D=FEW_COLUMNS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return Gradients(gradients.x, loan.d_w, None)
 
