@@ -5,7 +5,7 @@ ArcFace, CosFace, AdaCos, AdaFace, MagFace and their kin as drop-in modules
 and as Triton kernels on a GPU. Importing the package never imports Triton.
 """
 
-from fused_margin import _flops, functional, margins, regularizers, schedules
+from fused_margin import _flops, functional, margins, metrics, regularizers, schedules
 from fused_margin._cpu import empty_cache
 from fused_margin._setup import (
     UnsynchronizedWeightsWarning,
@@ -47,6 +47,7 @@ __all__ = [
     "empty_cache",
     "functional",
     "margins",
+    "metrics",
     "regularizers",
     "schedules",
     "show_config",

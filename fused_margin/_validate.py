@@ -460,6 +460,13 @@ def size(name: str, value: int, minimum: int) -> int:
     return value
 
 
+def at_most(name: str, value: int, limit: int, meaning: str) -> int:
+    """Check an integer against what it can't exceed."""
+    if value > limit:
+        raise ValueError(f"{name} must be at most {limit}, {meaning}; got {value}")
+    return value
+
+
 def ignore_index(value: int) -> int:
     """Check that ignore_index is an int of 64 bits, as labels are."""
     value = _integer("ignore_index", value)

@@ -8,9 +8,20 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import Unpack
 
-from fused_margin import _compiled, _ops, _reference, _validate, _validate_margins, margins
+from fused_margin import (
+    _compiled,
+    _ops,
+    _reference,
+    _transforms,
+    _validate,
+    _validate_margins,
+    margins,
+)
 from fused_margin._numerics import accumulation_dtype, requested_dtype
 from fused_margin.functional.options import CallOptions, Options, choose, loss
+
+# Of class weights that are normalised at a time for logits without gradients.
+LOGITS_BLOCK_BYTES = 4 << 20
 
 Psi = margins.Margin | Callable[[torch.Tensor], torch.Tensor]
 
@@ -234,5 +245,27 @@ def cosine_logits(
     scale = _validate.scale(scale, embeddings.device)
     dtype = accumulation_dtype(embeddings, weight)
     with torch.autocast(embeddings.device.type, enabled=False):
-        x, w = _reference.normalize(embeddings, dtype), _reference.normalize(weight, dtype)
-        return scale * (x @ w.t())
+        x = _reference.normalize(embeddings, dtype)
+        if _is_watched(embeddings, weight, scale):
+            return scale * (x @ _reference.normalize(weight, dtype).t())
+        # no normalised copy of all weights
+        logits = x.new_empty(x.shape[0], weight.shape[0])
+        size = max(1, LOGITS_BLOCK_BYTES // (weight.shape[1] * dtype.itemsize))
+        for start in range(0, weight.shape[0], size):
+            w = _reference.normalize(weight[start : start + size], dtype)
+            logits[:, start : start + size] = scale * (x @ w.t())
+        return logits
+
+
+def _is_watched(*inputs: float | torch.Tensor) -> bool:
+    """Whether autograd, a transform, a compiler or a tracer sees what is made of inputs."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage] - it is documented
+        or torch.onnx.is_in_onnx_export()
+        or _transforms.is_transformed(*inputs)
+        or (
+            torch.is_grad_enabled()
+            and any(isinstance(part, torch.Tensor) and part.requires_grad for part in inputs)
+        )
+    )

@@ -77,7 +77,7 @@ LAYERS = (
     {"_cpu", "_triton", "_reference", "_loans"},
     {"_ops", "_weight_sweeps"},
     {"_flops", "tuning", "_setup", "_collectives"},
-    {"functional", "regularizers", "config"},
+    {"functional", "regularizers", "metrics", "config"},
     {"losses"},
     {"compat", "schedules"},
     {"convert"},
