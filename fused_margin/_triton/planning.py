@@ -25,6 +25,8 @@ Tensor = torch.Tensor
 LAUNCH_BOUND = 1 << 20
 # Up to this D the fused backward reads less per cosine than the chunked one writes and reads.
 FUSED_DIM = 64
+# Up to this many rows d_w isn't lent: narrow tiles of the sweep would spill, and W's bytes bind.
+LENT_ROWS = 32
 # Bytes of a block where nothing is kept: a size that may be 0 or 1 would constrain N under
 # torch.export.
 NOTHING = 2
@@ -336,6 +338,8 @@ def is_lent(x: Tensor, w: Tensor, scale: float, p: Plan, budget: int) -> bool:
         return False
     if _override.strategy is not None:
         return _override.strategy == "lent"
+    if num_rows <= LENT_ROWS:
+        return False
     block_c = _kept_block(num_classes, p)
     needed = cdiv(num_classes, block_c) * _kept_bytes(block_c, num_rows, p)
     return strategy_for(num_rows, num_classes, dim, p.tiles, needed, budget) == "chunked"

@@ -253,8 +253,10 @@ LENT: dict[tuple[str, str], Lent] = {
     **{(family, "bf16"): _LENT_BF16 for family in _TABLE},
     **{(family, operand): _LENT_TF32 for family in _TABLE for operand in ("tf32", "fp16")},
     ("sm_80", "bf16"): replace(_LENT_BF16, rows=64),
+    ("sm_100", "bf16"): replace(_LENT_BF16, rows=64),
     ("sm_90", "bf16"): Lent(Tile(64, 64, 512, 8, 3)),
     ("gfx942", "bf16"): Lent(Tile(64, 64, 512, 8, 1)),
+    **{("gfx942", operand): Lent(Tile(16, 32, 512, 8, 1)) for operand in ("tf32", "fp16")},
     **{("interpreter", operand): Lent(Tile(16, 32, 64, 1, 1)) for operand in OPERANDS},
 }
 # the same where descriptors are used
