@@ -114,6 +114,9 @@ ACCEPTED: dict[tuple[str, str, str], dict[str, str]] = {
     ("sweep_kernel, keeping", "sm_90", "*bf16"): {
         "conflicts": "only where no descriptor can be used",
     },
+    ("sweep_kernel, lent", "sm_90", "*bf16"): {
+        "conflicts": "only where no descriptor can be used",
+    },
     ("weight_kernel", "sm_90", "fp16"): {
         "conflicts": "TF32 wants both operands along the batch, x is transposed on its way",
     },

@@ -178,9 +178,9 @@ def defaults(target: GPUTarget, operands: str, dim: int) -> dict[str, Launch]:
             with planning.override("kept"):
                 step(*MANY, dim, given)
             p = plan_for(target, x, w, given.compute, lowers)
-            if p.lent is not None and dim <= p.lent.weight.d:
+            if p.lent is not None and planning.FUSED_DIM < dim <= p.lent.weight.d:
                 with planning.override("lent"):
-                    step(dim // 2, MANY[1], dim, given)  # rows of d_w are long enough
+                    step(max(64, dim // 2), MANY[1], dim, given)  # rows of d_w are long enough
             if p.tiles.for_fused(dim) is not None:
                 with planning.override("fused"):
                     step(*MANY, dim, given)

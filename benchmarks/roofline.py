@@ -66,6 +66,7 @@ from benchmarks.harness import cpu_name, whole_number
 from benchmarks.shapes import SHAPES, Shape
 from fused_margin import _cpu, _ops, _validate
 from fused_margin._cpu import single, sweep
+from fused_margin._cpu.backend import LARGER_BLOCKS
 from fused_margin._triton.arguments import pitch
 
 # The backward's chunk of G, and all its partials of d_x (`fused_margin._triton.launch`).
@@ -378,6 +379,8 @@ def _work_cpu(shape: Shape, dtypes: Dtypes, budget: int, *, backward: bool) -> W
         x, w, labels, targets, None, SCALE, dtypes.compute, dtypes.accumulate
     )  # fmt: skip
     if backward and _cpu.runs_ahead(problem, kept):
+        if budget < 0:
+            num_bytes = max(0, num_bytes - LARGER_BLOCKS)
         lent, kept = _cpu.held_classes(problem, num_bytes)
         block = _cpu.classes_per_block(problem)
     converts, in_place = compute is not dtypes.accumulate, dtypes.w is dtypes.accumulate

@@ -330,9 +330,20 @@ def _(slope_lse, slope_u, grad, num_counted, x, w, labels, numbers, scale_tensor
     )
 
 
+def _cosine_lse_operator(*args: Any) -> tuple[Tensor, ...]:
+    """As an operator, which lends nothing."""
+    swept, _ = _cosine_lse(*args)
+    return tuple(swept)
+
+
+def _margin_ce_operator(*args: Any) -> tuple[Tensor, ...]:
+    losses, swept, _ = _margin_ce(*args)
+    return losses + swept
+
+
 for _key in ("CPU", "CUDA"):
-    _lib.impl("cosine_lse", lambda *args: tuple(_cosine_lse(*args)[0]), _key)
-    _lib.impl("margin_ce", lambda *args: sum(_margin_ce(*args)[:2], ()), _key)
+    _lib.impl("cosine_lse", _cosine_lse_operator, _key)
+    _lib.impl("margin_ce", _margin_ce_operator, _key)
     _lib.impl("cosine_lse_backward", _backward, _key)
 
 
@@ -369,6 +380,9 @@ def _lends_for(w: Tensor, needs: Needs) -> Needs | None:
 def _gradients(slopes: Slopes, saved: _Saved, swept: Swept, ctx: Any) -> tuple[Tensor | None, ...]:
     """d_x, d_w and d_scale, None where they are not needed."""
     compute_dtype, backend, needs = ctx.settings
+    if ctx.loan is not None:  # an output as long as it is without a loan, with nothing in it
+        nothing = swept.kept.new_empty((0, *swept.kept.shape[1:]))
+        swept = swept._replace(kept=nothing)
     args: tuple[Any, ...] = (*slopes, *saved, compute_dtype, backend, *swept, *needs)
     incoming = slopes.lse, slopes.u, slopes.grad
     if torch.is_grad_enabled() or _transforms.is_transformed(*incoming):

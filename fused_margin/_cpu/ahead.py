@@ -125,13 +125,16 @@ class _Store:
         return begin < block.stop * self.gradient_bytes and block.start * self.gradient_bytes < end
 
 
-def forward(problem: Problem, num_bytes: int, needs: Needs) -> tuple[Swept, Loan]:
+def forward(
+    problem: Problem, num_bytes: int, needs: Needs, num_outputs: int = 0
+) -> tuple[Swept, Loan]:
     """lse and u (eq. 1, 2), the memory of d_w with Q, and v where it is needed.
 
     Args:
         problem: what to sweep over.
         num_bytes: how many may be taken on top of d_w, for Q of classes that don't fit there.
         needs: which gradients will be asked for.
+        num_outputs: bytes of ``kept`` in what is returned, which hold nothing.
     """
     x = measure(embeddings(problem))
     num_rows, num_classes, dim = problem.sizes
@@ -148,7 +151,8 @@ def forward(problem: Problem, num_bytes: int, needs: Needs) -> tuple[Swept, Loan
         if of_x is not None:
             of_x.add(block, q)
     u = target_cosines(x, problem.w, problem.targets)
-    nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+    # as long as what is kept without a loan, for `torch.vmap`, which stacks outputs
+    nothing = torch.empty(1, dtype=torch.uint8, device="cpu").expand(num_outputs)
     swept = Swept(total.log_(), u, x.inverse, inv_w, nothing)
     return swept, Loan(d_w, Left(more, None if of_x is None else of_x.v))
 
@@ -174,16 +178,27 @@ def _more(problem: Problem, num_bytes: int) -> torch.Tensor:
 
 def _exponentials(sweep: Sweep, block: Block) -> torch.Tensor:
     """2^z, 0 at the targets, (B, N), in the block's work."""
-    z = torch.mul(sweep.form(block), block.weight.inverse[:, None], out=block.work)
+    product = sweep.product[: block.stop - block.start]
+    # what is formed in memory of its own is gone before anything else is formed
+    z = torch.mul(
+        sweep.widen(sweep.multiply(block, product)), block.weight.inverse[:, None], out=block.work
+    )
     z[block.targets, block.rows] = -math.inf
     return z.exp2_()
+
+
+def _buffer(sweep: Sweep, block: Block) -> torch.Tensor:
+    """(B, N) in the product dtype: the block's work, if that has it."""
+    if sweep.dtype is sweep.accumulate:
+        return block.work
+    return sweep.product[: block.stop - block.start]
 
 
 def _divided(
     sweep: Sweep, block: Block, e: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Q of the block, (B, N) in the product dtype, where it is to lie, or in a buffer."""
-    out = sweep.product[: len(e)] if out is None else out
+    out = _buffer(sweep, block) if out is None else out
     return torch.mul(e, block.weight.inverse[:, None], out=out)
 
 
@@ -222,7 +237,7 @@ def _write_weight_gradient(
         if q is None:
             q = _divided(sweep, block, _exponentials(sweep, block))
         elif store.is_overwritten(block):
-            q = sweep.product[: block.stop - block.start].copy_(q)
+            q = _buffer(sweep, block).copy_(q)
         tangent = of_w.tangent(block, q)
         if power != 1.0:
             tangent.mul_(power)

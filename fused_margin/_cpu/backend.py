@@ -19,8 +19,10 @@ from fused_margin._numerics import accumulation_dtype
 # grow with N C.
 KEPT_BYTES = 40 << 20
 KEPT_ROWS, KEPT_BYTES_PER_FURTHER_ROW = 256, 224 << 10
+# What the larger blocks of `ahead` take more, and so is left of the above to them.
+LARGER_BLOCKS = 24 << 20
 # Products of a class take as long as a row of d_w in passes over them if they are that many times
-# fewer. TODO measure
+# fewer.
 ROWS_FOR_AHEAD = 4
 
 
@@ -92,7 +94,8 @@ def forward(
     num_bytes = kept_bytes(problem.x, problem.w, budget)
     num_kept = kept_classes(problem.x, problem.w, problem.compute_dtype, num_bytes)
     if lends_for is not None and runs_ahead(problem, num_kept):
-        return ahead.forward(problem, num_bytes, lends_for)
+        on_top = num_bytes if budget >= 0 else max(0, num_bytes - LARGER_BLOCKS)
+        return ahead.forward(problem, on_top, lends_for, num_bytes)
     return _way(problem).forward(problem, num_kept, num_bytes), None
 
 

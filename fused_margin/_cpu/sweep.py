@@ -134,12 +134,16 @@ class Sweep:
             out: where it is to lie in the product dtype, (B, N).
         """
         product = self.product[: block.stop - block.start] if out is None else out
-        formed = multiply_transposed(block.operand, self.x_operand, out=product)
+        formed = self.multiply(block, product)
         if formed is not product:
             product.copy_(formed)
         # two such blocks at once, this and the next, would cost more than the copy
         del formed
         return self.widen(product)
+
+    def multiply(self, block: Block, out: torch.Tensor) -> torch.Tensor:
+        """The same in the product dtype, in ``out`` or in memory of its own."""
+        return multiply_transposed(block.operand, self.x_operand, out=out)
 
     def widen(self, product: torch.Tensor) -> torch.Tensor:
         """A block's product, (B, N), in the accumulation dtype."""

@@ -164,7 +164,7 @@ def _memory(
     is_number = inputs.scale_tensor is None  # to read another would need a synchronisation
     if lends_for is not None and is_number and is_lent(x, w, inputs.scale, p, budget):
         d_w = w.new_empty(w.shape)  # contiguous whatever the strides of w
-        loan, budget = Loan(d_w, d_w.view(p.gradient)), 0
+        loan = Loan(d_w, d_w.view(p.gradient))
     shape = kept_shape(x, w, inputs.compute_dtype, budget)
     return Swept.empty(x, w, p.accumulate, shape), loan
 

@@ -97,15 +97,16 @@ def test_gradients(loans: list[int], backend: str, shape: tuple[int, int, int], 
 def test_what_does_not_fit_is_kept_on_top(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
     """Exponentials of 16 of 70 classes fit; with more memory further blocks, or all."""
     monkeypatch.setattr(cpu_backend, "KEPT_BYTES", budget)
+    monkeypatch.setattr(cpu_backend, "LARGER_BLOCKS", 0)
     monkeypatch.setattr(cpu_backend, "KEPT_BYTES_PER_FURTHER_ROW", 0)
     formed: list[int] = []
-    form = sweep.Sweep.form
+    multiply = sweep.Sweep.multiply
 
-    def noting(self: Any, block: Any, out: Any = None) -> Tensor:
+    def noting(self: Any, block: Any, out: Tensor) -> Tensor:
         formed.append(block.start)
-        return form(self, block, out)
+        return multiply(self, block, out)
 
-    monkeypatch.setattr(sweep.Sweep, "form", noting)
+    monkeypatch.setattr(sweep.Sweep, "multiply", noting)
     check_loss(ARCFACE, problem(48, 70, 17), FP32, "cpu", reduction="none")
     again = {0: [16, 32, 48, 64], 20 * 48 * 4: [32, 48, 64], 1 << 20: []}[budget]
     assert formed == [0, 16, 32, 48, 64, *again]

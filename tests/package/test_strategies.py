@@ -253,7 +253,7 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func.overloadpacket)
-        inside = {"margin_ce": _ops._margin_ce, "cosine_lse_backward": _ops._backward}
+        inside = {"margin_ce": _ops._margin_ce_operator, "cosine_lse_backward": _ops._backward}
         if name.startswith("fused_margin."):
             with self:  # a mode is off inside of what it was called for
                 return inside[name.removeprefix("fused_margin.")](*args)
