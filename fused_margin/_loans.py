@@ -3,7 +3,8 @@
 The gradient, (C, D), is going to be allocated anyway: earlier than without a loan, but at a time
 when nothing else needs its place. There are two cases in which something does: a gradient of the
 step before that is still there (it may be accumulated to, but it may be one that is about to be
-dropped), and another forward with the same weights whose backward hasn't come yet.
+dropped), and another forward with the same weights whose backward hasn't come yet. And where hooks
+take what is saved, as activation checkpointing's do, a loan would pass them by.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _outstanding: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValue
 def may_lend(w: torch.Tensor) -> bool:
     """Whether a gradient of W that is allocated now takes no memory on top."""
     has_gradient = w.is_leaf and w.grad is not None
-    return not has_gradient and w.data_ptr() not in _outstanding
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+    return not has_gradient and hooks is None and w.data_ptr() not in _outstanding
 
 
 def lend(ctx: Any, w: torch.Tensor, loan: Loan | None) -> None:

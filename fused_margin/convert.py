@@ -26,6 +26,7 @@ from torch import nn
 
 from fused_margin.compat import _refusals
 from fused_margin.losses import ArcFaceLoss, CosFaceLoss, MarginSoftmaxLoss, NormalizedSoftmaxLoss
+from fused_margin.losses.base import DEFAULTS
 
 __all__ = [
     "class_weights",
@@ -276,8 +277,14 @@ def to_pml(criterion: MarginSoftmaxLoss) -> nn.Module:
     kind, arguments = _kind(criterion), {}
     if kind not in ("ArcFaceLoss", "CosFaceLoss", "FixedAdaCosLoss", "NormalizedSoftmaxLoss"):
         _refusals.not_converted(criterion, " has no counterpart")
-    if criterion.reduction != "mean":
-        _refusals.not_converted(criterion, f" with reduction={criterion.reduction!r}")
+    for name in ("reduction", "ignore_index", "class_weight", "focal_gamma", "focal_alpha"):
+        value = getattr(criterion, name)
+        if value is not DEFAULTS[name] and value != DEFAULTS[name]:
+            shown = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
+            _refusals.not_converted(criterion, f" with {name}={shown}")
+    for name in ("margin", "scale"):
+        if isinstance(getattr(criterion, name, None), torch.Tensor):
+            _refusals.not_converted(criterion, f" with a tensor as {name}")
     if isinstance(criterion, ArcFaceLoss):
         if (criterion.boundary, criterion.grad) != ("linear", "exact"):
             _refusals.not_converted(

@@ -55,6 +55,12 @@ class _Head(MarginSoftmaxLoss):
         """C."""
         return self.num_classes
 
+    def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Scaled cosines without margin, (N, C), of embeddings (N, D) or (N, 1, D)."""
+        if embeddings.ndim == 3 and embeddings.shape[1] == 1:
+            embeddings = embeddings.squeeze(1)
+        return super().logits(embeddings)
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: torch.Tensor, label: torch.Tensor
     ) -> torch.Tensor:

@@ -106,8 +106,8 @@ def adaface_statistics(
     .. math:: \mu_t = (1 - \alpha)\,\mu_{t-1} + \alpha\,\operatorname{mean} \lVert x_n \rVert
 
     and likewise the standard deviation (over N - 1), of norms clipped to [0.001, 100] of the rows
-    that are not ignored. Where `torch.distributed` is initialised it is a collective, over the rows
-    of all ranks.
+    that are not ignored and whose norm is finite. Where `torch.distributed` is initialised it is a
+    collective, over the rows of all ranks.
 
     Args:
         embeddings: (N, D).
@@ -125,9 +125,10 @@ def adaface_statistics(
         section 3.3.
     """
     momentum = _validate.between("momentum", momentum, 0.0, 1.0)
-    counted = labels.long() != ignore_index
-    found = norms(embeddings, labels, ignore_index).clamp(SMALLEST_NORM, LARGEST_NORM)
-    found = found.masked_fill(~counted, 0.0)
+    found = norms(embeddings, labels, ignore_index)
+    # a batch that overflowed, which a gradient scaler drops, must not stay in the statistics
+    counted = (labels.long() != ignore_index) & found.isfinite()
+    found = found.clamp(SMALLEST_NORM, LARGEST_NORM).masked_fill(~counted, 0.0)
     local = torch.stack([counted.sum().to(found.dtype), found.sum(), found.square().sum()])
     count, total, squares = _collectives.of_each_rank(local).sum(dim=0).unbind()
     mean = total / count.clamp_min(1.0)

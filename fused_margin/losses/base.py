@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import TypedDict, Unpack
 
-from fused_margin import _compiled, _setup, _validate, _validate_settings, functional
+from fused_margin import _compiled, _ops, _setup, _validate, _validate_settings, functional
 from fused_margin.functional.core import margin_loss
 from fused_margin.functional.options import Options, expanded
 
@@ -238,7 +238,8 @@ class MarginSoftmaxLoss(nn.Module):
         weight = self.weight
         _validate.tensors(embeddings, weight, labels)
         ignore_index, memory_budget = self._integers()
-        if self.training:
+        if self.training and self.initial_statistics():
+            _ops.check_labels(labels, self.num_classes, ignore_index)  # before they change anything
             with torch.no_grad():
                 self.update_statistics(embeddings, labels)
         options = Options(

@@ -317,3 +317,26 @@ def test_moments_that_do_not_fit() -> None:
     swapped = torch.optim.SGD([*ours.parameters(), *model.parameters()], 0.1, 0.9)
     with pytest.raises(ValueError, match=r"has shape \(7, 7\).*same order"):
         convert.transpose_moments(optimizer.state_dict(), swapped, ours)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"focal_gamma": 2.0}, "focal_gamma=2.0"),
+        ({"focal_alpha": 0.25}, "focal_alpha=0.25"),
+        ({"class_weight": torch.ones(7)}, "class_weight=a tensor"),
+        ({"ignore_index": -1}, "ignore_index=-1"),
+        ({"scale": torch.nn.Parameter(torch.tensor(30.0))}, "a tensor as scale"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_no_option_is_dropped(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        convert.to_pml(fm.ArcFaceLoss(7, 5, **options))
+
+
+def test_no_margin_per_class_is_dropped() -> None:
+    criterion = fm.ArcFaceLoss(7, 5)
+    criterion.margin = torch.full((7,), 0.3)
+    with pytest.raises(ValueError, match="a tensor as margin"):
+        convert.to_pml(criterion)

@@ -20,6 +20,7 @@ from helpers import (
     needs_triton,
     problem,
 )
+from torch.utils.checkpoint import checkpoint
 
 import fused_margin as fm
 import fused_margin.functional as fmf
@@ -232,6 +233,25 @@ def test_nothing_is_lent_to_a_compiled_graph(loans: list[int], backend: str) -> 
     compiled = torch.compile(fmf.arcface, backend="aot_eager", fullgraph=True)
     actual = torch.autograd.grad(compiled(x, w, labels, backend=backend), (x, w))
     assert not loans
+    expected = torch.autograd.grad(fmf.arcface(x, w, labels, backend="reference"), (x, w))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["first", "beside another loss"])
+@each_backend
+def test_activation_checkpointing(loans: list[int], backend: str, earlier: bool) -> None:
+    """What is saved is the same both times, whatever else there is: nothing is lent."""
+    x, w, labels = _leaves(backend, FP64)
+    other = fmf.arcface(x, w, labels, backend=backend) if earlier else None
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return fmf.arcface(x, w, labels, backend=backend)
+
+    value = checkpoint(loss, x, w, use_reentrant=False)
+    assert isinstance(value, Tensor)
+    del other
+    actual = torch.autograd.grad(value, (x, w))
+    assert len(loans) == earlier
     expected = torch.autograd.grad(fmf.arcface(x, w, labels, backend="reference"), (x, w))
     torch.testing.assert_close(actual, expected)
 

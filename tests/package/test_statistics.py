@@ -289,3 +289,26 @@ def test_magface_checks_its_norms() -> None:
         criterion.upper_margin = 45.0
     with pytest.raises(ValueError, match="upper_norm must be finite in fp32 and > 0"):
         criterion.upper_norm = 0.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_norms_that_are_not_finite_stay_out(value: float) -> None:
+    """The batch's loss is lost, and no later one: a gradient scaler skips such a step."""
+    criterion, other = (fm.AdaFaceLoss(10, 8) for _ in range(2))
+    x, labels = torch.randn(6, 8), torch.randint(10, (6,))
+    bad = x.clone()
+    bad[2] = value
+    criterion(bad, labels)
+    other(x[[0, 1, 3, 4, 5]], labels[[0, 1, 3, 4, 5]])
+    for name in ("norm_mean", "norm_std"):
+        torch.testing.assert_close(getattr(criterion, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("kind", [fm.AdaFaceLoss, fm.AdaCosLoss])
+def test_a_batch_that_is_refused_changes_nothing(kind: Any) -> None:
+    criterion = kind(10, 8)
+    before = {name: value.clone() for name, value in criterion.state_dict().items()}
+    with pytest.raises(ValueError, match="labels must be in"):
+        criterion(torch.randn(6, 8), torch.full((6,), 10))
+    for name, value in criterion.state_dict().items():
+        assert torch.equal(value, before[name])

@@ -24,18 +24,26 @@ WITH_PRODUCTS = {
     "embeddings_kernel, only",
     "fused_weight_kernel",
     "fused_embeddings_kernel",
+    "sweep_kernel, lent",
+    "lent_weight_kernel",
+    "embeddings_kernel, lent",
 }
 DESCRIBED = {  # on sm_90 with bf16 products
     "sweep_kernel, described",
     "sweep_kernel, keeping, described",
     "gradient_kernel, described",
     "weight_kernel, described",
+    "sweep_kernel, lent, described",
+    "lent_weight_kernel, described",
 }
 WITHOUT_PRODUCTS = {
     "prepare_kernel",
     "rows_kernel",
     "gradient_kernel, kept",
     "finish_kernel",
+    "lent_prepare_kernel",
+    "lent_targets_kernel",
+    "lent_finish_kernel",
 }
 
 
@@ -213,16 +221,18 @@ print(json.dumps({name: len(keys) for name, keys in variants.items()}))
 def test_no_compilation_for_another_batch(tmp_path: Path) -> None:
     """Nor for another chunk: only for a tile's rows, a power of 2 from 16 on.
 
-    And once more for the few rows with which a call is too small for descriptors.
+    And once more for the few rows with which a call is too small for descriptors. From 33 rows up
+    to 1024 d_w is lent.
     """
     pytest.importorskip("triton", reason="Triton is not installed")
     counts = json.loads(_run_without_interpreter(_BATCHES, tmp_path))
     assert counts == {
         "prepare_kernel": 2,
-        "sweep_kernel": 6,
+        "sweep_kernel": 7,
         "rows_kernel": 4,
-        "gradient_kernel": 5,
+        "gradient_kernel": 4,
         "weight_kernel": 4,
-        "embeddings_kernel": 5,
+        "embeddings_kernel": 6,
         "finish_kernel": 1,
+        **{f"lent_{name}_kernel": 1 for name in ("prepare", "weight", "targets", "finish")},
     }
