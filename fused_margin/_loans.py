@@ -23,7 +23,8 @@ _outstanding: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValue
 def may_lend(w: torch.Tensor) -> bool:
     """Whether a gradient of W that is allocated now takes no memory on top."""
     has_gradient = w.is_leaf and w.grad is not None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+    autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    hooks = autograd._top_saved_tensors_default_hooks(True)
     return not has_gradient and hooks is None and w.data_ptr() not in _outstanding
 
 
