@@ -372,12 +372,9 @@ def _work_cpu(shape: Shape, dtypes: Dtypes, budget: int, *, backward: bool) -> W
     num_bytes = int(_cpu.kept_bytes(x, w, budget))
     kept = _cpu.kept_classes(x, w, dtypes.compute, num_bytes) if backward else 0
     block = num_classes if is_single else sweep.block_size(num_rows, num_classes, dim, a)
-    lent = 0
-    labels = torch.empty(num_rows, dtype=torch.int64, device="meta")
-    targets = _cpu.Targets(labels, None)
-    problem = _cpu.Problem(
-        x, w, labels, targets, None, SCALE, dtypes.compute, dtypes.accumulate
-    )  # fmt: skip
+    lent, labels = 0, torch.empty(num_rows, dtype=torch.int64, device="meta")
+    rows = labels, _cpu.Targets(labels, None), None
+    problem = _cpu.Problem(x, w, *rows, SCALE, dtypes.compute, dtypes.accumulate)
     if backward and _cpu.runs_ahead(problem, kept):
         if budget < 0:
             num_bytes = max(0, num_bytes - LARGER_BLOCKS)
