@@ -413,6 +413,14 @@ def increasing(lower: str, low: float, upper: str, high: float) -> None:
         )
 
 
+def ordered(lower: str, low: float, upper: str, high: float) -> None:
+    """Check two numbers of which one is no more than the other."""
+    if low > high:
+        raise ValueError(
+            f"{lower} must be at most {upper}, got {lower}={known(low)}, {upper}={known(high)}"
+        )
+
+
 def keywords(given: Collection[str], allowed: Collection[str]) -> None:
     """Refuse a keyword that is no option of a loss, as Python does for an argument."""
     for name in given:

@@ -44,8 +44,8 @@ def state(given: dict[str, Any], expected: dict[str, Any]) -> None:
     missing = [name for name in expected if name not in given]
     if missing:
         raise ValueError(f"the state of a schedule lacks {', '.join(missing)}; got {list(given)}")
-    if given["setting"] != expected["setting"]:
-        raise ValueError(
-            f"the state is of a schedule of {given['setting']!r}, this one is of"
-            f" {expected['setting']!r}"
-        )
+    for name, words in (("kind", "a schedule called"), ("setting", "a schedule of")):
+        if given[name] != expected[name]:
+            raise ValueError(
+                f"the state is of {words} {given[name]!r}, this one is of {expected[name]!r}"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +15,15 @@ def number_scale(value: Any, remedy: str = "") -> float:
     """Check a scale that is a number: > 0."""
     _validate._no_tensor("scale", value, remedy)
     return _validate._scale_number(value, "a number")
+
+
+def no_scale(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse a scale for a loss that derives it."""
+    if "scale" in options:
+        raise TypeError(
+            f"{name} derives its scale and takes none, got scale={options['scale']!r};"
+            " NormalizedSoftmaxLoss(num_classes, embedding_size, scale) takes one"
+        )
 
 
 def module_scale(value: Any) -> float | torch.nn.Parameter:

@@ -192,6 +192,7 @@ def by_class_size(
         arXiv:2010.05350.
     """
     counts = _validate_margins.class_counts(counts)
+    _validate.ordered("smallest", smallest, "largest", largest)
     rarity = counts.to(torch.float64, copy=True).clamp_min_(1.0) ** -power
     low, high = rarity.aminmax()
     is_level = high == low

@@ -97,13 +97,13 @@ class Schedule:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the criterion's, whose state has no settings."""
         names = ("setting", "initial", "final", "first_step", "last_step", "steps")
-        return {name: getattr(self, name) for name in names}
+        return {"kind": type(self).__name__} | {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`, and set its value.
 
         Raises:
-            ValueError: it is of another setting, or lacks an entry.
+            ValueError: it is of another setting or kind of schedule, or lacks an entry.
         """
         _validate_schedules.state(state, self.state_dict())
         self.initial, self.final = state["initial"], state["final"]

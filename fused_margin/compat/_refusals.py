@@ -127,13 +127,13 @@ def combined_margin(m1: float, m2: float, m3: float) -> None:
         raise ValueError(
             f"insightface's CombinedMarginLoss ignores m1 and m2 where m3 > 0, and got"
             f" ({m1}, {m2}, {m3}); pass (1, 0, {m3}) for what it computes, CosFace. For"
-            " cos(m1 theta + m2) - m3 pass a psi to functional.margin_softmax"
+            " cos(m1 theta + m2) - m3 there is fused_margin.CombinedMarginLoss"
         )
     if m3 <= 0 and (m1 != 1.0 or m3 != 0.0):
         raise ValueError(
             "insightface's CombinedMarginLoss raises unless it is ArcFace, (1, m2, 0), or CosFace,"
-            f" (1, 0, m3) with m3 > 0; got ({m1}, {m2}, {m3}). For cos(m1 theta + m2) - m3 pass a"
-            " psi to functional.margin_softmax"
+            f" (1, 0, m3) with m3 > 0; got ({m1}, {m2}, {m3}). For cos(m1 theta + m2) - m3 there"
+            " is fused_margin.CombinedMarginLoss"
         )
 
 

@@ -62,14 +62,18 @@ class _Head(MarginSoftmaxLoss):
         return super().logits(embeddings)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: torch.Tensor, label: torch.Tensor
+        self,
+        input: torch.Tensor,
+        label: torch.Tensor,
+        *,
+        sample_weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean loss of embeddings (N, D) or (N, 1, D) and labels (N,) or (N, 1): 0-d."""
         if input.ndim == 3 and input.shape[1] == 1:
             input = input.squeeze(1)
         if label.ndim == 2 and label.shape[1] == 1:
             label = label.squeeze(1)
-        return super().forward(input, label)
+        return super().forward(input, label, sample_weight=sample_weight)
 
 
 class _AngularHead(_Head):

@@ -196,12 +196,16 @@ class PartialFC_V2(MarginSoftmaxLoss):
         return self.margin_softmax.psi
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, local_embeddings: torch.Tensor, local_labels: torch.Tensor
+        self,
+        local_embeddings: torch.Tensor,
+        local_labels: torch.Tensor,
+        *,
+        sample_weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean loss of embeddings (N, D) and labels (N,) or (N, 1): 0-d."""
         if local_labels.ndim == 2 and local_labels.shape[1] == 1:
             local_labels = local_labels.squeeze(1)
         if self.fp16 and local_embeddings.is_cuda:
             with torch.autocast("cuda", torch.float16):
-                return super().forward(local_embeddings, local_labels)
-        return super().forward(local_embeddings, local_labels)
+                return super().forward(local_embeddings, local_labels, sample_weight=sample_weight)
+        return super().forward(local_embeddings, local_labels, sample_weight=sample_weight)

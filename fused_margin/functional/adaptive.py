@@ -327,7 +327,8 @@ def elasticface(
         embeddings: see `arcface`, likewise what isn't listed.
         weight: (C, D).
         labels: (N,).
-        margin: m, radians for ``"arc"``, an offset of the cosine for ``"cos"``.
+        margin: m, radians for ``"arc"``, an offset of the cosine for ``"cos"``, where the
+            paper has 0.35.
         scale: s > 0.
         sigma: standard deviation of the margin, in its unit; 0 for the margin itself.
         kind: ``"arc"`` or ``"cos"``.

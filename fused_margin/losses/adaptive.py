@@ -41,6 +41,7 @@ class AdaCosLoss(MarginSoftmaxLoss):
     def __init__(
         self, num_classes: int, embedding_size: int, **options: Unpack[LossOptions]
     ) -> None:
+        _validate_settings.no_scale("AdaCosLoss", options)
         super().__init__(num_classes, embedding_size, None, **options)
 
     def initial_statistics(self) -> dict[str, float]:
@@ -154,6 +155,7 @@ class MagFaceLoss(MarginSoftmaxLoss):
         self.lower_norm, self.upper_norm = lower_norm, upper_norm
         self.regularizer, self.boundary = regularizer, boundary
         _validate.increasing("lower_norm", self.lower_norm, "upper_norm", self.upper_norm)
+        _validate.ordered("lower_margin", self.lower_margin, "upper_margin", self.upper_margin)
 
     def _magnitudes(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return adaptive.magnitudes(
@@ -182,7 +184,8 @@ class ElasticFaceLoss(MarginSoftmaxLoss):
     Args:
         num_classes: C >= 2.
         embedding_size: D >= 1.
-        margin: mean of the margin, radians for ``"arc"``, an offset of the cosine for ``"cos"``.
+        margin: mean of the margin, radians for ``"arc"``, an offset of the cosine for ``"cos"``,
+            where the paper has 0.35.
         scale: s > 0, or a Parameter.
         sigma: standard deviation of the margin, in its unit.
         kind: ``"arc"`` or ``"cos"``.

@@ -96,6 +96,7 @@ class FixedAdaCosLoss(MarginSoftmaxLoss):
     def __init__(
         self, num_classes: int, embedding_size: int, **options: Unpack[LossOptions],
     ) -> None:  # fmt: skip
+        _validate_settings.no_scale("FixedAdaCosLoss", options)
         super().__init__(num_classes, embedding_size, None, **options)
         _validate.fixed_adacos_classes(self.num_classes)
 

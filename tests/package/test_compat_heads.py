@@ -191,8 +191,8 @@ Combined = insightface.CombinedMarginLoss
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "filtering": (lambda: Combined(64, 1, 0.5, 0, 0.4), ValueError, "threshold=0.4"),
     "ignored margins": (lambda: Combined(64, 1, 0.3, 0.2), ValueError, "ignores m1 and m2"),
-    "multiple": (lambda: Combined(64, 1.35, 0.5, 0), ValueError, "margin_softmax"),
-    "negative": (lambda: Combined(64, 1, 0, -0.1), ValueError, "margin_softmax"),
+    "multiple": (lambda: Combined(64, 1.35, 0.5, 0), ValueError, "fused_margin.CombinedMarginLoss"),
+    "negative": (lambda: Combined(64, 1, 0, -0.1), ValueError, "fused_margin.CombinedMarginLoss"),
     "scale": (lambda: Combined(0, 1, 0.5, 0), ValueError, "> 0"),
     "sampling": (
         lambda: insightface.PartialFC_V2(insightface.ArcFace(), D, C, 0.1), ValueError,
@@ -226,3 +226,12 @@ def test_partial_fc_refuses_several_ranks(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(_setup, "_ranks", lambda: 2)
     with pytest.raises(ValueError, match="over 2 ranks"):
         insightface.PartialFC_V2(insightface.ArcFace(), D, C)
+
+
+def test_rows_may_be_weighed() -> None:
+    x, labels, weights = torch.randn(6, 8), torch.randint(10, (6,)), torch.rand(6)
+    peer = insightface.PartialFC_V2(insightface.CosFace(), 8, 10)
+    for criterion in (heads.ArcMarginProduct(8, 10), peer):
+        rows = torch.stack([criterion(x[i : i + 1], labels[i : i + 1]) for i in range(6)])
+        expected = (rows * weights).sum() / weights.sum()
+        torch.testing.assert_close(criterion(x, labels, sample_weight=weights), expected)

@@ -397,3 +397,17 @@ def test_margins_by_class_size() -> None:
     assert counts.tolist() == [1, 16, 81, 0, 10_000]
     with pytest.raises(ValueError, match=r"counts must have shape \(C,\).*torch.bincount"):
         margins.by_class_size(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("kind", [fm.FixedAdaCosLoss, fm.AdaCosLoss])
+def test_a_derived_scale_is_not_taken(kind: Any) -> None:
+    words = f"{kind.__name__} derives its scale and takes none, got scale=30.0"
+    with pytest.raises(TypeError, match=words):
+        kind(10, 8, scale=30.0)
+
+
+def test_bounds_in_the_wrong_order() -> None:
+    with pytest.raises(ValueError, match="lower_margin must be at most upper_margin"):
+        fm.MagFaceLoss(10, 8, 0.8, 0.4)
+    with pytest.raises(ValueError, match="smallest must be at most largest"):
+        fm.margins.by_class_size(torch.arange(5), 0.5, 0.05)

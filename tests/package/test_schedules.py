@@ -143,3 +143,10 @@ def test_what_is_no_loss() -> None:
         Linear(learnt, 9.0, 8.0, 0, 1, setting="scale")
     with pytest.raises(NotImplementedError):
         Schedule(fm.ArcFaceLoss(5, 4), 0.0, 0.5, 0, 2).step()
+
+
+def test_a_state_of_another_curve_is_refused() -> None:
+    criterion = fm.ArcFaceLoss(10, 8)
+    state = fm.schedules.Linear(criterion, 0.0, 0.2, 0, 10).state_dict()
+    with pytest.raises(ValueError, match="called 'Linear', this one is of 'Exponential'"):
+        fm.schedules.Exponential(criterion, 0.0, 0.2, 0, 10).load_state_dict(state)
