@@ -238,7 +238,8 @@ class MarginSoftmaxLoss(nn.Module):
         weight = self.weight
         _validate.tensors(embeddings, weight, labels)
         ignore_index, memory_budget = self._integers()
-        if self.training and self.initial_statistics():
+        has_statistics = type(self).update_statistics is not MarginSoftmaxLoss.update_statistics
+        if self.training and has_statistics:
             _ops.check_labels(labels, self.num_classes, ignore_index)  # before they change anything
             with torch.no_grad():
                 self.update_statistics(embeddings, labels)

@@ -312,3 +312,19 @@ def test_a_batch_that_is_refused_changes_nothing(kind: Any) -> None:
         criterion(torch.randn(6, 8), torch.full((6,), 10))
     for name, value in criterion.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_statistics_may_be_buffers_of_ones_own() -> None:
+    """`update_statistics` is asked whether or not `initial_statistics` names any."""
+
+    class Counting(fm.CosFaceLoss):
+        seen = 0
+
+        def update_statistics(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
+            self.seen += 1
+
+    criterion = Counting(10, 8)
+    x, labels = torch.randn(6, 8), torch.randint(10, (6,))
+    criterion(x, labels)
+    criterion.eval()(x, labels)
+    assert criterion.seen == 1
