@@ -44,7 +44,7 @@ from fused_margin._triton.planning import (
     kept_shape,
     plan,
 )
-from fused_margin._triton.tiles import Tile, cdiv, cut, power_of_two
+from fused_margin._triton.tiles import Lent, Tile, cdiv, cut, power_of_two
 from fused_margin.margins import NO_MARGIN, Margin
 
 Tensor = torch.Tensor
@@ -128,9 +128,10 @@ def _sweep(
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     kept, kept_block = kept_parts(swept.kept, num_rows, p)
     tile = p.tiles.forward
-    if loan is not None and p.lent is not None:
-        kept = Kept(loan.left, None, pitch(num_rows), loan.left.stride(0))
-        tile = tile.with_rows(p.lent.rows)
+    if loan is not None:
+        q, tiles = loan.left
+        kept = Kept(q, None, pitch(num_rows), q.stride(0))
+        tile = tile.with_rows(tiles.rows)
     elif kept is not None:
         tile = tile.with_rows(p.tiles.kept_rows)
     tile = cut(tile, num_rows, num_classes, dim)
@@ -156,6 +157,26 @@ def _sweep(
     return partial
 
 
+class Left(NamedTuple):
+    """What a forward leaves in the memory of d_w.
+
+    Attributes:
+        q: exponentials, (C, N and more), in rows as long as those of d_w.
+        tiles: of the kernels that are to take them, whatever precision is asked for by then.
+    """
+
+    q: Tensor
+    tiles: Lent
+
+
+def _lend(w: Tensor, p: Plan) -> Loan | None:
+    """Memory of d_w, for a sweep to leave exponentials in; None if no tile holds its rows."""
+    if p.lent is None:
+        return None
+    d_w = w.new_empty(w.shape)  # contiguous whatever the strides of w
+    return Loan(d_w, Left(d_w.view(p.gradient), p.lent))
+
+
 def _memory(
     inputs: Inputs, p: Plan, budget: int, lends_for: Needs | None
 ) -> tuple[Swept, Loan | None]:
@@ -163,8 +184,7 @@ def _memory(
     x, w, loan = inputs.x, inputs.w, None
     is_number = inputs.scale_tensor is None  # to read another would need a synchronisation
     if lends_for is not None and is_number and is_lent(x, w, inputs.scale, p, budget):
-        d_w = w.new_empty(w.shape)  # contiguous whatever the strides of w
-        loan = Loan(d_w, d_w.view(p.gradient))
+        loan = _lend(w, p)
     shape = kept_shape(x, w, inputs.compute_dtype, budget)
     return Swept.empty(x, w, p.accumulate, shape), loan
 
@@ -252,6 +272,9 @@ def backward(
     p = plan(x, w, inputs.compute_dtype)
     # contiguous whatever the strides of x and w, as the operator's fake promises
     d_x = x.new_empty(x.shape) if needs.x else None
+    is_again = loan is TAKEN
+    if is_again:
+        loan = _lend(w, p)
     d_w = w.new_empty(w.shape) if needs.w and loan is None else None
     if num_rows == 0:
         zero = x.new_zeros((), dtype=p.accumulate) if needs.scale else None
@@ -266,9 +289,9 @@ def backward(
     )  # fmt: skip
     call = _Call(p, rows, inputs, swept, Gradients(d_x, d_w, None), needs)
     with guard(x):
-        if loan is TAKEN:
-            loan = _lend_again(call)
         if loan is not None:
+            if is_again:
+                _sweep_again(call, loan)
             return _lent(call, loan)
         is_fused = backward_strategy(x, w, p, swept.kept) == "fused"
         partial = _fused(call) if is_fused else _chunked(call)  # what was kept goes through chunks
@@ -399,24 +422,19 @@ def _chunked(call: _Call) -> Tensor | None:
     return partial
 
 
-def _lend_again(call: _Call) -> Loan:
-    """What the forward had lent, by another sweep."""
+def _sweep_again(call: _Call, loan: Loan) -> None:
+    """Leave in new memory what the forward had left."""
     x, w, p = call.inputs.x, call.inputs.w, call.p
-    d_w = w.new_empty(w.shape)
-    loan = Loan(d_w, d_w.view(p.gradient))
     swept = Swept.empty(x, w, p.accumulate, kept_shape(x, w, call.inputs.compute_dtype, 0))
     rows = Rows(call.rows.labels, call.rows.stride_label, swept.u, swept.inv_x)
     _sweep(call.inputs, p, rows, swept, loan, None if call.rows.grad is None else IGNORED)
-    return loan
 
 
 def _lent(call: _Call, loan: Loan) -> Gradients:
     """Launch the backward whose exponentials lie in the memory of d_w, which comes last."""
     p, rows, inputs, swept, gradients, _ = call
-    x, w, q = inputs.x, inputs.w, loan.left
+    x, w, (q, tiles) = inputs.x, inputs.w, loan.left
     (num_rows, dim), num_classes = x.shape, w.shape[0]
-    if p.lent is None:
-        raise RuntimeError("d_w was lent without a tile for whole rows")
     x_in, w_in = Matrix.of(x), Matrix.of(w)
     operand = x.new_empty((num_rows, 8 * cdiv(dim, 8)), dtype=p.gradient)
     largest = x.new_empty((), dtype=p.accumulate)
@@ -443,7 +461,7 @@ def _lent(call: _Call, loan: Loan) -> Gradients:
             num_classes, dim, splits, P=p.precision, BLOCK_N=FEW_ROWS, BLOCK_D=FEW_COLUMNS,
             num_warps=4, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
-    tile = cut(p.lent.weight, num_rows, num_classes, dim)
+    tile = cut(tiles.weight, num_rows, num_classes, dim)
     x_desc = q_desc = None
     if p.descriptors and (dim * w.itemsize) % 16 == 0:
         x_desc = _describe(operand, tile.n, tile.d)

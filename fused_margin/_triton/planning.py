@@ -246,7 +246,7 @@ def strategy_for(
     """Which backward a call gets (docs/design.md).
 
     ``"kept"`` if an entry for each cosine, ``kept_bytes`` in all, is within the caller's budget;
-    ``"lent"`` is not decided here, see `is_lent`: it goes through the chunks as "kept" does;
+    ``"lent"`` is not decided here but by `is_lent`, before: without a loan it is "chunked";
     ``"fused"`` for small D, and where launches are what a step costs, if there are tiles for D;
     else ``"chunked"``.
     """

@@ -247,7 +247,9 @@ def test_products_over_lent_memory(name: str, mode: Mode, ways: str) -> None:
             q[:, : sizes.n] = others.t()
             swept = swept._replace(lse=torch.zeros_like(swept.lse))
             needs = Needs(True, True, False)
-            got = launch.backward(slopes, case.inputs, swept, needs, Loan(d_w, q))
+            got = launch.backward(
+                slopes, case.inputs, swept, needs, Loan(d_w, launch.Left(q, plan.lent))
+            )
         _check_gradients(got, case, g, sizes)
 
 

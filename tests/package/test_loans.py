@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -163,6 +164,27 @@ def test_a_second_backward_forms_the_cosines_again(loans: list[int], backend: st
         assert torch.equal(gradients[0], 3.0 * copy)
         assert torch.equal(gradients[1], copy)
         assert torch.equal(gradients[2], copy)
+
+
+@needs_triton
+def test_a_backward_takes_what_was_left_whatever_is_chosen_by_then(
+    loans: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `torch.set_float32_matmul_precision`, which chooses tiles that hold no rows."""
+    from fused_margin._triton import launch, planning
+
+    plan = planning.plan
+    with planning.override("lent"):
+        x, w, labels = _leaves("triton", FP64)
+        loss = fmf.arcface(x, w, labels, backend="triton")
+        without = dataclasses.replace(plan(x, w, torch.float64), lent=None)
+        monkeypatch.setattr(launch, "plan", lambda *_: without)
+        first = torch.autograd.grad(loss, (x, w), retain_graph=True)
+        second = torch.autograd.grad(loss, (x, w))
+    assert len(loans) == 1
+    expected = torch.autograd.grad(fmf.arcface(x, w, labels, backend="reference"), (x, w))
+    torch.testing.assert_close(first, expected)
+    torch.testing.assert_close(second, expected)
 
 
 @each_backend
