@@ -68,6 +68,7 @@ from fused_margin import _cpu, _ops, _validate
 from fused_margin._cpu import single, sweep
 from fused_margin._cpu.backend import LARGER_BLOCKS
 from fused_margin._triton.arguments import pitch
+from fused_margin._triton.tiles import LENT
 
 # The backward's chunk of G, and all its partials of d_x (`fused_margin._triton.launch`).
 CHUNK_BYTES = 64 << 20
@@ -77,7 +78,7 @@ PARTIAL_TILES, PARTIAL_TILE = 264, 128 * 128
 
 GPU_STRATEGIES = ("chunked", "fused", "kept", "lent")
 STRATEGIES = ("eager", "cpu", *GPU_STRATEGIES)
-LENT_DIM = 512  # the largest of `tiles.LENT`
+LENT_DIM = max(lent.weight.d for lent in LENT.values())  # the largest that a tile holds
 SCALE = 64.0  # one whose exponentials need no shift
 
 

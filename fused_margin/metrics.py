@@ -14,7 +14,7 @@ import torch
 
 from fused_margin import _validate
 from fused_margin._numerics import accumulation_dtype
-from fused_margin._weight_sweeps import _normalized
+from fused_margin._weight_sweeps import _blocks, _normalized
 
 __all__ = ["Evaluation", "Prediction", "evaluate", "predict"]
 
@@ -64,8 +64,8 @@ def _cosines(embeddings: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]
     limit = CPU_BYTES if embeddings.device.type == "cpu" else OTHER_BYTES
     size = max(64, limit // (dtype.itemsize * max(*embeddings.shape, 1)))
     x_hat, _ = _normalized(embeddings.to(dtype))
-    for start in range(0, num_classes, size):
-        w_hat, _ = _normalized(weight[start : start + size].to(dtype))
+    for start, stop in _blocks(num_classes, size):
+        w_hat, _ = _normalized(weight[start:stop].to(dtype))
         yield start, x_hat @ w_hat.t()
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from fused_margin import _ops, _transforms, _validate, _validate_settings, margins
 from fused_margin._numerics import CLAMPED_INVERSE_NORM, accumulation_dtype, sum_dtype
-from fused_margin._weight_sweeps import _add_rows, _normalized
+from fused_margin._weight_sweeps import _add_rows, _blocks, _normalized
 from fused_margin.functional import Psi
 
 Tensor = torch.Tensor
@@ -115,13 +115,12 @@ def _nearest(dots: Tensor, centers: int) -> tuple[Tensor, Tensor | None]:
     return dots.gather(2, which)[:, :, 0], which
 
 
-def _blocks(x: Tensor, w: Tensor, centers: int) -> Iterator[tuple[int, int]]:
+def _classes(x: Tensor, w: Tensor, centers: int) -> Iterator[tuple[int, int]]:
     """First and last class of each block."""
     num_classes = w.shape[0] // centers
     limit = CPU_BYTES if x.device.type == "cpu" else OTHER_BYTES
     size = max(64, limit // (x.dtype.itemsize * centers * max(*x.shape, 1)))
-    for start in range(0, num_classes, size):
-        yield start, min(start + size, num_classes)
+    return _blocks(num_classes, size)
 
 
 def _block(
@@ -142,7 +141,7 @@ def _forward(
     """Log-sum-exp over the other classes (eq. 2), (N,), and the target's rows, (N, K, D)."""
     lse = x.new_full((x.shape[0],), -float("inf"))
     with torch.autocast(x.device.type, enabled=False):
-        for start, stop in _blocks(x, w, centers):
+        for start, stop in _classes(x, w, centers):
             values = _block(x, w, labels, normalize, centers, start, stop)[0]
             lse = torch.logaddexp(lse, values.logsumexp(dim=1))
     return lse, _rows(w, labels, centers)
@@ -166,7 +165,7 @@ def _backward(
     d_x = x.new_zeros(x.shape if need_x else (0,))
     d_w = w.new_empty(w.shape if need_w else (0,))
     with torch.autocast(x.device.type, enabled=False):
-        for start, stop in _blocks(x, w, centers):
+        for start, stop in _classes(x, w, centers):
             values, which, rows, inverse = _block(x, w, labels, normalize, centers, start, stop)
             g = values.sub_(lse[:, None]).exp_().mul_(g_lse[:, None])
             if which is not None:

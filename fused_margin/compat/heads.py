@@ -114,7 +114,23 @@ class _AngularHead(_Head):
         return f"{super().extra_repr()}, easy_margin={self.easy_margin}"
 
 
-class ArcMarginProduct(_AngularHead):
+class _ShortNames(_Head):
+    """Scale and margin by the names of arcface-pytorch."""
+
+    margin: Any
+
+    @property
+    def s(self) -> float:
+        """The scale."""
+        return self.scale
+
+    @property
+    def m(self) -> float:
+        """The margin: radians, or an offset of the cosine."""
+        return self.margin
+
+
+class ArcMarginProduct(_ShortNames, _AngularHead):
     """Of arcface-pytorch and of Kaggle's notebooks: cos(theta) - m sin(m) where theta + m > pi.
 
     Args:
@@ -134,16 +150,6 @@ class ArcMarginProduct(_AngularHead):
         _refusals.label_smoothing(ls_eps)
         super().__init__(out_features, in_features, s, m, easy_margin, **options)
         self.ls_eps = ls_eps
-
-    @property
-    def s(self) -> float:
-        """The scale."""
-        return self.scale
-
-    @property
-    def m(self) -> float:
-        """The margin, radians."""
-        return self.margin
 
 
 class WeSpeakerAAM(_AngularHead):
@@ -186,7 +192,7 @@ class SpeechBrainAAM(_AngularHead):
         super().__init__(out_neurons, input_size, scale, margin, easy_margin, **options)
 
 
-class AddMarginProduct(_Head):
+class AddMarginProduct(_ShortNames):
     """CosFace of arcface-pytorch, and of WeSpeaker with (32, 0.2): cos(theta) - m.
 
     Args:
@@ -208,16 +214,6 @@ class AddMarginProduct(_Head):
     ) -> None:  # fmt: skip
         super().__init__(out_features, in_features, s, **options)
         self.margin = m
-
-    @property
-    def s(self) -> float:
-        """The scale."""
-        return self.scale
-
-    @property
-    def m(self) -> float:
-        """The margin, an offset of the cosine."""
-        return self.margin
 
     def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> margins.Margin:
         """cos(theta) - m."""
