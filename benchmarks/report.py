@@ -32,7 +32,9 @@ edit. Contenders and rules are in [benchmarks/README.md](../benchmarks/README.md
 - Times are medians of rounds that are interleaved in one process.
 - "Memory" is the peak above the inputs and the gradient of the weights, in MiB.
 - "Floor" is, on a CPU, the time of the bare matrix products of these sizes, measured in the same
-  rounds: three for forward + backward, one for forward. On a GPU it is the cost model's.
+  rounds: three for forward + backward, one for forward. Against peers they go by the quickest of
+  torch's routes: whole or in blocks, rows or classes first, oneDNN or MKL; elsewhere by torch.mm.
+  On a GPU the floor is the cost model's.
 - \\* is a softmax cross-entropy without a margin, on normalised inputs times the scale: a lower
   bound of what it would need for the loss.
 """

@@ -112,8 +112,10 @@ def test_report_has_tables_and_charts_of_every_kind(
     ratios = cpu["ratios_of_medians"]
     line = next(line for line in text.splitlines() if line.startswith("| 8 | 200 | 16 |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[4] == f"{ratios['ours_over_products']:.2f}"
-    assert cells[5:8] == [
+    assert cells[4] == f"{ratios['ours_over_quickest']:.2f}"
+    assert cells[5] == f"{ratios['ours_bf16_over_quickest_bf16']:.2f}"
+    assert "The three products, bf16, ms: whole, rows first " in text
+    assert cells[6:9] == [
         f"{ratios['careful_over_ours']:.2f}", "–", f"{ratios['usual_over_ours']:.2f}"
     ]  # fmt: skip
     assert cells[-1] == f"{ratios['ours_over_ours_bf16']:.2f}"
