@@ -5,7 +5,15 @@ ArcFace, CosFace, AdaCos, AdaFace, MagFace and their kin as drop-in modules
 and as Triton kernels on a GPU. Importing the package never imports Triton.
 """
 
-from fused_margin import _flops, functional, margins, metrics, regularizers, schedules
+from fused_margin import (
+    _flops,
+    functional,
+    margins,
+    metrics,
+    negatives,
+    regularizers,
+    schedules,
+)
 from fused_margin._cpu import empty_cache
 from fused_margin._setup import (
     UnsynchronizedWeightsWarning,
@@ -48,6 +56,7 @@ __all__ = [
     "functional",
     "margins",
     "metrics",
+    "negatives",
     "regularizers",
     "schedules",
     "show_config",

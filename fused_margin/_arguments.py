@@ -11,6 +11,72 @@ from torch import Tensor, dtype
 IGNORED, INVALID = -1, -2
 
 
+class Extras(NamedTuple):
+    """What a sweep makes of the cosines of the other classes, and finds out, beside lse and u.
+
+    Attributes:
+        threshold: tau of each row (eq. 20), (N,), accumulation dtype; None: logits are s c.
+        phi: d, a, b, e, f and l of eq. 20, (6,) fp64, on the device of the rows.
+        nearer: cosine above which another class is nearer than the target, (N,), accumulation
+            dtype; None: nothing is asked about the nearest classes.
+        centers: K rows of W for each class, one after the other, of which that with the largest
+            cosine counts, the first of several. Labels are then rows of W: the nearest of the
+            target's.
+        has_total: whether the sum of the other classes' phi(c) is asked for.
+    """
+
+    threshold: Tensor | None = None
+    phi: Tensor | None = None
+    nearer: Tensor | None = None
+    centers: int = 1
+    has_total: bool = False
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether other logits than s times the cosines of all rows of W enter lse."""
+        return self.threshold is not None or self.centers > 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing beside lse and u to do within the sweep."""
+        return not self.reshapes and self.nearer is None
+
+
+PLAIN = Extras()
+
+
+class Found(NamedTuple):
+    """What `Extras` asked for; without entries where they did not.
+
+    Attributes:
+        total: sum of phi(c) over the other classes, (N,) fp64.
+        class_sum: sum of w_hat over all classes, (D,) fp64, where that is how total was formed.
+        hardest: the nearest other class, (N,) int64. hardest_cosine: its cosine, (N,).
+        rank: how many other classes are nearer than the target, (N,) int64.
+    """
+
+    total: Tensor
+    class_sum: Tensor
+    hardest: Tensor
+    hardest_cosine: Tensor
+    rank: Tensor
+
+    @classmethod
+    def empty(cls, x: Tensor, accumulate: dtype, extras: Extras) -> Found:
+        """Memory for it; N may be symbolic."""
+        num_rows, dim = x.shape
+        of_total = num_rows if extras.has_total else 0
+        of_classes = dim if extras.has_total and not extras.reshapes else 0
+        of_nearest = 0 if extras.nearer is None else num_rows
+        return cls(
+            total=x.new_empty(of_total, dtype=torch.float64),
+            class_sum=x.new_empty(of_classes, dtype=torch.float64),
+            hardest=x.new_empty(of_nearest, dtype=torch.int64),
+            hardest_cosine=x.new_empty(of_nearest, dtype=accumulate),
+            rank=x.new_empty(of_nearest, dtype=torch.int64),
+        )
+
+
 class Inputs(NamedTuple):
     """What a forward starts from, and its backward again.
 
@@ -19,6 +85,7 @@ class Inputs(NamedTuple):
         labels: (N,), any integer dtype; outside [0, C) means no target.
         scale: s > 0. scale_tensor: 0-d, which then counts instead; None if s is a number.
         compute_dtype: the dtype asked for in products.
+        extras: what else is asked for.
     """
 
     x: Tensor
@@ -27,6 +94,7 @@ class Inputs(NamedTuple):
     scale: float
     scale_tensor: Tensor | None
     compute_dtype: dtype
+    extras: Extras = PLAIN
 
 
 class Swept(NamedTuple):
@@ -112,12 +180,14 @@ class Slopes(NamedTuple):
             gradients of lse and u themselves where there is none.
         grad: gradient of the loss, 0-d or (N,). num_counted: 0-d, over what a mean
             was taken.
+        total: gradient of the sum of the other classes' phi(c), (N,).
     """
 
     lse: Tensor
     u: Tensor
     grad: Tensor | None
     num_counted: Tensor | None
+    total: Tensor | None = None
 
 
 class Needs(NamedTuple):

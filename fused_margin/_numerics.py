@@ -52,8 +52,21 @@ def requested_dtype(x: torch.Tensor, w: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
+def largest_logit(phi: torch.Tensor | None) -> float:
+    """A bound of |phi(c)| (eq. 20), 1 where logits are s c; what is left out has none."""
+    if phi is None:
+        return 1.0
+    offset, linear, square, *_ = phi.tolist()
+    if math.isinf(offset):
+        return 1.0
+    return max(1.0, abs(offset) + abs(linear) + abs(square))
+
+
 def needs_shift(scale: float, num_classes: int, accumulate: torch.dtype) -> bool:
     """Whether exp(s cos) has to be taken relative to a maximum.
+
+    Args:
+        scale: the largest |s cos|. num_classes: C. accumulate: the dtype of the exponentials.
 
     |s cos| <= s up to rounding: no shift is needed where e^s times C does not overflow and e^-s
     does not underflow.

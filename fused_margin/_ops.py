@@ -15,10 +15,13 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
-from fused_margin import _cpu, _loans, _transforms, _validate
+from fused_margin import _cpu, _loans, _schemas, _total, _transforms, _validate
 from fused_margin._arguments import (
     IGNORED,
     INVALID,
+    PLAIN,
+    Extras,
+    Found,
     Gradients,
     Inputs,
     Loan,
@@ -32,42 +35,7 @@ from fused_margin.margins import Margin
 
 Tensor = torch.Tensor
 
-# `numbers` is what Python floats become, fp64 on the CPU: the scale and, in ``margin_ce``, the four
-# coefficients of the margin. As `float` arguments they would be constants of a compiled graph;
-# so would integers, were they not `SymInt`.
-_lib = torch.library.Library("fused_margin", "DEF")
-_lib.define(
-    "check_labels(Tensor labels, int num_classes, SymInt ignore_index) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_lib.define(
-    "cosine_lse(Tensor x, Tensor w, Tensor labels, Tensor numbers, Tensor? scale_tensor,"
-    " ScalarType compute_dtype, str backend, SymInt budget)"
-    " -> (Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_lib.define(
-    "margin_ce(Tensor x, Tensor w, Tensor labels, Tensor numbers, bool straight_through,"
-    " str reduction, SymInt ignore_index, ScalarType compute_dtype, str backend, SymInt budget)"
-    " -> (Tensor loss, Tensor slope_lse, Tensor slope_u, Tensor num_counted, Tensor targets,"
-    " Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_lib.define(
-    "cosine_lse_backward(Tensor slope_lse, Tensor slope_u, Tensor? grad, Tensor? num_counted,"
-    " Tensor x, Tensor w, Tensor labels, Tensor numbers, Tensor? scale_tensor,"
-    " ScalarType compute_dtype, str backend, Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w,"
-    " Tensor kept, bool need_x, bool need_w, bool need_scale)"
-    " -> (Tensor d_x, Tensor d_w, Tensor d_scale)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_ops = torch.ops.fused_margin
-
-
-def _triton():
-    from fused_margin._triton import launch
-
-    return launch
+_ops, _lib, _triton = _schemas.ops, _schemas.lib, _schemas.triton
 
 
 # --- check_labels ---------------------------------------------------------------------------------
@@ -84,11 +52,6 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor
 
 # plain PyTorch, for any device that the reference may run on
 _lib.impl("check_labels", _check_labels, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fused_margin::check_labels", lib=_lib)
-def _(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    return labels.new_empty(labels.shape, dtype=torch.int64)
 
 
 # --- cosine_lse -----------------------------------------------------------------------------------
@@ -113,56 +76,49 @@ def _problem(
     inputs: Inputs, labels: Tensor, targets: _cpu.Targets, ignored: Tensor | None
 ) -> _cpu.Problem:
     """What the CPU backend starts from; ``labels`` (N,) int64."""
-    x, w, _, scale, scale_tensor, compute_dtype = inputs
+    x, w, _, scale, scale_tensor, compute_dtype, extras = inputs
     if scale_tensor is not None:
         scale = _scale_value(scale_tensor)
     return _cpu.Problem(
-        x, w, labels, targets, ignored, scale, compute_dtype, accumulation_dtype(x, w)
+        x, w, labels, targets, ignored, scale, compute_dtype, accumulation_dtype(x, w), extras
     )
 
 
+def _inputs(
+    x: Tensor, w: Tensor, labels: Tensor, numbers: Tensor, scale_tensor: Tensor | None,
+    threshold: Tensor | None, phi: Tensor | None, nearer: Tensor | None, centers: int,
+    has_total: bool, compute_dtype: torch.dtype,
+) -> Inputs:  # fmt: skip
+    """The operator's arguments under their names."""
+    extras = Extras(threshold, phi, nearer, centers, has_total)
+    return Inputs(x, w, labels, numbers.tolist()[0], scale_tensor, compute_dtype, extras)
+
+
 def _cosine_lse(
-    x: Tensor,
-    w: Tensor,
-    labels: Tensor,
-    numbers: Tensor,
-    scale_tensor: Tensor | None,
-    compute_dtype: torch.dtype,
-    backend: str,
-    budget: int,
-    lends_for: Needs | None = None,
-) -> tuple[Swept, Loan | None]:
-    """lse, u and what the backward needs.
+    inputs: Inputs, backend: str, budget: int, lends_for: Needs | None = None
+) -> tuple[Swept, Found, Loan | None]:
+    """lse, u, what the backward needs, and what `Extras` ask for.
 
     Args:
-        x, w, labels, numbers, scale_tensor, compute_dtype, backend, budget: as the operator's.
+        inputs: what to sweep over. backend, budget: as the operator's.
         lends_for: the gradients that a backward will be asked for, if d_w may be lent.
     """
-    (scale,) = numbers.tolist()
-    inputs = Inputs(x, w, labels, scale, scale_tensor, compute_dtype)
+    x, w, labels, scale_tensor = inputs.x, inputs.w, inputs.labels, inputs.scale_tensor
     if backend == "triton":
         if scale_tensor is not None and scale_tensor.device.type == "cpu":
             _scale_value(scale_tensor)
-        return _triton().cosine_lse(inputs, budget, lends_for)
-    with _plain_numbers():
-        labels = labels.long()
-        targets = _cpu.find_targets(labels, w.shape[0])
-        return _cpu.forward(_problem(inputs, labels, targets, None), budget, lends_for)
-
-
-def _fake_swept(
-    x: Tensor, w: Tensor, compute_dtype: torch.dtype, backend: str, budget: int
-) -> Swept:
-    if backend == "triton":
-        shape = _triton().kept_shape(x, w, compute_dtype, budget)
+        swept, found, loan = _triton().cosine_lse(inputs, budget, lends_for)
     else:
-        shape = (_cpu.kept_bytes(x, w, budget),)
-    return Swept.empty(x, w, accumulation_dtype(x, w), shape)
-
-
-@torch.library.register_fake("fused_margin::cosine_lse", lib=_lib)
-def _(x, w, labels, numbers, scale_tensor, compute_dtype, backend, budget):
-    return _fake_swept(x, w, compute_dtype, backend, budget)
+        with _plain_numbers():
+            labels = labels.long()
+            targets = _cpu.find_targets(labels, w.shape[0])
+            problem = _problem(inputs, labels, targets, None)
+            swept, found, loan = _cpu.forward(problem, budget, lends_for)
+    if inputs.extras.has_total and not inputs.extras.reshapes:
+        with torch.autocast(x.device.type, enabled=False):
+            omega = _total.class_sum(w, swept.inv_w)
+            found = found._replace(class_sum=omega, total=_total.of_others(omega, x, swept.u))
+    return swept, found, loan
 
 
 # --- margin_ce ------------------------------------------------------------------------------------
@@ -211,7 +167,7 @@ def _margin_ce_on_cpu(
         targets = _cpu.find_targets(labels, num_classes)
         count -= int(ignored.sum())
     problem = _problem(inputs, labels, targets, ignored)
-    swept, loan = _cpu.forward(problem, budget, lends_for)
+    swept, _, loan = _cpu.forward(problem, budget, lends_for)
     found = _cpu.losses(swept.lse, swept.u, ignored, inputs.scale, margin)
     loss = found.loss
     if reduction != "none":
@@ -227,13 +183,6 @@ def _margin_ce_on_cpu(
     return losses, swept, loan
 
 
-@torch.library.register_fake("fused_margin::margin_ce", lib=_lib)
-def _(x, w, labels, numbers, straight_through, reduction, ignore_index, compute_dtype, backend,
-      budget):  # fmt: skip
-    losses = Losses.empty(x, accumulation_dtype(x, w), is_reduced=reduction != "none")
-    return losses + _fake_swept(x, w, compute_dtype, backend, budget)
-
-
 # --- backward -------------------------------------------------------------------------------------
 
 
@@ -244,61 +193,57 @@ class _Saved(NamedTuple):
     w: Tensor
     labels: Tensor
     numbers: Tensor
-    scale_tensor: Tensor | None
+    scale_tensor: Tensor | None = None
+    threshold: Tensor | None = None
+    phi: Tensor | None = None
+    nearer: Tensor | None = None
 
 
 class _Settings(NamedTuple):
     """What else the backward has to know of a call."""
 
+    centers: int
+    has_total: bool
     compute_dtype: torch.dtype
     backend: str
     needs: Needs
 
 
 def _differentiate(
-    slopes: Slopes, saved: _Saved, swept: Swept, settings: _Settings, loan: Loan | None
-) -> Gradients:
+    slopes: Slopes, saved: _Saved, swept: Swept, omega: Tensor | None, settings: _Settings,
+    loan: Loan | None,
+) -> Gradients:  # fmt: skip
     """The gradients that are needed; d_w in the memory of ``loan``, if there is one."""
-    x, w, labels, numbers, scale_tensor = saved
-    compute_dtype, backend, needs = settings
-    inputs = Inputs(x, w, labels, numbers.tolist()[0], scale_tensor, compute_dtype)
+    centers, has_total, compute_dtype, backend, needs = settings
+    extras = Extras(saved.threshold, saved.phi, saved.nearer, centers, has_total)
+    inputs = _inputs(*saved[:5], *extras, compute_dtype)
+    g_total = None
+    if slopes.total is not None and omega is not None:
+        # of all classes, and not of the target
+        g_total, slopes = slopes.total, slopes._replace(u=slopes.u - slopes.total, total=None)
     if backend == "triton":
         gradients = _triton().backward(slopes, inputs, swept, needs, loan)
     else:
         with _plain_numbers():
             gradients = _backward_on_cpu(slopes, inputs, swept, needs, loan)
-    d_scale = gradients.scale
+    if g_total is not None and omega is not None:
+        with torch.autocast(inputs.x.device.type, enabled=False):
+            _total.add_gradients(gradients, g_total, omega, inputs.x, inputs.w, swept.inv_w)
+    d_scale, scale_tensor = gradients.scale, saved.scale_tensor
     if d_scale is not None and scale_tensor is not None:
         d_scale = d_scale.to(scale_tensor.dtype).reshape(scale_tensor.shape)
     return gradients._replace(scale=d_scale)
 
 
-def _backward(
-    slope_lse: Tensor,
-    slope_u: Tensor,
-    grad: Tensor | None,
-    num_counted: Tensor | None,
-    x: Tensor,
-    w: Tensor,
-    labels: Tensor,
-    numbers: Tensor,
-    scale_tensor: Tensor | None,
-    compute_dtype: torch.dtype,
-    backend: str,
-    lse: Tensor,
-    u: Tensor,
-    inv_x: Tensor,
-    inv_w: Tensor,
-    kept: Tensor,
-    need_x: bool,
-    need_w: bool,
-    need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    saved = _Saved(x, w, labels, numbers, scale_tensor)
-    settings = _Settings(compute_dtype, backend, Needs(need_x, need_w, need_scale))
-    slopes = Slopes(slope_lse, slope_u, grad, num_counted)
-    swept = Swept(lse, u, inv_x, inv_w, kept)
-    d_x, d_w, d_scale = _differentiate(slopes, saved, swept, settings, None)
+def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator, by whose schema its arguments come."""
+    slopes, saved, swept, needs = args[:5], args[5:13], args[17:22], args[23:]
+    settings: Any = (*args[13:17], Needs(*needs))
+    saved, omega = _Saved(*saved), args[22]
+    d_x, d_w, d_scale = _differentiate(
+        Slopes(*slopes), saved, Swept(*swept), omega, _Settings(*settings), None
+    )
+    x, w, scale_tensor = saved.x, saved.w, saved.scale_tensor
     like_scale = x if scale_tensor is None else scale_tensor
     # an operator returns tensors only: an empty one for what isn't needed
     return (
@@ -319,21 +264,11 @@ def _backward_on_cpu(
     return _cpu.backward(_cpu.chain(slopes, ignored), problem, swept, needs, loan)
 
 
-@torch.library.register_fake("fused_margin::cosine_lse_backward", lib=_lib)
-def _(slope_lse, slope_u, grad, num_counted, x, w, labels, numbers, scale_tensor, compute_dtype,
-      backend, lse, u, inv_x, inv_w, kept, need_x, need_w, need_scale):  # fmt: skip
-    like_scale = x if scale_tensor is None else scale_tensor
-    return (
-        x.new_empty(x.shape if need_x else (0,)),
-        w.new_empty(w.shape if need_w else (0,)),
-        like_scale.new_empty(like_scale.shape if need_scale else (0,)),
-    )
-
-
 def _cosine_lse_operator(*args: Any) -> tuple[Tensor, ...]:
     """As an operator, which lends nothing."""
-    swept, _ = _cosine_lse(*args)
-    return tuple(swept)
+    *inputs, backend, budget = args
+    swept, found, _ = _cosine_lse(_inputs(*inputs), backend, budget)
+    return swept + found
 
 
 def _margin_ce_operator(*args: Any) -> tuple[Tensor, ...]:
@@ -377,21 +312,23 @@ def _lends_for(w: Tensor, needs: Needs) -> Needs | None:
     return needs if needs.w and _loans.may_lend(w) else None
 
 
-def _gradients(slopes: Slopes, saved: _Saved, swept: Swept, ctx: Any) -> tuple[Tensor | None, ...]:
+def _gradients(
+    slopes: Slopes, saved: _Saved, swept: Swept, omega: Tensor | None, ctx: Any
+) -> tuple[Tensor | None, ...]:
     """d_x, d_w and d_scale, None where they are not needed."""
-    compute_dtype, backend, needs = ctx.settings
+    *flags, needs = ctx.settings
     if ctx.loan is not None:  # an output as long as it is without a loan, with nothing in it
         nothing = swept.kept.new_empty((0, *swept.kept.shape[1:]))
         swept = swept._replace(kept=nothing)
-    args: tuple[Any, ...] = (*slopes, *saved, compute_dtype, backend, *swept, *needs)
-    incoming = slopes.lse, slopes.u, slopes.grad
+    args: tuple[Any, ...] = (*slopes, *saved, *flags, *swept, omega, *needs)
+    incoming = slopes.lse, slopes.u, slopes.grad, slopes.total
     if torch.is_grad_enabled() or _transforms.is_transformed(*incoming):
         # with create_graph, or a tangent: to be refused
         gradients = _ops.cosine_lse_backward.default(*args)
     elif _is_unobserved(saved.x, saved.w) and not _transforms.is_batched(*incoming):
         with _named("cosine_lse_backward"):
             loan = _loans.take(ctx, saved.w)
-            return _differentiate(slopes, saved, swept, ctx.settings, loan)
+            return _differentiate(slopes, saved, swept, omega, ctx.settings, loan)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             gradients = _ops.cosine_lse_backward.default(*args)
@@ -403,40 +340,47 @@ def _gradients(slopes: Slopes, saved: _Saved, swept: Swept, ctx: Any) -> tuple[T
 
 class _CosineLse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w, labels, numbers, scale_tensor, compute_dtype, backend, budget):
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, backend, budget = args
+        x, w, _, _, _, threshold, phi, nearer, *flags = inputs
         needs_x, needs_w, _, _, needs_scale, *_ = ctx.needs_input_grad
-        needs = Needs(needs_x, needs_w, needs_scale)
-        args = x, w, labels, numbers, scale_tensor, compute_dtype, backend, budget
-        loan = None
+        needs, loan = Needs(needs_x, needs_w, needs_scale), None
         if _is_unobserved(x, w):
             with _named("cosine_lse"):
-                swept, loan = _cosine_lse(*args, lends_for=_lends_for(w, needs))
+                swept, found, loan = _cosine_lse(
+                    _inputs(*inputs), backend, budget, _lends_for(w, needs)
+                )
+            outputs = swept + found
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                swept = Swept(*_ops.cosine_lse.default(*args))
+                outputs = _ops.cosine_lse.default(*args)
         _loans.lend(ctx, w, loan)
-        ctx.save_for_backward(x, w, labels, numbers, scale_tensor, *swept)
-        ctx.mark_non_differentiable(swept.inv_x, swept.inv_w, swept.kept)
+        swept, found = Swept(*outputs[:5]), Found(*outputs[5:])
+        has_omega = flags[1] and threshold is None and flags[0] == 1
+        omega = found.class_sum if has_omega else None
+        ctx.save_for_backward(*inputs[:5], threshold, phi, nearer, *swept, omega)
+        ctx.mark_non_differentiable(
+            swept.inv_x, swept.inv_w, swept.kept, found.class_sum, found.hardest,
+            found.hardest_cosine, found.rank,
+        )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.settings = _Settings(compute_dtype, backend, needs)
-        return tuple(swept)
+        settings: Any = (*flags, backend, needs)
+        ctx.settings = _Settings(*settings)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        g_lse, g_u, *_ = grad_outputs
-        if g_lse is None and g_u is None:
-            return (None,) * 8
-        x, w, labels, numbers, scale_tensor, *rest = ctx.saved_tensors
-        swept = Swept(*rest)
+        g_lse, g_u, g_total = grad_outputs[0], grad_outputs[1], grad_outputs[5]
+        if g_lse is None and g_u is None and g_total is None:
+            return (None,) * 13
+        *saved, lse, u, inv_x, inv_w, kept, omega = ctx.saved_tensors
+        swept = Swept(lse, u, inv_x, inv_w, kept)
         g_lse = torch.zeros_like(swept.lse) if g_lse is None else g_lse
         g_u = torch.zeros_like(swept.u) if g_u is None else g_u
         d_x, d_w, d_scale = _gradients(
-            Slopes(g_lse, g_u, None, None),
-            _Saved(x, w, labels, numbers, scale_tensor),
-            swept,
-            ctx,
+            Slopes(g_lse, g_u, None, None, g_total), _Saved(*saved), swept, omega, ctx
         )
-        return d_x, d_w, None, None, d_scale, None, None, None
+        return d_x, d_w, None, None, d_scale, *(None,) * 8
 
 
 def _record_margin_ce(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -456,7 +400,7 @@ def _record_margin_ce(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
     num_counted = num_counted if reduction == "mean" else None
     ctx.save_for_backward(x, w, targets, numbers, slope_lse, slope_u, num_counted, *swept)
     ctx.set_materialize_grads(False)
-    ctx.settings = _Settings(compute_dtype, backend, needs)
+    ctx.settings = _Settings(1, False, compute_dtype, backend, needs)
     return outputs
 
 
@@ -474,11 +418,9 @@ class _MarginCe(torch.autograd.Function):
             return (None,) * 10
         x, w, targets, numbers, slope_lse, slope_u, num_counted, *swept = ctx.saved_tensors
         d_x, d_w, _ = _gradients(
-            Slopes(slope_lse, slope_u, grad, num_counted),
-            _Saved(x, w, targets, numbers, None),
-            Swept(*swept),
-            ctx,
-        )
+            Slopes(slope_lse, slope_u, grad, num_counted), _Saved(x, w, targets, numbers),
+            Swept(*swept), None, ctx,
+        )  # fmt: skip
         return d_x, d_w, *(None,) * 8
 
 
@@ -546,17 +488,18 @@ def cosine_lse(
     compute_dtype: torch.dtype,
     backend: str,
     memory_budget: int | None,
-) -> tuple[Tensor, Tensor]:
-    """lse and u, (N,) fp64, by the ``cosine_lse`` operator.
+    extras: Extras = PLAIN,
+) -> tuple[Tensor, Tensor, Found]:
+    """lse and u, (N,) fp64, and what ``extras`` ask for, by the ``cosine_lse`` operator.
 
-    Differentiable in x, w and a tensor scale.
+    Differentiable in x, w and a tensor scale, as is the total.
     """
     value, tensor = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
-    lse, u, *_ = _ops.cosine_lse.default(
-        x, w, labels, _numbers(value), tensor, compute_dtype, backend,
+    lse, u, _, _, _, *found = _ops.cosine_lse.default(
+        x, w, labels, _numbers(value), tensor, *extras, compute_dtype, backend,
         _budget(memory_budget, x, w, tensor),
     )  # fmt: skip
-    return lse, u
+    return lse, u, Found(*found)
 
 
 def margin_ce(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from fused_margin import _transforms, _validate
+from fused_margin._arguments import PLAIN, Extras, Found
 from fused_margin._numerics import NORM_EPS, accumulation_dtype, shrinkage, sum_dtype
 from fused_margin.margins import clamp_cosine
 
@@ -27,33 +28,77 @@ def normalize(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def cosine_lse(
-    x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor, scale: float | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor,
+    w: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float | torch.Tensor,
+    extras: Extras = PLAIN,
+) -> tuple[torch.Tensor, torch.Tensor, Found]:
     """Log-sum-exp over the non-target classes (eq. 2) and target cosine (eq. 1).
 
     Args:
-        x: (N, D). w: (C, D). labels: (N,) integer; outside [0, C) means no target.
+        x: (N, D). w: (C K, D), K rows for each class.
+        labels: (N,) integer, rows of w; outside [0, C K) means no target.
         scale: s, float or 0-d tensor.
+        extras: K, and what else is asked for.
 
     Returns:
         lse (N,) in the accumulation dtype, and u (N,) within [-1, 1] in `sum_dtype`; differentiable
-        any number of times.
+        any number of times, as is the total of what else was found.
     """
     dtype = accumulation_dtype(x, w)
     if isinstance(scale, torch.Tensor) and _transforms.is_readable(scale):
         _validate.positive_scale(scale.detach().item())
     with torch.autocast(x.device.type, enabled=False):
         x, w = x.to(dtype), w.to(dtype)
-        num_classes = w.shape[0]
+        num_classes = w.shape[0] // extras.centers
         labels = labels.long()
-        has_target = (labels >= 0) & (labels < num_classes)  # (N,)
+        has_target = (labels >= 0) & (labels < w.shape[0])  # (N,)
         target = labels.where(has_target, 0)
         wide = sum_dtype(x, w)
         u = (normalize(x, wide) * normalize(w[target], wide)).sum(dim=1)
         u = clamp_cosine(u).where(has_target, 0.0)
         classes = torch.arange(num_classes, device=x.device)
-        is_target = classes[None, :] == labels[:, None]  # (N, C)
-        logits = scale * (normalize(x, dtype) @ normalize(w, dtype).t())
+        own = labels.where(has_target, -1).div(extras.centers, rounding_mode="floor")
+        is_target = classes[None, :] == own[:, None]  # (N, C)
+        cosines = normalize(x, dtype) @ normalize(w, dtype).t()
+        if extras.centers > 1:
+            of_class = cosines.view(x.shape[0], num_classes, extras.centers)
+            first = of_class.detach().argmax(dim=2, keepdim=True)  # of equal ones the first
+            cosines = of_class.gather(2, first)[:, :, 0]
+        found = _found(cosines, is_target, extras, x)
+        phi = cosines
+        if extras.threshold is not None and extras.phi is not None:
+            phi = _reshaped(cosines, extras.threshold, extras.phi)
+        if extras.has_total:
+            # what is left out of the softmax is left out of the sum
+            is_in = ~is_target & ~phi.isneginf()
+            found = found._replace(total=phi.masked_fill(~is_in, 0.0).sum(dim=1).to(wide))
+        logits = scale * phi
         if num_classes == 1:  # a sum over no class, whose derivative logsumexp would make NaN
-            return logits[:, 0].masked_fill(has_target, -float("inf")), u
-        return logits.masked_fill(is_target, -float("inf")).logsumexp(dim=1), u
+            return logits[:, 0].masked_fill(has_target, -float("inf")), u, found
+        return logits.masked_fill(is_target, -float("inf")).logsumexp(dim=1), u, found
+
+
+def _reshaped(cosines: torch.Tensor, threshold: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
+    """phi of cosines (N, C) (eq. 20), whose gradient is its slope."""
+    offset, linear, square, slope, slope_linear, below = phi.to(cosines.dtype)
+    is_above = cosines > threshold.to(cosines.dtype)[:, None]
+    fixed = cosines.detach()
+    # a parabola in c whose derivative at c is e + f c, and whose value there is phi(c)
+    value = offset + fixed * (linear + square * fixed)
+    tangent = slope * (cosines - fixed) + 0.5 * slope_linear * (cosines.square() - fixed.square())
+    return torch.where(is_above, value + tangent, below * cosines)
+
+
+def _found(
+    cosines: torch.Tensor, is_target: torch.Tensor, extras: Extras, x: torch.Tensor
+) -> Found:
+    """The nearest other class of each row, and how many are nearer than the target."""
+    found = Found.empty(x, cosines.dtype, extras)
+    if extras.nearer is None:
+        return found
+    others = cosines.detach().masked_fill(is_target, -float("inf"))
+    nearest = others.max(dim=1)
+    rank = (others > extras.nearer[:, None]).sum(dim=1)
+    return found._replace(hardest=nearest.indices, hardest_cosine=nearest.values, rank=rank)

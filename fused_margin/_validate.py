@@ -496,6 +496,40 @@ def memory_budget(value: int | None) -> int | None:
     return min(value, 2**63 - 1)  # what the operator's schema holds
 
 
+def flag(name: str, value: Any) -> bool:
+    """Check True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+    return value
+
+
+def smoothing(value: Any) -> float:
+    """Check what label smoothing takes from the target: in [0, 1]."""
+    return between("label_smoothing", value, 0.0, 1.0)
+
+
+def negatives(value: Any) -> Any:
+    """Check what becomes of other classes: None, or one of `fused_margin.negatives`."""
+    if value is not None and not hasattr(value, "thresholds"):
+        raise TypeError(
+            "negatives must be one of fused_margin.negatives, as"
+            f" fm.negatives.filtered(0.4), or None, got {_shown(value)}"
+        )
+    return value
+
+
+def centers(num_rows: int, sub_centers: int) -> int:
+    """The number of classes that so many rows of weights make."""
+    if sub_centers == 1:
+        return num_rows
+    if num_rows % sub_centers or num_rows < 2 * sub_centers:
+        raise ValueError(
+            f"weight must have sub_centers = {sub_centers} rows for each of at least two classes,"
+            f" one class after the other, got {known(num_rows)} rows"
+        )
+    return num_rows // sub_centers
+
+
 def fixed_adacos_classes(num_classes: int) -> int:
     """Check that sqrt(2) ln(C - 1) is positive."""
     num_classes = _integer("num_classes", num_classes)

@@ -73,11 +73,7 @@ focal_gamma = functools.partial(_validate.optional, "focal_gamma")
 focal_alpha = functools.partial(_validate.optional, "focal_alpha")
 
 
-def flag(name: str, value: Any) -> bool:
-    """Check True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {_validate._shown(value)}")
-    return value
+flag = _validate.flag
 
 
 def generator(value: Any) -> torch.Generator | None:

@@ -38,7 +38,10 @@ class Prediction(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """How the target of each row stands among the classes; ignored rows are left out: N' of N.
+    """How the target of each row stands among the classes.
+
+    From `evaluate` ignored rows are left out, N' of N. From a loss that was asked with
+    ``return_stats=True`` they are there: -1, NaN for cosines.
 
     Attributes:
         target_cosine: u (eq. 1), (N',).
@@ -54,7 +57,9 @@ class Evaluation(NamedTuple):
     def accuracy(self, k: int = 1) -> Tensor:
         """Share of the rows whose target is among their k nearest classes, 0-d; NaN of no rows."""
         k = _validate.size("k", k, 1)
-        return (self.rank < k).to(self.target_cosine.dtype).mean()
+        is_counted = self.rank >= 0
+        is_right = is_counted & (self.rank < k)
+        return is_right.sum().to(self.target_cosine.dtype) / is_counted.sum()
 
 
 def _cosines(embeddings: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -6,19 +6,20 @@ backward has one product left, and no more memory is taken than without. With s 
 
     Q_kn = 2^z_kn / ||w_k||, 0 at the targets,      v = Q^T W,      f_n = a_n 2^(-log2(e) lse_n)
 
-and G_nk = f_n Q_kn ||w_k|| for k != y_n (eq. 7 of ``docs/math.md``).
+and G_nk = f_n Q_kn ||w_k|| for k != y_n (eq. 7 of ``docs/math.md``). Where z is s log2(e) phi(cos),
+Q has the slope of phi as a factor (eq. 20).
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from fused_margin._arguments import TAKEN, Gradients, Loan, Needs, Swept
+from fused_margin._arguments import TAKEN, Found, Gradients, Loan, Needs, Swept
 from fused_margin._cpu.memory import gradient_memory, kept_memory
+from fused_margin._cpu.others import Nearest, bound
 from fused_margin._cpu.products import product_dtype
 from fused_margin._cpu.rows import (
     Problem,
@@ -47,15 +48,22 @@ EFFICIENT_BLOCK = 4096
 FAR = 60
 
 
-def fits(problem: Problem) -> bool:
-    """Whether the exponentials need no shift, and a row may have any other class."""
-    num_classes = problem.w.shape[0]
-    return num_classes > 1 and not needs_shift(problem.scale, num_classes, problem.accumulate)
+def fits(problem: Problem, needs: Needs) -> bool:
+    """Whether the exponentials need no shift, a row may have any other class, and f is enough.
+
+    It isn't for the sum of phi(c), nor for d_scale where phi is another function than c.
+    """
+    extras, num_classes = problem.extras, problem.w.shape[0]
+    if extras.reshapes and (extras.has_total or needs.scale):
+        return False
+    has_others = num_classes > extras.centers
+    return has_others and not needs_shift(bound(problem), num_classes, problem.accumulate)
 
 
 def classes_per_block(problem: Problem) -> int:
-    """Classes in a block."""
-    return block_size(*problem.sizes, problem.accumulate.itemsize, EFFICIENT_BLOCK)
+    """Rows of W in a block."""
+    centers = problem.extras.centers
+    return block_size(problem.sizes, problem.accumulate.itemsize, centers, EFFICIENT_BLOCK)
 
 
 def lent_classes(problem: Problem) -> int:
@@ -127,7 +135,7 @@ class _Store:
 
 def forward(
     problem: Problem, num_bytes: int, needs: Needs, num_outputs: int = 0
-) -> tuple[Swept, Loan]:
+) -> tuple[Swept, Found, Loan]:
     """lse and u (eq. 1, 2), the memory of d_w with Q, and v where it is needed.
 
     Args:
@@ -144,17 +152,18 @@ def forward(
     store, sweep = _Store(problem, d_w, more), Sweep(problem, x.rows, classes_per_block(problem))
     of_x = EmbeddingsSum(sweep, x.rows) if needs.x or needs.scale else None
     total = torch.zeros(num_rows, dtype=torch.float64, device="cpu")
+    nearest = Nearest(problem, sweep.work)
     for block in sweep.blocks(inv_w, is_first=True):
-        e = _exponentials(sweep, block)
+        e, slopes = _exponentials(sweep, block, nearest)
         total += e.sum(dim=0)
-        q = _divided(sweep, block, e, store.of(block))
+        q = _divided(sweep, block, e, slopes, store.of(block))
         if of_x is not None:
             of_x.add(block, q)
     u = target_cosines(x, problem.w, problem.targets)
     # as long as what is kept without a loan, for `torch.vmap`, which stacks outputs
     nothing = torch.empty(1, dtype=torch.uint8, device="cpu").expand(num_outputs)
     swept = Swept(total.log_(), u, x.inverse, inv_w, nothing)
-    return swept, Loan(d_w, Left(more, None if of_x is None else of_x.v))
+    return swept, nearest.result(), Loan(d_w, Left(more, None if of_x is None else of_x.v))
 
 
 def held_classes(problem: Problem, num_bytes: int) -> tuple[int, int]:
@@ -176,15 +185,20 @@ def _more(problem: Problem, num_bytes: int) -> torch.Tensor:
     return kept_memory.empty(further * problem.x.shape[0] * itemsize, dtype=torch.uint8)
 
 
-def _exponentials(sweep: Sweep, block: Block) -> torch.Tensor:
-    """2^z, 0 at the targets, (B, N), in the block's work."""
+def _exponentials(
+    sweep: Sweep, block: Block, nearest: Nearest | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """2^z, 0 where left out, (B, N), in the block's work, and the slopes of phi if not 1."""
     product = sweep.product[: block.stop - block.start]
     # what is formed in memory of its own is gone before anything else is formed
     z = torch.mul(
         sweep.widen(sweep.multiply(block, product)), block.weight.inverse[:, None], out=block.work
     )
-    z[block.targets, block.rows] = -math.inf
-    return z.exp2_()
+    sweep.others.leave_out(z, block.targets, block.rows)
+    if nearest is not None:
+        nearest.look(z, block.start)
+    slopes = sweep.others.shape(z)
+    return z.exp2_(), slopes
 
 
 def _buffer(sweep: Sweep, block: Block) -> torch.Tensor:
@@ -195,10 +209,16 @@ def _buffer(sweep: Sweep, block: Block) -> torch.Tensor:
 
 
 def _divided(
-    sweep: Sweep, block: Block, e: torch.Tensor, out: torch.Tensor | None = None
+    sweep: Sweep,
+    block: Block,
+    e: torch.Tensor,
+    slopes: torch.Tensor | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Q of the block, (B, N) in the product dtype, where it is to lie, or in a buffer."""
     out = _buffer(sweep, block) if out is None else out
+    if slopes is not None:
+        e.mul_(slopes)
     return torch.mul(e, block.weight.inverse[:, None], out=out)
 
 
@@ -206,11 +226,13 @@ def backward(
     g: RowGradients, problem: Problem, swept: Swept, loan: Loan, needs: Needs
 ) -> Gradients:
     """Vector-Jacobian product of `forward` (eq. 7 to 9), over what that has left in the loan."""
-    d_w, left = forward(problem, 0, needs)[1] if loan is TAKEN else loan
+    d_w, left = forward(problem, 0, needs)[2] if loan is TAKEN else loan
     x = shrink_huge(embeddings(problem), swept.inv_x)
     inv_x = x.inverse.double().numpy()
     of_target = rounded(g.u * inv_x, problem.accumulate)
     a, decay = g.lse * problem.scale * inv_x, np.exp(-swept.lse.numpy())
+    if problem.extras.reshapes:  # where all other classes are left out
+        decay[np.isinf(decay)] = 0.0
     store = _Store(problem, d_w, left.more)
     _write_weight_gradient(d_w, store, a * decay, of_target, x, problem, swept.inv_w)
     d_x = d_scale = None
@@ -235,7 +257,7 @@ def _write_weight_gradient(
     for block in sweep.blocks(inv_w, is_first=False):
         q = store.of(block)
         if q is None:
-            q = _divided(sweep, block, _exponentials(sweep, block))
+            q = _divided(sweep, block, *_exponentials(sweep, block))
         elif store.is_overwritten(block):
             q = _buffer(sweep, block).copy_(q)
         tangent = of_w.tangent(block, q)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fused_margin._arguments import Gradients, Loan, Needs, Swept
+from fused_margin._arguments import PLAIN, Extras, Found, Gradients, Loan, Needs, Swept
 from fused_margin._cpu import ahead, single, sweep, tiny
 from fused_margin._cpu.products import product_dtype
 from fused_margin._cpu.rows import Problem, RowGradients
@@ -24,6 +24,8 @@ LARGER_BLOCKS = 24 << 20
 # Products of a class take as long as a row of d_w in passes over them if they are that many times
 # fewer.
 ROWS_FOR_AHEAD = 4
+# What most steps ask for.
+WEIGHTS_TOO = Needs(x=True, w=True, scale=False)
 
 
 def kept_bytes(x: torch.Tensor, w: torch.Tensor, budget: int) -> Any:
@@ -45,43 +47,48 @@ def kept_bytes(x: torch.Tensor, w: torch.Tensor, budget: int) -> Any:
 
 
 def kept_classes(
-    x: torch.Tensor, w: torch.Tensor, compute_dtype: torch.dtype, num_bytes: int
+    x: torch.Tensor,
+    w: torch.Tensor,
+    compute_dtype: torch.dtype,
+    num_bytes: int,
+    extras: Extras = PLAIN,
 ) -> int:
-    """How many classes' products ``num_bytes`` hold: all, or those of whole blocks."""
+    """Of how many rows of W ``num_bytes`` hold the products: all, or those of whole blocks."""
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     accumulate = accumulation_dtype(x, w)
-    if single.fits(num_rows, num_classes, dim):
+    if extras.is_plain and single.fits(num_rows, num_classes, dim):
         needed = num_rows * num_classes * accumulate.itemsize
         return num_classes if needed <= num_bytes else 0
     bytes_per_class = num_rows * product_dtype(compute_dtype, accumulate).itemsize
     if num_classes * bytes_per_class <= num_bytes:
         return num_classes
-    size = sweep.block_size(num_rows, num_classes, dim, accumulate.itemsize)
+    sizes = num_rows, num_classes, dim
+    size = sweep.block_size(sizes, accumulate.itemsize, extras.centers)
     return num_bytes // (bytes_per_class * size) * size
 
 
 def _way(problem: Problem) -> ModuleType:
     num_rows, num_classes, dim = problem.sizes
-    if not single.fits(num_rows, num_classes, dim):
+    if not (problem.extras.is_plain and single.fits(num_rows, num_classes, dim)):
         return sweep
     return tiny if tiny.fits(problem) else single
 
 
-def runs_ahead(problem: Problem, num_kept: int) -> bool:
+def runs_ahead(problem: Problem, num_kept: int, needs: Needs = WEIGHTS_TOO) -> bool:
     """Whether the backward is done ahead, in the memory of d_w, if that may be lent.
 
     Not where all products are kept anyway and are so few a class that a pass over them costs less
     than one over a row of d_w.
     """
     num_rows, num_classes, dim = problem.sizes
-    if _way(problem) is not sweep or not ahead.fits(problem):
+    if _way(problem) is not sweep or not ahead.fits(problem, needs):
         return False
     return num_kept < num_classes or ROWS_FOR_AHEAD * num_rows > dim
 
 
 def forward(
     problem: Problem, budget: int, lends_for: Needs | None = None
-) -> tuple[Swept, Loan | None]:
+) -> tuple[Swept, Found, Loan | None]:
     """lse, u, the inverse norms, and up to ``budget`` bytes for a backward, as `kept_bytes` has it.
 
     Raises nothing: labels outside [0, C) mean "no target".
@@ -90,19 +97,34 @@ def forward(
         problem: what to sweep over.
         budget: see `kept_bytes`.
         lends_for: the gradients that will be asked for, d_w among them, if it may be lent.
+
+    Returns:
+        those, what `problem.extras` asked for, and a loan if there is one.
     """
-    num_bytes = kept_bytes(problem.x, problem.w, budget)
-    num_kept = kept_classes(problem.x, problem.w, problem.compute_dtype, num_bytes)
-    if lends_for is not None and runs_ahead(problem, num_kept):
+    x, w, extras = problem.x, problem.w, problem.extras
+    num_bytes = kept_bytes(x, w, budget)
+    num_kept = kept_classes(x, w, problem.compute_dtype, num_bytes, extras)
+    loan = None
+    if lends_for is not None and runs_ahead(problem, num_kept, lends_for):
         on_top = num_bytes if budget >= 0 else max(0, num_bytes - LARGER_BLOCKS)
-        return ahead.forward(problem, on_top, lends_for, num_bytes)
-    return _way(problem).forward(problem, num_kept, num_bytes), None
+        swept, found, loan = ahead.forward(problem, on_top, lends_for, num_bytes)
+    else:
+        way = _way(problem)
+        if way is sweep:
+            swept, found = sweep.forward(problem, num_kept, num_bytes)
+        else:
+            swept = way.forward(problem, num_kept, num_bytes)
+            found = Found.empty(x, problem.accumulate, extras)
+    return swept, found, loan
 
 
 def backward(
     g: RowGradients, problem: Problem, swept: Swept, needs: Needs, loan: Loan | None = None
 ) -> Gradients:
-    """Vector-Jacobian product of `forward`, for gradients ``g`` of lse and u."""
+    """Vector-Jacobian product of `forward`, for gradients ``g`` of lse and u.
+
+    And of the total, where `sweep` has formed it.
+    """
     if problem.targets.rows is not None:  # elsewhere u is the number 0, whatever its gradient
         found = problem.targets.rows.numpy()
         g_u = np.zeros_like(g.u)
@@ -110,5 +132,7 @@ def backward(
         g = g._replace(u=g_u)
     if loan is not None:
         return ahead.backward(g, problem, swept, loan, needs)
-    num_kept = kept_classes(problem.x, problem.w, problem.compute_dtype, swept.kept.shape[0])
+    num_kept = kept_classes(
+        problem.x, problem.w, problem.compute_dtype, swept.kept.shape[0], problem.extras
+    )
     return _way(problem).backward(g, problem, swept, num_kept, needs)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fused_margin._arguments import Slopes
+from fused_margin._arguments import PLAIN, Extras, Slopes
 from fused_margin._numerics import CLAMPED_INVERSE_NORM, NORM_EPS
 from fused_margin.margins import SINE_SQUARED_FLOOR, Margin
 
@@ -90,6 +90,7 @@ class Problem(NamedTuple):
         ignored: rows of which nothing may be used, (N,) bool; None if there are none.
         scale: s > 0.
         compute_dtype: the dtype asked for in products. accumulate: that of sums.
+        extras: what else is asked for; ``w`` then has its rows of W, and labels are such.
     """
 
     x: torch.Tensor
@@ -100,6 +101,7 @@ class Problem(NamedTuple):
     scale: float
     compute_dtype: torch.dtype
     accumulate: torch.dtype
+    extras: Extras = PLAIN
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -283,10 +285,11 @@ def project(rows: Vectors, gradient: torch.Tensor) -> torch.Tensor:
 
 
 class RowGradients(NamedTuple):
-    """Gradients of lse and of u, (N,), fp32 or fp64."""
+    """Gradients of lse, of u and, in a sweep that forms it, of the total, (N,), fp32 or fp64."""
 
     lse: np.ndarray
     u: np.ndarray
+    total: np.ndarray | None = None
 
 
 def chain(slopes: Slopes, ignored: torch.Tensor | None) -> RowGradients:
@@ -298,7 +301,7 @@ def chain(slopes: Slopes, ignored: torch.Tensor | None) -> RowGradients:
     """
     g_lse, g_u = view_of(slopes.lse), view_of(slopes.u)
     if slopes.grad is None:
-        return RowGradients(g_lse, g_u)
+        return RowGradients(g_lse, g_u, None if slopes.total is None else view_of(slopes.total))
     factor = slopes.grad.item() if slopes.grad.ndim == 0 else view_of(slopes.grad)
     if slopes.num_counted is not None:
         factor = factor / max(slopes.num_counted.item(), 1.0)

@@ -8,14 +8,16 @@ classes run along the outer dimension. Elementwise work is in place on that bloc
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from fused_margin._arguments import Gradients, Needs, Swept
+from fused_margin._arguments import Found, Gradients, Needs, Swept
 from fused_margin._cpu.memory import gradient_memory, kept_memory
+from fused_margin._cpu.others import Nearest, Others, bound
 from fused_margin._cpu.products import (
     LOG2_E,
     multiply_transposed,
@@ -43,19 +45,22 @@ MIN_BLOCK, EFFICIENT_BLOCK, MAX_BLOCK = 128, 2048, 8192
 
 
 def block_size(
-    num_rows: int, num_classes: int, dim: int, itemsize: int, efficient: int = EFFICIENT_BLOCK
+    sizes: tuple[int, int, int], itemsize: int, centers: int = 1, efficient: int = EFFICIENT_BLOCK
 ) -> int:
-    """Classes in a block, so that the block and its rows of W stay within their budgets.
+    """Rows of W in a block, so that the block and they stay within their budgets.
 
     Args:
-        num_rows: N. num_classes: C. dim: D.
+        sizes: N, rows of W, D.
         itemsize: of the accumulation dtype.
-        efficient: classes of a block that may take four times the budget.
+        centers: rows of a class, which stay together.
+        efficient: rows of a block that may take four times the budget.
     """
+    num_rows, num_classes, dim = sizes
     size = BLOCK_BYTES // (itemsize * max(num_rows, 1))
     size = max(size, min(efficient, 4 * size))
     size = min(size, WEIGHT_BLOCK_BYTES // (itemsize * dim))
-    return min(num_classes, max(MIN_BLOCK, min(MAX_BLOCK, size)))
+    size = max(MIN_BLOCK, min(MAX_BLOCK, size))
+    return min(num_classes, max(1, size // centers) * centers)
 
 
 class Block:
@@ -93,12 +98,13 @@ class Sweep:
 
     def __init__(self, problem: Problem, x: Vectors, size: int | None = None) -> None:
         """Prepare buffers, for embeddings ``x``, (N, D), and blocks of ``size`` classes."""
-        num_rows, num_classes, dim = problem.sizes
+        num_rows, _, dim = problem.sizes
         scaled = x.values * (x.inverse * (problem.scale * LOG2_E))[:, None]
         self.w, self.accumulate = problem.w, scaled.dtype
         self.dtype = product_dtype(problem.compute_dtype, self.accumulate)
         self.x_operand = scaled.to(self.dtype)  # (N, D)
-        self.size = size or block_size(num_rows, num_classes, dim, scaled.itemsize)
+        centers = problem.extras.centers
+        self.size = size or block_size(problem.sizes, scaled.itemsize, centers)
         self.work = scaled.new_empty(self.size, num_rows)
         self.product = scaled.new_empty(self.size, num_rows, dtype=self.dtype)
         converts = self.dtype is not self.accumulate
@@ -107,6 +113,7 @@ class Sweep:
             None if self.w.dtype is self.accumulate else scaled.new_empty(self.size, dim)
         )
         self.w_operand = scaled.new_empty(self.size, dim, dtype=self.dtype) if converts else None
+        self.others = Others(problem, self.work)
         self.order = problem.labels.argsort(stable=True)
         self.sorted_labels = problem.labels[self.order]
 
@@ -157,7 +164,7 @@ def _kept_products(kept: torch.Tensor, shape: tuple[int, int], dtype: torch.dtyp
     return kept[: shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)
 
 
-def forward(problem: Problem, num_kept: int, num_bytes: int) -> Swept:
+def forward(problem: Problem, num_kept: int, num_bytes: int) -> tuple[Swept, Found]:
     """lse and u (eq. 1, 2), and in ``num_bytes`` the products of the first ``num_kept`` classes."""
     x = measure(embeddings(problem))
     accumulate = problem.accumulate
@@ -170,13 +177,20 @@ def forward(problem: Problem, num_kept: int, num_bytes: int) -> Swept:
     num_blocks = -(-num_classes // sweep.size)
     # the sum, or its log, of each block
     partial = x.inverse.new_empty(num_blocks, num_rows, dtype=torch.float64)
-    shifts = needs_shift(problem.scale, num_classes, accumulate)
+    shifts = needs_shift(bound(problem), num_classes, accumulate)
+    nearest, sums = Nearest(problem, sweep.work), _has_sums(problem)
+    if sums:
+        nearest.found.total.zero_()
     for index, block in enumerate(sweep.blocks(inv_w, is_first=True)):
         out = products[block.start : block.stop] if block.stop <= num_kept else None
         product = sweep.form(block, out)
         # s log2(e) cos, (B, N)
         z = torch.mul(product, block.weight.inverse[:, None], out=block.work)
-        z[block.targets, block.rows] = -float("inf")
+        sweep.others.leave_out(z, block.targets, block.rows)
+        nearest.look(z, block.start)
+        sweep.others.shape(z)
+        if sums:
+            nearest.found.total.add_(sweep.others.total(z))
         if shifts:
             # The lower bound keeps a block that holds nothing but a row's target at exp(-inf).
             shift = z.amax(dim=0).clamp_min_(torch.finfo(accumulate).min)
@@ -186,7 +200,12 @@ def forward(problem: Problem, num_kept: int, num_bytes: int) -> Swept:
             partial[index] = z.exp2_().sum(dim=0)
     lse = partial.logsumexp(dim=0) if shifts else partial.sum(dim=0).log_()
     u = target_cosines(x, problem.w, problem.targets)
-    return Swept(lse, u, x.inverse, inv_w, kept)
+    return Swept(lse, u, x.inverse, inv_w, kept), nearest.result()
+
+
+def _has_sums(problem: Problem) -> bool:
+    """Whether the sum of phi(c) is formed within the sweep."""
+    return problem.extras.has_total and problem.extras.reshapes
 
 
 class _Factors(NamedTuple):
@@ -209,7 +228,8 @@ class _Factors(NamedTuple):
     def of(cls, g: RowGradients, problem: Problem, swept: Swept, x: Vectors) -> _Factors:
         """The factors for gradients ``g`` of lse and u."""
         lse, g_lse, accumulate = swept.lse.numpy() * LOG2_E, g.lse, problem.accumulate
-        if problem.w.shape[0] == 1:  # without another class lse is -inf: nothing goes through it
+        if problem.extras.reshapes or problem.w.shape[0] == 1:
+            # without another class lse is -inf: nothing goes through it
             is_empty = np.isneginf(lse)
             lse, g_lse = np.where(is_empty, 0.0, lse), np.where(is_empty, 0.0, g_lse)
         minus_lse = rounded(-lse, accumulate)
@@ -236,6 +256,51 @@ def _probabilities(
     p.exp2_()
     p[block.targets, block.rows] = 0.0
     return p.mul_(inv_norm)
+
+
+class _Shaped:
+    """The same where other logits than s c enter lse, and the sum of phi(c) may have a gradient."""
+
+    def __init__(
+        self, sweep: Sweep, factors: _Factors, g: RowGradients, x: Vectors, needs: Needs
+    ) -> None:
+        """Prepare for gradients ``g`` of lse, u and the total."""
+        self.others, self.minus_lse = sweep.others, factors.minus_lse
+        self.weighted = torch.zeros_like(factors.a) if needs.scale else None
+        self.is_in = torch.empty_like(sweep.work, dtype=torch.bool)
+        self.a = self.of_total = None
+        self.factors = factors
+        if g.total is not None:
+            # G itself, over both norms, and no factor is left for the products
+            self.a = factors.a[None, :]
+            self.of_total = (rounded(g.total, x.inverse.dtype) * x.inverse)[None, :]
+            ones = torch.ones_like(factors.a)
+            per_unit = x.inverse.reciprocal().div_(sweep.others.unit)
+            self.factors = factors._replace(a=ones, a_per_unit=per_unit)
+
+    def probabilities(self, block: Block, product: torch.Tensor) -> torch.Tensor:
+        """As `_probabilities`, times the slope of phi."""
+        inv_norm = block.weight.inverse[:, None]
+        z = torch.mul(product, inv_norm, out=block.work)
+        self.others.leave_out(z, block.targets, block.rows)
+        slopes = self.others.shape(z)
+        is_in = torch.gt(z, -math.inf, out=self.is_in[: len(z)])
+        logits = z.clone() if self.weighted is not None else None
+        p = z.add_(self.minus_lse).exp2_()
+        if logits is not None and self.weighted is not None:
+            self.weighted += logits.mul_(p).masked_fill_(~is_in, 0.0).sum(dim=0)
+        if slopes is not None:
+            p.mul_(slopes)
+        if self.a is not None and self.of_total is not None:
+            of_total = self.of_total * is_in
+            p.mul_(self.a).add_(of_total if slopes is None else of_total.mul_(slopes))
+        return p.mul_(inv_norm)
+
+    def d_scale(self, a_per_unit: torch.Tensor, scale: float) -> torch.Tensor | None:
+        """The derivative by s: a times the mean of phi(c)."""
+        if self.weighted is None:
+            return None
+        return (self.weighted.double() * a_per_unit.double()).sum() / scale
 
 
 class WeightGradient:
@@ -361,8 +426,12 @@ def backward(
     dtype = product_dtype(problem.compute_dtype, problem.accumulate)
     products = _kept_products(swept.kept, (num_kept, num_rows), dtype)
     sweep = Sweep(problem, x)
-    shifts = needs_shift(problem.scale, num_classes, problem.accumulate)
+    shifts = needs_shift(bound(problem), num_classes, problem.accumulate)
     factors = _Factors.of(g, problem, swept, x)
+    shaped, a_per_unit = None, factors.a_per_unit
+    if problem.extras.reshapes:
+        shaped = _Shaped(sweep, factors, g, x, needs)
+        factors = shaped.factors
     of_x = EmbeddingsSum(sweep, x) if needs.x or needs.scale else None
     of_w = None
     if needs.w:
@@ -374,7 +443,10 @@ def backward(
         is_kept = block.stop <= num_kept
         kept = products[block.start : block.stop]
         product = sweep.widen(kept) if is_kept else sweep.form(block)
-        p = _probabilities(block, product, factors.minus_lse, shifts)
+        if shaped is None:
+            p = _probabilities(block, product, factors.minus_lse, shifts)
+        else:
+            p = shaped.probabilities(block, product)
         radial = None
         if of_w is not None:
             radial = _radial(block, p, product, factors, scratch[:length])
@@ -391,4 +463,6 @@ def backward(
     if of_x is not None:
         v = of_x.v.mul_(factors.a[:, None])
         d_x, d_scale = embeddings_gradient(v, factors.of_target, g, x, problem, swept, needs)
+    if shaped is not None:
+        d_scale = shaped.d_scale(a_per_unit, problem.scale)
     return Gradients(d_x, None if of_w is None else of_w.d_w, d_scale)

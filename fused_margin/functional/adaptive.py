@@ -9,8 +9,9 @@ from typing_extensions import Unpack
 
 from fused_margin import _collectives, _ops, _validate, _validate_margins, margins
 from fused_margin._numerics import accumulation_dtype, sum_dtype
-from fused_margin.functional.core import Psi, margin_loss, sweep
+from fused_margin.functional.core import Psi, margin_loss
 from fused_margin.functional.options import CallOptions, choose, loss
+from fused_margin.functional.sweeps import Asked, sweep
 
 SMALLEST_NORM, LARGEST_NORM = 1e-3, 100.0  # AdaFace clips norms to these
 SMALLEST_SPREAD = 1e-3  # added to AdaFace's standard deviation
@@ -25,6 +26,7 @@ def adacos_scale(
     *,
     ignore_index: int = -100,
     backend: str = "auto",
+    sub_centers: int = 1,
 ) -> torch.Tensor:
     r"""The next scale of AdaCos (eq. 16), with which `normalized_softmax` is its loss.
 
@@ -43,6 +45,7 @@ def adacos_scale(
         scale: the scale before, which `fixed_adacos_scale` starts; float, or 0-d floating tensor.
         ignore_index: label of rows that are left out.
         backend: see `arcface`.
+        sub_centers: K, see `arcface`.
 
     Returns:
         0-d, in the accumulation dtype, without gradient. It is the scale before where no row is
@@ -56,10 +59,12 @@ def adacos_scale(
     ignore_index = _validate.ignore_index(ignore_index)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
-    targets = _ops.check_labels(labels, weight.shape[0], ignore_index)
+    num_classes = _validate.centers(weight.shape[0], sub_centers)
+    targets = _ops.check_labels(labels, num_classes, ignore_index)
     counted = targets >= 0
     embeddings = embeddings.detach().masked_fill(~counted[:, None], 0.0)
-    lse, u = sweep(embeddings, weight.detach(), targets, scale, backend, 0)
+    asked = Asked(sub_centers=sub_centers)
+    lse, u, _ = sweep(embeddings, weight.detach(), targets, scale, backend, 0, asked)
     with torch.autocast(embeddings.device.type, enabled=False):
         scale = torch.as_tensor(scale, dtype=lse.dtype, device=lse.device)
         return next_scale(lse, u, counted, scale).to(accumulation_dtype(embeddings, weight))

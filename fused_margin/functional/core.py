@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,11 @@ from fused_margin import (
     _validate_margins,
     margins,
 )
-from fused_margin._numerics import accumulation_dtype, requested_dtype
+from fused_margin._arguments import Found
+from fused_margin._numerics import accumulation_dtype
 from fused_margin.functional.options import CallOptions, Options, choose, loss
+from fused_margin.functional.sweeps import NOTHING, compute_dtype, sweep
+from fused_margin.metrics import Evaluation
 
 # Of class weights that are normalised at a time for logits without gradients.
 LOGITS_BLOCK_BYTES = 4 << 20
@@ -34,7 +38,7 @@ def margin_loss(
     scale: float | torch.Tensor,
     options: Options,
     penalty: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> Any:
     """`margin_softmax` of checked tensors: the fused operator, or autograd over N numbers.
 
     ``penalty``: what is added to each row's loss, (N,).
@@ -42,36 +46,61 @@ def margin_loss(
     _validate_margins.psi(psi)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(options.backend, embeddings.device)
+    num_classes = _validate.centers(weight.shape[0], options.sub_centers)
     is_weighed = penalty is not None or options.is_weighed
     reduction = "none" if is_weighed else options.reduction
     ignore_index = options.ignore_index
+    asked = options.asked
     built_in = psi if isinstance(psi, margins.Margin) and not psi.is_tensor else None
-    if built_in is not None and not isinstance(scale, torch.Tensor) and backend != "reference":
-        compute_dtype = _compute_dtype(embeddings, weight, backend)
+    is_fused = built_in is not None and asked == NOTHING and backend != "reference"
+    stats = None
+    if is_fused and built_in is not None and not isinstance(scale, torch.Tensor):
+        dtype = compute_dtype(embeddings, weight, backend)
         rows = _ops.margin_ce(
-            embeddings, weight, labels, scale, built_in, reduction, ignore_index, compute_dtype,
-            backend, options.memory_budget,
+            embeddings, weight, labels, scale, built_in, reduction, ignore_index, dtype, backend,
+            options.memory_budget,
         )  # fmt: skip
         if not is_weighed:
             return rows
         ignored = labels.long() == ignore_index
     else:
-        targets = _ops.check_labels(labels, weight.shape[0], ignore_index)
+        targets = _ops.check_labels(labels, num_classes, ignore_index)
         ignored = targets == _ops.IGNORED
         # nothing of an ignored row, NaN or infinite as it may be, reaches anything
         embeddings = embeddings.masked_fill(ignored[:, None], 0.0)
-        lse, u = sweep(embeddings, weight, targets, scale, backend, options.memory_budget)
+        lse, u, found = sweep(
+            embeddings, weight, targets, scale, backend, options.memory_budget, asked
+        )
         with torch.autocast(embeddings.device.type, enabled=False):
+            target = _target(psi, u)
             # -log sigmoid(t - lse) is the cross-entropy without cancellation (eq. 4)
-            rows = -F.logsigmoid(scale * _target(psi, u) - lse)
+            rows = -F.logsigmoid(scale * target - lse)
+            if asked.has_total:  # a mean over all classes (eq. 22)
+                of_all = (target + found.total) / num_classes
+                rows = rows + options.label_smoothing * (scale * (target - of_all))
             # a label out of range on a GPU makes its row NaN, in the loss and in the gradients
             poison = torch.where(targets == _ops.INVALID, float("nan"), 1.0).to(rows.dtype)
             rows = (rows * poison).masked_fill(ignored, 0.0)
             rows = rows.to(accumulation_dtype(embeddings, weight))
+        if asked.has_stats:
+            stats = _evaluation(u, found, ignored)
     with torch.autocast(embeddings.device.type, enabled=False):
-        if not is_weighed:
-            return _reduce(rows, (~ignored).sum().clamp_min(1), options.reduction)
-        return _weigh(rows, labels, ignored, weight.shape[0], options, penalty)
+        if is_weighed:
+            loss = _weigh(rows, labels, ignored, num_classes, options, penalty)
+        else:
+            loss = _reduce(rows, (~ignored).sum().clamp_min(1), options.reduction)
+    return loss if stats is None else (loss, stats)
+
+
+def _evaluation(u: torch.Tensor, found: Found, ignored: torch.Tensor) -> Evaluation:
+    """What the sweep found of each row, NaN or -1 where it is ignored."""
+    dtype = found.hardest_cosine.dtype
+    return Evaluation(
+        u.detach().to(dtype).masked_fill(ignored, float("nan")),
+        found.rank.masked_fill(ignored, -1),
+        found.hardest.masked_fill(ignored, -1),
+        found.hardest_cosine.masked_fill(ignored, float("nan")),
+    )
 
 
 def _weigh(
@@ -116,32 +145,6 @@ def _reduce(rows: torch.Tensor, total: torch.Tensor, reduction: str) -> torch.Te
     if reduction == "none":
         return rows
     return rows.sum() / total if reduction == "mean" else rows.sum()
-
-
-def sweep(
-    embeddings: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    scale: float | torch.Tensor,
-    backend: str,
-    memory_budget: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """lse and u (eq. 1, 2), (N,), of checked arguments."""
-    if backend == "reference":
-        return _reference.cosine_lse(embeddings, weight, labels, scale)
-    compute_dtype = _compute_dtype(embeddings, weight, backend)
-    return _ops.cosine_lse(embeddings, weight, labels, scale, compute_dtype, backend, memory_budget)
-
-
-def _compute_dtype(embeddings: torch.Tensor, weight: torch.Tensor, backend: str) -> torch.dtype:
-    """The dtype asked for in products; with FUSED_MARGIN_TUNE=1 tiles not yet tuned are."""
-    dtype = requested_dtype(embeddings, weight)
-    is_eager = not torch.compiler.is_compiling()
-    if backend == "triton" and _validate.tunes_on_demand() and is_eager:
-        from fused_margin import tuning
-
-        tuning.tune_once(embeddings, weight, dtype)
-    return dtype
 
 
 def _target(psi: Psi, u: torch.Tensor) -> torch.Tensor:
@@ -223,38 +226,54 @@ def cosine_lse(
     memory_budget = _validate.memory_budget(memory_budget)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
-    lse, u = sweep(embeddings, weight, labels, scale, backend, memory_budget)
+    lse, u, _ = sweep(embeddings, weight, labels, scale, backend, memory_budget)
     dtype = accumulation_dtype(embeddings, weight)
     return lse.to(dtype), u.to(dtype)
 
 
 def cosine_logits(
-    embeddings: torch.Tensor, weight: torch.Tensor, scale: float | torch.Tensor
+    embeddings: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float | torch.Tensor,
+    *,
+    sub_centers: int = 1,
 ) -> torch.Tensor:
     """Scaled cosines s cos(theta), (N, C), in fp32 (fp64): for those who want the whole matrix.
 
     Args:
         embeddings: (N, D).
-        weight: (C, D).
+        weight: (C, D), or (C K, D).
         scale: s > 0; float, or 0-d floating tensor.
+        sub_centers: K rows of weights for each class, of which the nearest counts.
 
     Returns:
         (N, C), by plain eager PyTorch on any device, differentiable.
     """
     _validate.matrices(embeddings, weight)
     scale = _validate.scale(scale, embeddings.device)
+    num_classes = _validate.centers(weight.shape[0], sub_centers)
     dtype = accumulation_dtype(embeddings, weight)
     with torch.autocast(embeddings.device.type, enabled=False):
         x = _reference.normalize(embeddings, dtype)
         if _is_watched(embeddings, weight, scale):
-            return scale * (x @ _reference.normalize(weight, dtype).t())
+            return scale * _nearest(x @ _reference.normalize(weight, dtype).t(), sub_centers)
         # no normalised copy of all weights
-        logits = x.new_empty(x.shape[0], weight.shape[0])
-        size = max(1, LOGITS_BLOCK_BYTES // (weight.shape[1] * dtype.itemsize))
-        for start in range(0, weight.shape[0], size):
-            w = _reference.normalize(weight[start : start + size], dtype)
-            logits[:, start : start + size] = scale * (x @ w.t())
+        logits = x.new_empty(x.shape[0], num_classes)
+        size = max(1, LOGITS_BLOCK_BYTES // (weight.shape[1] * dtype.itemsize * sub_centers))
+        for start in range(0, num_classes, size):
+            stop = min(start + size, num_classes)
+            w = _reference.normalize(weight[start * sub_centers : stop * sub_centers], dtype)
+            logits[:, start:stop] = scale * _nearest(x @ w.t(), sub_centers)
         return logits
+
+
+def _nearest(cosines: torch.Tensor, sub_centers: int) -> torch.Tensor:
+    """The largest cosine of each class, (N, C); with the gradient that the loss gives it."""
+    if sub_centers == 1:
+        return cosines
+    of_class = cosines.unflatten(1, (-1, sub_centers))
+    first = of_class.detach().argmax(dim=2, keepdim=True)
+    return of_class.gather(2, first)[:, :, 0]
 
 
 def _is_watched(*inputs: float | torch.Tensor) -> bool:

@@ -67,6 +67,16 @@ def arcface(
               the target with its margin; None for no factor. Lin et al., Focal Loss for Dense
               Object Detection, 2017, arXiv:1708.02002, eq. 4.
             - focal_alpha: multiplies every loss, in the mean too; None for no factor.
+            - label_smoothing: epsilon in [0, 1]: the cross-entropy with the target's probability
+              lowered by it, and epsilon / C given to each class (eq. 22), as
+              `torch.nn.functional.cross_entropy` has it of these logits. It takes no further
+              product. A ``class_weight`` is a factor of the whole.
+            - negatives: one of `fused_margin.negatives`, which reshapes the other classes' logits.
+            - sub_centers: K: the weight is (C K, D), K rows for each class one after the other,
+              and of a class the largest cosine counts, the first of several. Deng et al.,
+              Sub-center ArcFace, 2020.
+            - return_stats: return the loss and a `metrics.Evaluation` of the same sweep, as
+              precise as its products: accuracy, the hardest other class, target cosines.
 
     Returns:
         0-d loss, or (N,) for ``reduction="none"``; fp32, or fp64 if an input is fp64.
@@ -150,8 +160,10 @@ def fixed_adacos(
         Representations, 2019, arXiv:1905.00292, eq. 12.
     """
     _validate.tensors(embeddings, weight, labels)
-    scale = fixed_adacos_scale(weight.shape[0])
-    return margin_loss(embeddings, weight, labels, margins.NO_MARGIN, scale, choose(options))
+    chosen = choose(options)
+    num_classes = _validate.centers(weight.shape[0], chosen.sub_centers)
+    scale = fixed_adacos_scale(num_classes)
+    return margin_loss(embeddings, weight, labels, margins.NO_MARGIN, scale, chosen)
 
 
 def fixed_adacos_scale(num_classes: int) -> float:

@@ -10,6 +10,8 @@ import torch
 from typing_extensions import TypedDict
 
 from fused_margin import _compiled, _validate
+from fused_margin.functional.sweeps import Asked
+from fused_margin.negatives import Negatives
 
 P = ParamSpec("P")
 
@@ -25,6 +27,10 @@ class CallOptions(TypedDict, total=False):
     sample_weight: torch.Tensor | None
     focal_gamma: float | None
     focal_alpha: float | None
+    label_smoothing: float
+    negatives: Negatives | None
+    sub_centers: int
+    return_stats: bool
 
 
 class Options(NamedTuple):
@@ -38,6 +44,17 @@ class Options(NamedTuple):
     sample_weight: torch.Tensor | None = None
     focal_gamma: float | None = None
     focal_alpha: float | None = None
+    label_smoothing: float = 0.0
+    negatives: Negatives | None = None
+    sub_centers: int = 1
+    return_stats: bool = False
+
+    @property
+    def asked(self) -> Asked:
+        """What the sweep is asked for."""
+        return Asked(
+            self.negatives, self.sub_centers, self.label_smoothing != 0.0, self.return_stats
+        )
 
     @property
     def is_weighed(self) -> bool:
@@ -60,6 +77,10 @@ def choose(options: CallOptions) -> Options:
         memory_budget=_validate.memory_budget(chosen.memory_budget),
         focal_gamma=_validate.optional("focal_gamma", chosen.focal_gamma),
         focal_alpha=_validate.optional("focal_alpha", chosen.focal_alpha),
+        label_smoothing=_validate.smoothing(chosen.label_smoothing),
+        negatives=_validate.negatives(chosen.negatives),
+        sub_centers=_validate.size("sub_centers", chosen.sub_centers, 1),
+        return_stats=_validate.flag("return_stats", chosen.return_stats),
     )
 
 

@@ -54,6 +54,7 @@ class AdaCosLoss(MarginSoftmaxLoss):
             functional.adacos_scale(
                 embeddings, self.weight, labels, self._current_scale(),
                 ignore_index=self.ignore_index, backend=self.backend,
+                sub_centers=self.sub_centers,
             )
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing_extensions import TypedDict, Unpack
 from fused_margin import _compiled, _ops, _setup, _validate, _validate_settings, functional
 from fused_margin.functional.core import margin_loss
 from fused_margin.functional.options import Options, expanded
+from fused_margin.negatives import Negatives
 
 
 class LossOptions(TypedDict, total=False):
@@ -24,6 +25,8 @@ class LossOptions(TypedDict, total=False):
     class_weight: torch.Tensor | None
     focal_gamma: float | None
     focal_alpha: float | None
+    label_smoothing: float
+    sub_centers: int
     device: torch.device | str | int | None
     dtype: torch.dtype | None
 
@@ -86,11 +89,14 @@ class MarginSoftmaxLoss(nn.Module):
             - class_weight: (C,) floating, as `torch.nn.functional.cross_entropy` takes it.
             - focal_gamma, focal_alpha: alpha (1 - p)^gamma is a factor of each loss; see
               `functional.arcface`.
+            - label_smoothing: the part of the target that goes to all classes alike, in [0, 1].
+            - sub_centers: K rows of weights for each class, of which the nearest counts: see
+              `functional.arcface`. Class k's are rows K k to K k + K - 1. It can't be assigned.
             - device, dtype: of the class weights; fp32 by default.
 
     Attributes:
-        weight: (C, D) parameter, one row per class, drawn from normal(0, 1/D) so that rows start
-            with norm about 1.
+        weight: (C, D) parameter, one row per class (K with ``sub_centers=K``), drawn from
+            normal(0, 1/D) so that rows start with norm about 1.
         settings: what may be assigned, in the order of ``repr``, with the function that checks a
             value and returns what is kept. A subclass may add its own.
     """
@@ -104,6 +110,7 @@ class MarginSoftmaxLoss(nn.Module):
         "class_weight": _validate_settings.module_class_weight,
         "focal_gamma": _validate_settings.focal_gamma,
         "focal_alpha": _validate_settings.focal_alpha,
+        "label_smoothing": _validate.smoothing,
     }
     weight: nn.Parameter
     scale: Any  # a number, a Parameter, or what a subclass derives
@@ -114,6 +121,8 @@ class MarginSoftmaxLoss(nn.Module):
     class_weight: torch.Tensor | None
     focal_gamma: float | None
     focal_alpha: float | None
+    label_smoothing: float
+    sub_centers: int
 
     def __init__(
         self, num_classes: int, embedding_size: int, scale: float | nn.Parameter | None = 64.0,
@@ -126,8 +135,10 @@ class MarginSoftmaxLoss(nn.Module):
         embedding_size = _validate.size("embedding_size", embedding_size, 1)
         device, dtype = chosen.pop("device"), chosen.pop("dtype")
         dtype = _validate.floating("dtype", torch.float32 if dtype is None else dtype)
+        self.sub_centers = _validate.size("sub_centers", chosen.pop("sub_centers"), 1)
+        num_rows = num_classes * self.sub_centers
         self.weight = nn.Parameter(
-            torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
+            torch.empty(num_rows, embedding_size, device=device, dtype=dtype)
         )
         statistics = self.initial_statistics()
         for name in statistics:
@@ -178,8 +189,8 @@ class MarginSoftmaxLoss(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """C, the rows of the weight."""
-        return self.weight.shape[0]
+        """C, the rows of the weight over those of a class."""
+        return self.weight.shape[0] // self.sub_centers
 
     @property
     def embedding_size(self) -> int:
@@ -204,6 +215,15 @@ class MarginSoftmaxLoss(nn.Module):
             " target cosines"
         )
 
+    def negatives(self, embeddings: torch.Tensor, labels: torch.Tensor) -> Negatives | None:
+        """What becomes of the other classes' cosines in this batch; None for s c.
+
+        Args:
+            embeddings: (N, D), not normalised.
+            labels: (N,) as they were given.
+        """
+        return None
+
     def update_statistics(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
         """Update buffers, without gradients; called in training mode, before `psi`.
 
@@ -223,13 +243,16 @@ class MarginSoftmaxLoss(nn.Module):
         labels: torch.Tensor,
         *,
         sample_weight: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        return_stats: bool = False,
+    ) -> Any:
         """Loss of embeddings (N, D) and labels (N,).
 
         Args:
             embeddings: (N, D).
             labels: (N,).
             sample_weight: (N,) floating, a factor of each row's loss, by which a mean is weighted.
+            return_stats: return the loss and a `metrics.Evaluation` of the same sweep:
+                ``loss, stats = criterion(x, y, return_stats=True)``, ``stats.accuracy()``.
 
         Returns:
             0-d loss, or (N,) for ``reduction="none"``.
@@ -247,6 +270,9 @@ class MarginSoftmaxLoss(nn.Module):
             reduction=self.reduction, ignore_index=ignore_index, backend=self.backend,
             memory_budget=memory_budget, class_weight=self.class_weight,
             sample_weight=sample_weight, focal_gamma=self.focal_gamma, focal_alpha=self.focal_alpha,
+            label_smoothing=self.label_smoothing, sub_centers=self.sub_centers,
+            negatives=_validate.negatives(self.negatives(embeddings, labels)),
+            return_stats=_validate.flag("return_stats", return_stats),
         )  # fmt: skip
         return margin_loss(
             embeddings, weight, labels, self.psi(embeddings, labels), self._current_scale(),
@@ -278,11 +304,17 @@ class MarginSoftmaxLoss(nn.Module):
         Returns:
             (N, C), fp32 or fp64: this builds the matrix that the loss itself never builds.
         """
-        return functional.cosine_logits(embeddings, self.weight, self._current_scale())
+        return functional.cosine_logits(
+            embeddings, self.weight, self._current_scale(), sub_centers=self.sub_centers
+        )
 
     def extra_repr(self) -> str:
         """Sizes and settings, for ``repr``; None is left out."""
-        names = ("num_classes", "embedding_size", *self.settings)
+        names = ["num_classes", "embedding_size", *self.settings]
+        if self.sub_centers > 1:
+            names.append("sub_centers")
+        if not self.label_smoothing:
+            names.remove("label_smoothing")
         shown = ((name, getattr(self, name)) for name in names)
         return ", ".join(f"{name}={_shown(value)}" for name, value in shown if value is not None)
 

@@ -1,0 +1,104 @@
+"""The sum of all cosines of a row, which needs no cosine (eq. 21 of ``docs/math.md``).
+
+With omega the sum of w_hat over all classes it is x_hat . omega: a pass over W for it, and one over
+d_w for its gradient, beside products that take N times as long. Plain PyTorch on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from fused_margin._arguments import Gradients
+from fused_margin._numerics import (
+    CLAMPED_INVERSE_NORM,
+    NORM_EPS,
+    accumulation_dtype,
+    shrinkage,
+)
+
+Tensor = torch.Tensor
+
+# Bytes of W that are worked on at a time, in the accumulation dtype
+CPU_BYTES, OTHER_BYTES = 1 << 20, 64 << 20
+# Below it an inverse norm, or its square, may have lost digits.
+SMALLEST_INVERSE = 2.0**-40
+
+
+class _Rows(NamedTuple):
+    """Rows start to stop of W: w_hat is values times factor, of inverse norms ``inverse``."""
+
+    start: int
+    stop: int
+    values: Tensor
+    factor: Tensor
+    inverse: Tensor
+
+
+def _normalized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit rows (R, D), and their inverse norms (R, 1)."""
+    shrink = shrinkage(rows)
+    rows = rows * shrink
+    inverse = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(NORM_EPS).reciprocal_()
+    return rows.mul_(inverse), inverse.mul_(shrink)
+
+
+def _blocks(w: Tensor, inv_w: Tensor) -> Iterator[_Rows]:
+    is_on_cpu = w.device.type == "cpu"
+    limit = CPU_BYTES if is_on_cpu else OTHER_BYTES
+    size = max(1, limit // (w.shape[1] * inv_w.itemsize))
+    for start in range(0, w.shape[0], size):
+        stop = min(start + size, w.shape[0])
+        rows, inverse = w[start:stop].to(inv_w.dtype), inv_w[start:stop]
+        if is_on_cpu and bool((inverse < SMALLEST_INVERSE).any()):
+            rows, inverse = _normalized(rows)
+            yield _Rows(start, stop, rows, torch.ones_like(inverse[:, 0]), inverse[:, 0])
+        else:
+            yield _Rows(start, stop, rows, inverse, inverse)
+
+
+def class_sum(w: Tensor, inv_w: Tensor) -> Tensor:
+    """omega, (D,) fp64, from weights (C, D) and their inverse norms (C,)."""
+    total = w.new_zeros(w.shape[1], dtype=torch.float64)
+    for block in _blocks(w, inv_w):
+        total += torch.mv(block.values.t(), block.factor)
+    return total
+
+
+def of_others(omega: Tensor, x: Tensor, u: Tensor) -> Tensor:
+    """Sum of the cosines of all classes but the target, (N,) fp64; u is 0 where there is none."""
+    return _normalized(x.double())[0] @ omega - u
+
+
+def add_gradients(
+    gradients: Gradients, g: Tensor, omega: Tensor, x: Tensor, w: Tensor, inv_w: Tensor
+) -> None:
+    """Add the gradients of the sum over all classes, in place of those that are there.
+
+    Args:
+        gradients: d_x and d_w, either may be None.
+        g: gradient of the sum, (N,).
+        omega: see `class_sum`. x: (N, D). w: (C, D). inv_w: (C,).
+    """
+    g = g.double()
+    x_hat, inv_x = _normalized(x.double())
+    if gradients.x is not None:
+        radial = (x_hat @ omega)[:, None].masked_fill(inv_x >= CLAMPED_INVERSE_NORM, 0.0)
+        d_x = (omega - radial * x_hat).mul_(inv_x).mul_(g[:, None])
+        gradients.x.add_(d_x.to(gradients.x.dtype))
+    if gradients.w is None:
+        return
+    dtype = accumulation_dtype(x, w)
+    direction = (g @ x_hat).to(dtype)  # (D,)
+    for block in _blocks(w, inv_w):
+        d_w = gradients.w[block.start : block.stop]
+        total = d_w.to(dtype)
+        radial = torch.mv(block.values, direction).mul_(block.factor)
+        radial.masked_fill_(block.inverse >= CLAMPED_INVERSE_NORM, 0.0)
+        radial.mul_(block.factor).mul_(block.inverse)
+        total.addr_(block.inverse, direction)
+        total.addcmul_(block.values, radial[:, None], value=-1.0)
+        if total is not d_w:
+            d_w.copy_(total)

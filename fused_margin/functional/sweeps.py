@@ -1,0 +1,120 @@
+"""One sweep over the classes by any backend, and what has to be known of the targets before it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fused_margin import _ops, _reference, _validate
+from fused_margin._arguments import PLAIN, Extras, Found
+from fused_margin._numerics import accumulation_dtype, requested_dtype, shrinkage, sum_dtype
+from fused_margin.metrics import ROUNDINGS
+from fused_margin.negatives import Negatives
+
+Tensor = torch.Tensor
+
+
+class Asked(NamedTuple):
+    """What is asked of a sweep beside lse and u of plain cosines.
+
+    Attributes:
+        negatives: what becomes of the other classes' cosines. sub_centers: rows of W for each
+            class. has_total: whether the other classes' phi(c) are added up. has_stats: whether
+            the nearest other class is looked for.
+    """
+
+    negatives: Negatives | None = None
+    sub_centers: int = 1
+    has_total: bool = False
+    has_stats: bool = False
+
+
+NOTHING = Asked()
+
+
+class Sums(NamedTuple):
+    """What a sweep finds: lse (eq. 2) and u (eq. 1), (N,), and what else was asked for."""
+
+    lse: Tensor
+    u: Tensor
+    found: Found
+
+
+def sweep(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    backend: str,
+    memory_budget: int | None,
+    asked: Asked = NOTHING,
+) -> Sums:
+    """lse and u of checked arguments; a label outside [0, C) means no target."""
+    rows, extras = labels, PLAIN
+    if asked != NOTHING:
+        rows, extras = _extras(embeddings, weight, labels, asked)
+    if backend == "reference":
+        return Sums(*_reference.cosine_lse(embeddings, weight, rows, scale, extras))
+    dtype = compute_dtype(embeddings, weight, backend)
+    return Sums(
+        *_ops.cosine_lse(
+            embeddings, weight, rows, scale, dtype, backend, memory_budget, extras
+        )
+    )  # fmt: skip
+
+
+def compute_dtype(embeddings: Tensor, weight: Tensor, backend: str) -> torch.dtype:
+    """The dtype asked for in products; with FUSED_MARGIN_TUNE=1 tiles not yet tuned are."""
+    dtype = requested_dtype(embeddings, weight)
+    is_eager = not torch.compiler.is_compiling()
+    if backend == "triton" and _validate.tunes_on_demand() and is_eager:
+        from fused_margin import tuning
+
+        tuning.tune_once(embeddings, weight, dtype)
+    return dtype
+
+
+@torch.no_grad()
+def _extras(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, asked: Asked
+) -> tuple[Tensor, Extras]:
+    """The targets as rows of W, (N,), and what the sweep is told."""
+    dtype = accumulation_dtype(embeddings, weight)
+    threshold = phi = nearer = None
+    rows = labels
+    if asked.sub_centers > 1 or asked.negatives is not None or asked.has_stats:
+        with torch.autocast(embeddings.device.type, enabled=False):
+            rows, u = nearest_centers(embeddings, weight, labels, asked.sub_centers)
+            if asked.negatives is not None:
+                threshold = asked.negatives.thresholds(u, dtype)
+                phi = asked.negatives.coefficients(embeddings.device)
+            if asked.has_stats:
+                nearer = (u + ROUNDINGS * torch.finfo(dtype).eps).to(dtype)
+    return rows, Extras(threshold, phi, nearer, asked.sub_centers, asked.has_total)
+
+
+def nearest_centers(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers: int
+) -> tuple[Tensor, Tensor]:
+    """The row of W of each target that is nearest, the first of several, and its cosine; (N,).
+
+    Labels outside [0, C) stay as they are, with the cosine 0. O(N K D).
+    """
+    wide = sum_dtype(embeddings, weight)
+    labels = labels.long()
+    has_target = (labels >= 0) & (labels < weight.shape[0] // sub_centers)
+    first = labels.where(has_target, 0) * sub_centers
+    x = _normalized(embeddings, wide)
+    best, cosine = first, x.new_full((x.shape[0],), -2.0)
+    for center in range(sub_centers):
+        found = (x * _normalized(weight[first + center], wide)).sum(dim=1)
+        is_nearer = found > cosine
+        best = torch.where(is_nearer, first + center, best)
+        cosine = torch.where(is_nearer, found, cosine)
+    return best.where(has_target, labels), cosine.clamp(-1.0, 1.0).where(has_target, 0.0)
+
+
+def _normalized(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = rows.to(dtype)
+    return torch.nn.functional.normalize(rows * shrinkage(rows), dim=1)
