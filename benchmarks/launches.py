@@ -19,7 +19,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from fused_margin import tuning
-from fused_margin._arguments import Inputs, Needs, Slopes
+from fused_margin._arguments import Extras, Inputs, Needs, Slopes
 from fused_margin._triton import launch, planning, tiles
 from fused_margin.margins import angular
 
@@ -57,6 +57,7 @@ TYPES = {
 REPORTED = (*tiles.OPERANDS, "autocast-bf16", "autocast-fp16")
 # N and C of calls: with several chunks of the classes; with one, whose d_x takes no partials
 MANY, ONE = (1024, 300_000), (1024, 256)
+SHAPED_DIM = 512  # of calls that make more of other classes than exp(s c), and with centres of 3
 MULTIPROCESSORS = 132  # as an H100 has; no other code comes of it
 
 
@@ -145,6 +146,24 @@ def step(num_rows: int, num_classes: int, dim: int, operands: Operands, budget: 
     launch.backward(slopes, inputs, swept, needs, loan)
 
 
+def shaped_step(
+    num_rows: int, num_classes: int, dim: int, operands: Operands, centers: int
+) -> None:
+    """Forward and backward where other classes' logits are s phi(c), and all that can be asked."""
+    meta = torch.device("meta")
+    accumulate = torch.float64 if torch.float64 in (operands.x, operands.w) else torch.float32
+    labels = torch.empty(num_rows, dtype=torch.int64, device=meta)
+    x = torch.empty(num_rows, dim, dtype=operands.x, device=meta)
+    w = torch.empty(num_classes // centers * centers, dim, dtype=operands.w, device=meta)
+    of_rows = torch.empty(num_rows, dtype=accumulate, device=meta)
+    phi = torch.empty(6, dtype=torch.float64, device=meta)
+    extras = Extras(of_rows, phi, of_rows, centers, True)
+    inputs = Inputs(x, w, labels, 64.0, None, operands.compute, extras)
+    swept, found, _ = launch.cosine_lse(inputs, 0, None)
+    slopes = Slopes(swept.lse, swept.u, None, None, found.total)
+    launch.backward(slopes, inputs, swept, Needs(True, True, False))
+
+
 def variant(launched: Launch) -> str:
     """The kernel's name, and words for what makes it another kernel to the compiler."""
     given = dict(zip(launched.kernel.arg_names, launched.arguments, strict=False))
@@ -154,7 +173,9 @@ def variant(launched: Launch) -> str:
             words.append("kept")
         else:
             words.append("lent" if given["kept"].shifts is None else "keeping")
-    chunk = given.get("chunk")
+    chunk, rows = given.get("chunk"), given.get("rows")
+    if name in ("sweep_kernel", "gradient_kernel") and rows is not None and rows.others is not None:
+        words.append("shaped" if launched.keywords["P"].CENTERS == 1 else "centres")
     if name == "gradient_kernel" and chunk is not None and chunk.row_radial is not None:
         words.append("only")
     if name == "embeddings_kernel" and given["partial_ptr"] is None:
@@ -181,6 +202,10 @@ def defaults(target: GPUTarget, operands: str, dim: int) -> dict[str, Launch]:
             if p.lent is not None and planning.FUSED_DIM < dim <= p.lent.weight.d:
                 with planning.override("lent"):
                     step(max(64, dim // 2), MANY[1], dim, given)  # rows of d_w are long enough
+            if dim == SHAPED_DIM:
+                with planning.override("chunked"):
+                    shaped_step(*MANY, dim, given, 1)
+                    shaped_step(*MANY, dim, given, 3)
             if p.tiles.for_fused(dim) is not None:
                 with planning.override("fused"):
                     step(*MANY, dim, given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -52,14 +53,30 @@ def requested_dtype(x: torch.Tensor, w: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def largest_logit(phi: torch.Tensor | None) -> float:
-    """A bound of |phi(c)| (eq. 20), 1 where logits are s c; what is left out has none."""
+class Range(NamedTuple):
+    """The least and the largest that phi(c) can be for c in [-1, 1]."""
+
+    lowest: float
+    highest: float
+
+    @property
+    def bound(self) -> float:
+        """The largest absolute value."""
+        return max(-self.lowest, self.highest)
+
+
+def logit_range(phi: torch.Tensor | None) -> Range:
+    """The range of phi (eq. 20), that of c for None; what is left out has none."""
     if phi is None:
-        return 1.0
-    offset, linear, square, *_ = phi.tolist()
-    if math.isinf(offset):
-        return 1.0
-    return max(1.0, abs(offset) + abs(linear) + abs(square))
+        return Range(-1.0, 1.0)
+    offset, linear, square, _, _, below = phi.tolist()
+    values = [-below, below]
+    if not math.isinf(offset):
+        ends = [-1.0, 1.0]
+        if square and abs(linear) < 2.0 * abs(square):
+            ends.append(-linear / (2.0 * square))
+        values += [offset + linear * c + square * c * c for c in ends]
+    return Range(min(values), max(values))
 
 
 def needs_shift(scale: float, num_classes: int, accumulate: torch.dtype) -> bool:

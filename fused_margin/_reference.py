@@ -67,14 +67,15 @@ def cosine_lse(
             first = of_class.detach().argmax(dim=2, keepdim=True)  # of equal ones the first
             cosines = of_class.gather(2, first)[:, :, 0]
         found = _found(cosines, is_target, extras, x)
-        phi = cosines
+        phi, is_out = cosines, torch.zeros_like(is_target)
         if extras.threshold is not None and extras.phi is not None:
             phi = _reshaped(cosines, extras.threshold, extras.phi)
+            is_out = phi.isneginf()
+            phi = phi.masked_fill(is_out, 0.0)  # times the scale it would be NaN in a derivative
         if extras.has_total:
             # what is left out of the softmax is left out of the sum
-            is_in = ~is_target & ~phi.isneginf()
-            found = found._replace(total=phi.masked_fill(~is_in, 0.0).sum(dim=1).to(wide))
-        logits = scale * phi
+            found = found._replace(total=phi.masked_fill(is_target, 0.0).sum(dim=1).to(wide))
+        logits = (scale * phi).masked_fill(is_out, -float("inf"))
         if num_classes == 1:  # a sum over no class, whose derivative logsumexp would make NaN
             return logits[:, 0].masked_fill(has_target, -float("inf")), u, found
         return logits.masked_fill(is_target, -float("inf")).logsumexp(dim=1), u, found

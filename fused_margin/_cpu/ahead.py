@@ -12,6 +12,7 @@ Q has the slope of phi as a factor (eq. 20).
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +20,8 @@ import torch
 
 from fused_margin._arguments import TAKEN, Found, Gradients, Loan, Needs, Swept
 from fused_margin._cpu.memory import gradient_memory, kept_memory
-from fused_margin._cpu.others import Nearest, bound
-from fused_margin._cpu.products import product_dtype
+from fused_margin._cpu.others import Nearest
+from fused_margin._cpu.products import LOG2_E, product_dtype
 from fused_margin._cpu.rows import (
     Problem,
     RowGradients,
@@ -40,7 +41,7 @@ from fused_margin._cpu.sweep import (
     block_size,
     embeddings_gradient,
 )
-from fused_margin._numerics import needs_shift
+from fused_margin._numerics import logit_range
 
 # There are fewer passes over a block than in `sweep`, and larger ones pay.
 EFFICIENT_BLOCK = 4096
@@ -57,7 +58,19 @@ def fits(problem: Problem, needs: Needs) -> bool:
     if extras.reshapes and (extras.has_total or needs.scale):
         return False
     has_others = num_classes > extras.centers
-    return has_others and not needs_shift(bound(problem), num_classes, problem.accumulate)
+    lowest = problem.scale * logit_range(extras.phi).lowest - common_shift(problem)
+    return has_others and lowest > -_largest_exponent(problem)
+
+
+def _largest_exponent(problem: Problem) -> float:
+    """What neither overflows nor underflows as a power of e."""
+    return 0.95 * math.log(torch.finfo(problem.accumulate).max)
+
+
+def common_shift(problem: Problem) -> float:
+    """What all logits are lowered by so that the sum of their exponentials doesn't overflow."""
+    highest = problem.scale * logit_range(problem.extras.phi).highest
+    return max(0.0, highest + math.log(problem.w.shape[0]) - _largest_exponent(problem))
 
 
 def classes_per_block(problem: Problem) -> int:
@@ -152,9 +165,9 @@ def forward(
     store, sweep = _Store(problem, d_w, more), Sweep(problem, x.rows, classes_per_block(problem))
     of_x = EmbeddingsSum(sweep, x.rows) if needs.x or needs.scale else None
     total = torch.zeros(num_rows, dtype=torch.float64, device="cpu")
-    nearest = Nearest(problem, sweep.work)
+    nearest, shift = Nearest(problem, sweep.work), common_shift(problem)
     for block in sweep.blocks(inv_w, is_first=True):
-        e, slopes = _exponentials(sweep, block, nearest)
+        e, slopes = _exponentials(sweep, block, shift, nearest)
         total += e.sum(dim=0)
         q = _divided(sweep, block, e, slopes, store.of(block))
         if of_x is not None:
@@ -162,7 +175,7 @@ def forward(
     u = target_cosines(x, problem.w, problem.targets)
     # as long as what is kept without a loan, for `torch.vmap`, which stacks outputs
     nothing = torch.empty(1, dtype=torch.uint8, device="cpu").expand(num_outputs)
-    swept = Swept(total.log_(), u, x.inverse, inv_w, nothing)
+    swept = Swept(total.log_().add_(shift), u, x.inverse, inv_w, nothing)
     return swept, nearest.result(), Loan(d_w, Left(more, None if of_x is None else of_x.v))
 
 
@@ -186,7 +199,7 @@ def _more(problem: Problem, num_bytes: int) -> torch.Tensor:
 
 
 def _exponentials(
-    sweep: Sweep, block: Block, nearest: Nearest | None = None
+    sweep: Sweep, block: Block, shift: float, nearest: Nearest | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """2^z, 0 where left out, (B, N), in the block's work, and the slopes of phi if not 1."""
     product = sweep.product[: block.stop - block.start]
@@ -197,7 +210,9 @@ def _exponentials(
     sweep.others.leave_out(z, block.targets, block.rows)
     if nearest is not None:
         nearest.look(z, block.start)
-    slopes = sweep.others.shape(z)
+    slopes = sweep.others.shape(z, block.targets, block.rows)
+    if shift:
+        z.sub_(shift * LOG2_E)
     return z.exp2_(), slopes
 
 
@@ -230,7 +245,7 @@ def backward(
     x = shrink_huge(embeddings(problem), swept.inv_x)
     inv_x = x.inverse.double().numpy()
     of_target = rounded(g.u * inv_x, problem.accumulate)
-    a, decay = g.lse * problem.scale * inv_x, np.exp(-swept.lse.numpy())
+    a, decay = g.lse * problem.scale * inv_x, np.exp(common_shift(problem) - swept.lse.numpy())
     if problem.extras.reshapes:  # where all other classes are left out
         decay[np.isinf(decay)] = 0.0
     store = _Store(problem, d_w, left.more)
@@ -253,11 +268,11 @@ def _write_weight_gradient(
     power = 2.0 ** float(exponent) if abs(exponent) > FAR else 1.0
     sweep = Sweep(problem, x, classes_per_block(problem))
     factors = rounded(factor / power, problem.accumulate)
-    of_w = WeightGradient(sweep, d_w, x, factors, of_target)
+    of_w, shift = WeightGradient(sweep, d_w, x, factors, of_target), common_shift(problem)
     for block in sweep.blocks(inv_w, is_first=False):
         q = store.of(block)
         if q is None:
-            q = _divided(sweep, block, *_exponentials(sweep, block))
+            q = _divided(sweep, block, *_exponentials(sweep, block, shift))
         elif store.is_overwritten(block):
             q = _buffer(sweep, block).copy_(q)
         tangent = of_w.tangent(block, q)

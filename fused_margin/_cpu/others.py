@@ -10,21 +10,16 @@ from typing import NamedTuple
 
 import torch
 
-from fused_margin._arguments import Extras, Found
+from fused_margin._arguments import Found
 from fused_margin._cpu.products import LOG2_E
 from fused_margin._cpu.rows import Problem
-from fused_margin._numerics import largest_logit
+from fused_margin._numerics import logit_range
 
-LOWEST = -math.inf
-
-
-def bound(problem: Problem) -> float:
-    """The largest |s phi(c)|."""
-    return problem.scale * largest_logit(problem.extras.phi)
+LEFT_OUT = -math.inf
 
 
-class _Phi(NamedTuple):
-    """phi (eq. 20) of z = s log2(e) c: z times ``below``, or offset + linear z + square z^2."""
+class Phi(NamedTuple):
+    """phi (eq. 20) in units of z: z times ``below``, or offset + linear z + square z^2 above."""
 
     threshold: torch.Tensor  # (1, N)
     offset: float
@@ -35,7 +30,9 @@ class _Phi(NamedTuple):
     below: float
 
     @classmethod
-    def of(cls, extras: Extras, unit: float) -> _Phi | None:
+    def of(cls, problem: Problem) -> Phi | None:
+        """That of a problem; None where phi is c."""
+        extras, unit = problem.extras, problem.scale * LOG2_E
         if extras.threshold is None or extras.phi is None:
             return None
         offset, linear, square, slope, slope_linear, below = extras.phi.tolist()
@@ -46,75 +43,99 @@ class _Phi(NamedTuple):
 
 
 class Others:
-    """Works on blocks of z = s log2(e) c, (B, N), in place."""
+    """Works on blocks of z = s log2(e) c, (B, N), in place.
+
+    Masks are numbers, 0 or 1, and what is left out lies ``far`` below all else: on a CPU torch
+    takes twenty times as long to select by a boolean mask as to multiply.
+    """
 
     def __init__(self, problem: Problem, like: torch.Tensor) -> None:
         """Prepare buffers of the shape of ``like``, the largest block."""
-        extras, self.unit = problem.extras, problem.scale * LOG2_E
-        self.centers = extras.centers
-        self.phi = _Phi.of(extras, self.unit)
-        self.lost = torch.empty_like(like, dtype=torch.bool) if extras.reshapes else None
-        self.is_below = self.slopes = self.values = None
+        self.unit, self.centers = problem.scale * LOG2_E, problem.extras.centers
+        self.phi = Phi.of(problem)
+        self.far = 4.0 * self.unit * logit_range(problem.extras.phi).bound + 2.0**14
+        self.is_above = self.slopes = self.values = None
         if self.phi is not None:
-            self.is_below = torch.empty_like(like, dtype=torch.bool)
-            self.slopes, self.values = torch.empty_like(like), torch.empty_like(like)
+            self.is_above, self.slopes, self.values = (torch.empty_like(like) for _ in range(3))
 
     def leave_out(self, z: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> None:
-        """Set z of the rows' own classes to -inf, and that of centres that are not the nearest.
+        """Lower z of the rows' own classes, and that of centres that are not the nearest.
 
         Args:
             z: (B, N). targets: rows of W, as rows of the block, (T,). rows: of the batch, (T,).
         """
-        if self.centers == 1:
-            z[targets, rows] = LOWEST
-            return
-        of_class = z.view(-1, self.centers, z.shape[1])
-        of_class[targets // self.centers, :, rows] = LOWEST
-        largest = of_class[:, 0].clone()
-        for center in range(1, self.centers):
-            torch.maximum(largest, of_class[:, center], out=largest)
-        found = torch.zeros_like(largest, dtype=torch.bool)
-        for center in range(self.centers):
-            of_center = of_class[:, center]
-            is_less = of_center < largest
-            is_less |= found
-            of_center.masked_fill_(is_less, LOWEST)
-            found |= is_less.logical_not_()
+        if self.centers > 1:
+            self._keep_nearest(z.view(-1, self.centers, z.shape[1]))
+        self._set_own(z, targets, rows, LEFT_OUT if self.phi is None else -self.far)
 
-    def shape(self, z: torch.Tensor) -> torch.Tensor | None:
-        """Turn z into s log2(e) phi(c); returns its slope where that is not 1, (B, N)."""
+    def shape(
+        self, z: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Turn z into s log2(e) phi(c); returns its slope where that is not 1, (B, N).
+
+        What is left out stays so. Arguments as for `leave_out`.
+        """
         phi = self.phi
-        if phi is None or self.is_below is None or self.slopes is None or self.values is None:
+        if phi is None or self.is_above is None or self.slopes is None or self.values is None:
             return None
-        length = z.shape[0]
-        is_below = torch.le(z, phi.threshold, out=self.is_below[:length])
-        values, slopes = self.values[:length], self.slopes[:length]
-        is_lost = None
-        if phi.below != 1.0 and self.lost is not None:
-            is_lost = torch.eq(z, LOWEST, out=self.lost[:length])
-        if phi.slope_linear:
-            _line(z, phi.slope, phi.slope_linear, out=slopes).masked_fill_(is_below, phi.below)
-        else:
-            torch.where(is_below, _number(z, phi.below), _number(z, phi.slope), out=slopes)
+        is_above, slopes, values = (
+            part[: len(z)] for part in (self.is_above, self.slopes, self.values)
+        )
+        torch.gt(z, phi.threshold, out=is_above)
+        if math.isinf(phi.offset):
+            z.sub_(is_above, alpha=self.far)
+            self._set_own(z, targets, rows, LEFT_OUT)
+            return None
+        _line(z, phi.slope - phi.below, phi.slope_linear, out=slopes)
+        torch.addcmul(_number(z, phi.below), is_above, slopes, out=slopes)
+        # phi(c) less what it is below
         if phi.square:
-            _line(z, phi.linear, phi.square, out=values).mul_(z)
+            _line(z, phi.linear - phi.below, phi.square, out=values).mul_(z)
             if phi.offset:
                 values.add_(phi.offset)
-        elif phi.linear:
-            _line(z, phi.offset, phi.linear, out=values)
         else:
-            values.fill_(phi.offset)
+            _line(z, phi.offset, phi.linear - phi.below, out=values)
         if phi.below != 1.0:
-            z.mul_(phi.below)
-        torch.where(is_below, z, values, out=z)
-        if is_lost is not None:
-            z.masked_fill_(is_lost, LOWEST)
+            is_in = torch.gt(z, -0.5 * self.far).to(z.dtype)
+            z.mul_(phi.below).addcmul_(is_above, values)
+            z.add_(is_in.sub_(1.0), alpha=self.far)
+        else:
+            z.addcmul_(is_above, values)
+        self._set_own(z, targets, rows, LEFT_OUT)
         return slopes
+
+    def is_in(self, z: torch.Tensor) -> torch.Tensor:
+        """Whether anything enters the softmax, (B, N) bool."""
+        return z > -0.5 * self.far
 
     def total(self, z: torch.Tensor) -> torch.Tensor:
         """Sum of phi(c) over the block, (N,) fp64; z as `shape` left it."""
-        lost = torch.eq(z, LOWEST)
-        return z.masked_fill(lost, 0.0).sum(dim=0).double().div_(self.unit)
+        return z.masked_fill(~self.is_in(z), 0.0).sum(dim=0).double().div_(self.unit)
+
+    def _set_own(
+        self, z: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, value: float
+    ) -> None:
+        if self.centers == 1:
+            z[targets, rows] = value
+        else:
+            z.view(-1, self.centers, z.shape[1])[targets // self.centers, :, rows] = value
+
+    def _keep_nearest(self, z: torch.Tensor) -> None:
+        """Lower z of each class, (B / K, K, N), where it isn't the first of the largest."""
+        largest = z[:, 0].clone()
+        for center in range(1, self.centers):
+            torch.maximum(largest, z[:, center], out=largest)
+        is_less, count = torch.empty_like(largest), torch.zeros_like(largest)
+        for center in range(self.centers):
+            count += torch.lt(z[:, center], largest, out=is_less)
+            z[:, center].sub_(is_less, alpha=self.far)
+        if bool(count.amin() == self.centers - 1):
+            return
+        found = torch.zeros_like(largest, dtype=torch.bool)  # there are ties
+        for center in range(self.centers):
+            is_largest = z[:, center] == largest
+            z[:, center].sub_((is_largest & found).to(z.dtype), alpha=self.far)
+            found |= is_largest
 
 
 def _number(like: torch.Tensor, value: float) -> torch.Tensor:
@@ -137,7 +158,7 @@ class Nearest:
         self.centers, self.nearer = extras.centers, None
         if extras.nearer is not None:
             self.nearer = (extras.nearer * self.unit)[None, :]
-            self.largest = extras.nearer.new_full((num_rows,), LOWEST)
+            self.largest = extras.nearer.new_full((num_rows,), LEFT_OUT)
             self.count = torch.zeros_like(self.largest)
             self.found.hardest.zero_()
             self.is_nearer = torch.empty_like(like)

@@ -8,7 +8,6 @@ classes run along the outer dimension. Elementwise work is in place on that bloc
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 
 from fused_margin._arguments import Found, Gradients, Needs, Swept
 from fused_margin._cpu.memory import gradient_memory, kept_memory
-from fused_margin._cpu.others import Nearest, Others, bound
+from fused_margin._cpu.others import Nearest, Others
 from fused_margin._cpu.products import (
     LOG2_E,
     multiply_transposed,
@@ -34,7 +33,7 @@ from fused_margin._cpu.rows import (
     shrink_huge,
     target_cosines,
 )
-from fused_margin._numerics import CLAMPED_INVERSE_NORM, NORM_EPS, needs_shift
+from fused_margin._numerics import CLAMPED_INVERSE_NORM, NORM_EPS, logit_range, needs_shift
 
 # Bytes of one (B, N) block, and of B rows of W. Measured (docs/design.md): elementwise passes slow
 # down once a block leaves the last-level cache, but with many rows products and the passes over B
@@ -177,7 +176,7 @@ def forward(problem: Problem, num_kept: int, num_bytes: int) -> tuple[Swept, Fou
     num_blocks = -(-num_classes // sweep.size)
     # the sum, or its log, of each block
     partial = x.inverse.new_empty(num_blocks, num_rows, dtype=torch.float64)
-    shifts = needs_shift(bound(problem), num_classes, accumulate)
+    shifts = _shifts(problem)
     nearest, sums = Nearest(problem, sweep.work), _has_sums(problem)
     if sums:
         nearest.found.total.zero_()
@@ -188,7 +187,7 @@ def forward(problem: Problem, num_kept: int, num_bytes: int) -> tuple[Swept, Fou
         z = torch.mul(product, block.weight.inverse[:, None], out=block.work)
         sweep.others.leave_out(z, block.targets, block.rows)
         nearest.look(z, block.start)
-        sweep.others.shape(z)
+        sweep.others.shape(z, block.targets, block.rows)
         if sums:
             nearest.found.total.add_(sweep.others.total(z))
         if shifts:
@@ -201,6 +200,12 @@ def forward(problem: Problem, num_kept: int, num_bytes: int) -> tuple[Swept, Fou
     lse = partial.logsumexp(dim=0) if shifts else partial.sum(dim=0).log_()
     u = target_cosines(x, problem.w, problem.targets)
     return Swept(lse, u, x.inverse, inv_w, kept), nearest.result()
+
+
+def _shifts(problem: Problem) -> bool:
+    """Whether exponentials have to be taken relative to a maximum."""
+    largest = problem.scale * logit_range(problem.extras.phi).bound
+    return needs_shift(largest, problem.w.shape[0], problem.accumulate)
 
 
 def _has_sums(problem: Problem) -> bool:
@@ -267,7 +272,6 @@ class _Shaped:
         """Prepare for gradients ``g`` of lse, u and the total."""
         self.others, self.minus_lse = sweep.others, factors.minus_lse
         self.weighted = torch.zeros_like(factors.a) if needs.scale else None
-        self.is_in = torch.empty_like(sweep.work, dtype=torch.bool)
         self.a = self.of_total = None
         self.factors = factors
         if g.total is not None:
@@ -283,8 +287,8 @@ class _Shaped:
         inv_norm = block.weight.inverse[:, None]
         z = torch.mul(product, inv_norm, out=block.work)
         self.others.leave_out(z, block.targets, block.rows)
-        slopes = self.others.shape(z)
-        is_in = torch.gt(z, -math.inf, out=self.is_in[: len(z)])
+        slopes = self.others.shape(z, block.targets, block.rows)
+        is_in = self.others.is_in(z)
         logits = z.clone() if self.weighted is not None else None
         p = z.add_(self.minus_lse).exp2_()
         if logits is not None and self.weighted is not None:
@@ -426,7 +430,7 @@ def backward(
     dtype = product_dtype(problem.compute_dtype, problem.accumulate)
     products = _kept_products(swept.kept, (num_kept, num_rows), dtype)
     sweep = Sweep(problem, x)
-    shifts = needs_shift(bound(problem), num_classes, problem.accumulate)
+    shifts = _shifts(problem)
     factors = _Factors.of(g, problem, swept, x)
     shaped, a_per_unit = None, factors.a_per_unit
     if problem.extras.reshapes:

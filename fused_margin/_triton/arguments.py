@@ -46,6 +46,7 @@ class Rows(NamedTuple):
             it are `margin_ce`'s, which mark ignored rows.
         num_counted: 0-d, over what a mean was taken.
         scale: 0-d, where it is no Python number.
+        others: what else than exp(s c) is made of other classes, None where nothing is.
     """
 
     labels: Tensor
@@ -59,6 +60,28 @@ class Rows(NamedTuple):
     stride_grad: int = 0
     num_counted: Tensor | None = None
     scale: Tensor | None = None
+    others: Others | None = None
+
+
+class Others(NamedTuple):
+    """What is made of other classes, and what is found out about them; None for what isn't.
+
+    Attributes:
+        threshold: tau (eq. 20), (N,). phi: (6,) fp64. nearer: see `_arguments.Extras`, (N,).
+        best, best_class, count: the largest s c, its class, and how many are nearer; (splits, N).
+        total, weighted: sums of phi(c), and of s phi(c) exp(s phi(c) - maximum); (splits, N).
+        slope_total: gradient of the sum of phi(c), (N,).
+    """
+
+    threshold: Tensor | None = None
+    phi: Tensor | None = None
+    nearer: Tensor | None = None
+    best: Tensor | None = None
+    best_class: Tensor | None = None
+    count: Tensor | None = None
+    total: Tensor | None = None
+    weighted: Tensor | None = None
+    slope_total: Tensor | None = None
 
 
 class LossOutputs(NamedTuple):
@@ -114,6 +137,7 @@ class Precision(NamedTuple):
             operands of the products with it.
         COSINES, PRODUCTS: precision of these products, "ieee" or "tf32".
         NORMALIZE_FIRST: whether operands are normalised before they are cast to COMPUTE.
+        CENTERS: rows of W for each class. PLACES: the power of two of places that they take.
     """
 
     ACC: Any
@@ -122,3 +146,5 @@ class Precision(NamedTuple):
     COSINES: str
     PRODUCTS: str
     NORMALIZE_FIRST: bool
+    CENTERS: int = 1
+    PLACES: int = 1

@@ -15,6 +15,7 @@ No atomics.
 import triton
 import triton.language as tl
 
+from fused_margin._triton.others import class_rows, nearest_of_rows, own_class, shaped
 from fused_margin._triton.primitives import (
     CLAMPED,
     IGNORED,
@@ -85,6 +86,36 @@ def _gradient_tile(cos, offs_c, mask_c, labels, s, g_lse, g_u, lse, u):
 
 
 @triton.jit
+def _shaped_gradient_tile(
+    cos, offs_c, mask_c, first_row, rows, num_rows, s, g_lse, g_u, lse, u, N,
+    P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same where other logits than s c enter lse (eq. 20), and their sum has a gradient."""
+    others = rows.others
+    offs_n = first_row + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    labels = load_labels(rows, offs_n, mask_n)
+    is_target = mask_c[:, None] & (offs_c[:, None] == labels[None, :])
+    is_own = (offs_c // P.CENTERS)[:, None] == own_class(labels, num_rows, P)[None, :]
+    z = tl.where(is_own | ~mask_c[:, None], -float("inf"), s * cos)
+    if P.CENTERS > 1:
+        z = nearest_of_rows(z, P, BLOCK_C, BLOCK_N)
+    slope = tl.full([1, 1], 1.0, P.ACC)
+    if others.threshold is not None:
+        threshold = s * tl.load(others.threshold + offs_n, mask=mask_n, other=0.0)
+        z, slope = shaped(z, threshold[None, :], others, s)
+    is_in = z != -float("inf")
+    z = z - lse[None, :]
+    e = tl.exp(tl.where(is_in & ~(z > 0.0), z, 0.0))
+    g = (g_lse * s)[None, :] * e * slope
+    if others.slope_total is not None:
+        of_total = tl.load(others.slope_total + offs_n, mask=mask_n, other=0.0).to(P.ACC)
+        g += of_total[None, :] * slope
+    g = tl.where(is_in, g, 0.0)
+    return tl.where(is_target, g_u[None, :], g), tl.where(is_target, u[None, :], cos)
+
+
+@triton.jit
 def _kept_gradient_tile(kept, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse, u):
     """The same from what the forward kept, z = s c - shift below 0 or e = exp(z) above.
 
@@ -137,7 +168,8 @@ def _products(
 @triton.jit
 def _finish_gradient(
     tile, rows, kept, chunk, row_radial_ptr, s, inv_w, offs_local, offs_c, mask_c, first_row, N,
-    KEPT_BLOCK: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_rows, KEPT_BLOCK: tl.constexpr, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Stores G / (||x|| ||w||) of a part of a tile; returns sum_n G c of its rows per class."""
     offs_n = first_row + tl.arange(0, BLOCK_N)
@@ -154,7 +186,13 @@ def _finish_gradient(
         cos = tile
         if not P.NORMALIZE_FIRST:
             cos = cos * inv_w[:, None] * inv_x[None, :]
-        g, cos = _gradient_tile(cos, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
+        if rows.others is not None:
+            g, cos = _shaped_gradient_tile(
+                cos, offs_c, mask_c, first_row, rows, num_rows, s, g_lse, g_u, lse, u, N, P,
+                BLOCK_C, BLOCK_N,
+            )  # fmt: skip
+        else:
+            g, cos = _gradient_tile(cos, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
     if row_radial_ptr is not None:
         row_radial = tl.sum(g * cos, axis=0)  # (BLOCK_N,)
         tl.store(row_radial_ptr + offs_n, row_radial, mask=mask_n)
@@ -178,8 +216,7 @@ def gradient_kernel(
     Row blocks come first, so that those of a block of classes find its rows of W in the L2 cache.
     """
     pid_n, pid_c = tl.program_id(0) % num_row_blocks, tl.program_id(0) // num_row_blocks
-    offs_local = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_local < num_classes
+    offs_local, mask_c = class_rows(pid_c, num_classes, P, BLOCK_C)
     offs_c = first_class + offs_local
     s = load_scale(scale, rows, P.ACC)
     inv_w = tl.load(inv_w_ptr + offs_c, mask=mask_c, other=0.0)
@@ -203,7 +240,8 @@ def gradient_kernel(
     for i in tl.static_range(PARTS):
         radial += _finish_gradient(
             parts[i], rows, kept, chunk, row_radial, s, inv_w, offs_local, offs_c, mask_c,
-            pid_n * BLOCK_N + i * (BLOCK_N // PARTS), N, KEPT_BLOCK, P, BLOCK_N // PARTS,
+            pid_n * BLOCK_N + i * (BLOCK_N // PARTS), N, num_classes + first_class, KEPT_BLOCK, P,
+            BLOCK_N // PARTS, BLOCK_C,
         )  # fmt: skip
     radial_ptr = chunk.radial + offs_local.to(tl.int64) * num_row_blocks + pid_n
     tl.store(radial_ptr, radial, mask=mask_c)

@@ -6,6 +6,13 @@ Equations refer to ``docs/math.md``.
 import triton
 import triton.language as tl
 
+from fused_margin._triton.others import (
+    class_rows,
+    nearest_of_columns,
+    num_blocks,
+    own_class,
+    shaped,
+)
 from fused_margin._triton.primitives import (
     IGNORED,
     INVALID,
@@ -132,20 +139,31 @@ def _lend(kept, e, inv_w, offs_n, offs_c, C):
 
 @triton.jit
 def _sweep(
-    operand, w, x_desc, w_desc, inv_w_ptr, kept, target, factor, inv_x, first, last,
-    offs_n, mask_x, C, D, P: tl.constexpr,
+    operand, w, x_desc, w_desc, inv_w_ptr, kept, target, s, inv_x, others, split,
+    blocks_per_split, offs_n, mask_x, sizes, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Maximum of z = factor c and sum of exp(z - maximum) over blocks of classes, (BLOCK_N,) each.
+    """Maximum of z = s c and sum of exp(z - maximum) over blocks of classes, (BLOCK_N,) each.
 
-    All but the row's target, -1 if it has none.
+    All but the row's target, -1 if it has none. What `Others` ask for is stored.
     """
+    N, C, D = sizes
+    factor = tl.zeros([BLOCK_N], P.ACC) + s
+    if not P.NORMALIZE_FIRST:
+        factor = factor * inv_x
+    first = split * blocks_per_split
+    last = tl.minimum(first + blocks_per_split, num_blocks(C, P, BLOCK_C))
+    best = tl.full([BLOCK_N], -float("inf"), P.ACC)
+    best_class = tl.zeros([BLOCK_N], tl.int32)
+    count = tl.zeros([BLOCK_N], tl.int32)
+    total = tl.zeros([BLOCK_N], P.ACC)
+    weighted = tl.zeros([BLOCK_N], P.ACC)
+    mask_n = offs_n < N
     IS_LENT: tl.constexpr = kept is not None and kept.shifts is None
     run_max = tl.full([BLOCK_N], -float("inf"), P.ACC)
     run_sum = tl.zeros([BLOCK_N], P.ACC)
     for block in range(first, last):
-        offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask_c = offs_c < C
+        offs_c, mask_c = class_rows(block, C, P, BLOCK_C)
         inv_w = tl.zeros([BLOCK_C], P.ACC)
         if P.NORMALIZE_FIRST:
             inv_w = row_inverse_norm(w, offs_c, mask_c, D, P.ACC, BLOCK_C, NARROW)
@@ -158,8 +176,24 @@ def _sweep(
         z = z * factor[:, None]
         if not P.NORMALIZE_FIRST:
             z = z * inv_w[None, :]
-        is_left_out = (offs_c[None, :] == target[:, None]) | (offs_c >= C)[None, :]
-        z = tl.where(is_left_out, -float("inf"), z)
+        is_own = (offs_c // P.CENTERS)[None, :] == target[:, None]
+        z = tl.where(is_own | ~mask_c[None, :], -float("inf"), z)
+        if P.CENTERS > 1:
+            z = nearest_of_columns(z, P, BLOCK_N, BLOCK_C)
+        if others is not None:
+            if others.nearer is not None:
+                largest = tl.max(z, axis=1)
+                # the first class of those
+                index = tl.min(tl.where(z == largest[:, None], offs_c[None, :], C), axis=1)
+                best_class = tl.where(largest > best, index // P.CENTERS, best_class)
+                best = tl.maximum(best, largest)
+                nearer = s * tl.load(others.nearer + offs_n, mask=mask_n, other=0.0)
+                count += tl.sum((z > nearer[:, None]).to(tl.int32), axis=1)
+            if others.threshold is not None:
+                threshold = s * tl.load(others.threshold + offs_n, mask=mask_n, other=0.0)
+                z, _ = shaped(z, threshold[:, None], others, s)
+            if others.total is not None:
+                total += tl.sum(tl.where(z == -float("inf"), 0.0, z), axis=1)
         if IS_LENT:  # exponentials need no shift
             new_max = tl.zeros([BLOCK_N], P.ACC)
         else:
@@ -174,7 +208,21 @@ def _sweep(
             else:
                 _keep(kept, z, e, shift, block, offs_n, offs_c)
         run_sum = run_sum * tl.exp(run_max - shift) + tl.sum(e, axis=1)
+        if others is not None:  # noqa: SIM102 - Triton evaluates both sides of "and"
+            if others.weighted is not None:
+                logits = tl.where(e > 0.0, z + shift[:, None], 0.0)
+                weighted = weighted * tl.exp(run_max - shift) + tl.sum(e * logits, axis=1)
         run_max = new_max
+    if others is not None:
+        offs = split.to(tl.int64) * N + offs_n
+        if others.nearer is not None:
+            tl.store(others.best + offs, best, mask=mask_n)
+            tl.store(others.best_class + offs, best_class, mask=mask_n)
+            tl.store(others.count + offs, count, mask=mask_n)
+        if others.total is not None:
+            tl.store(others.total + offs, total / s, mask=mask_n)
+        if others.weighted is not None:
+            tl.store(others.weighted + offs, weighted, mask=mask_n)
     return run_max, run_sum
 
 
@@ -209,16 +257,11 @@ def sweep_kernel(
             tl.store(rows.inv_x + offs_n, inv_x, mask=mask_n)
     else:
         split = tl.program_id(1) - 1
-        factor = tl.zeros([BLOCK_N], P.ACC) + load_scale(scale, rows, P.ACC)
-        if not P.NORMALIZE_FIRST:
-            factor = factor * inv_x
-        # a label outside [0, C) is no class's
-        target = tl.where((labels >= 0) & (labels < C), labels, -1).to(tl.int32)
-        first = split * blocks_per_split
-        last = tl.minimum(first + blocks_per_split, tl.cdiv(C, BLOCK_C))
+        s = load_scale(scale, rows, P.ACC)
         run_max, run_sum = _sweep(
-            operand, w, x_desc, w_desc, inv_w_ptr, kept, target, factor, inv_x, first, last,
-            offs_n, mask_x, C, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
+            operand, w, x_desc, w_desc, inv_w_ptr, kept, own_class(labels, C, P), s, inv_x,
+            rows.others, split, blocks_per_split, offs_n, mask_x, (N, C, D), P,
+            BLOCK_N, BLOCK_C, BLOCK_D,
         )  # fmt: skip
         partial = partial_ptr + split.to(tl.int64) * 2 * N
         tl.store(partial + offs_n, run_max, mask=mask_n)

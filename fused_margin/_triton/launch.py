@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_margin._arguments import (
     IGNORED,
     TAKEN,
+    Found,
     Gradients,
     Inputs,
     Loan,
@@ -19,7 +20,7 @@ from fused_margin._arguments import (
     Slopes,
     Swept,
 )
-from fused_margin._triton.arguments import Chunk, Kept, LossOutputs, Matrix, Rows, pitch
+from fused_margin._triton.arguments import Chunk, Kept, LossOutputs, Matrix, Others, Rows, pitch
 from fused_margin._triton.backward import (
     embeddings_kernel,
     finish_kernel,
@@ -42,7 +43,9 @@ from fused_margin._triton.planning import (
     is_lent,
     kept_parts,
     kept_shape,
+    plain_plan,
     plan,
+    with_centers,
 )
 from fused_margin._triton.tiles import Lent, Tile, cdiv, cut, power_of_two
 from fused_margin.margins import NO_MARGIN, Margin
@@ -74,6 +77,20 @@ def _run(tile: Tile) -> dict[str, Any]:
         "BLOCK_N": tile.n, "BLOCK_C": tile.c, "BLOCK_D": tile.d,
         "num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
+
+
+def _plan(inputs: Inputs) -> Plan:
+    """The plan of a call; descriptors know nothing of classes with several rows of W."""
+    x, w, compute_dtype, centers = inputs.x, inputs.w, inputs.compute_dtype, inputs.extras.centers
+    p = plan(x, w, compute_dtype)
+    if centers == 1:
+        return p
+    return with_centers(plain_plan(x, w, compute_dtype) if p.descriptors else p, centers)
+
+
+def _block_rows(tile: Tile, p: Plan) -> int:
+    """Rows of W in a block of classes."""
+    return tile.c // p.precision.PLACES * p.precision.CENTERS
 
 
 def _loadable(labels: Tensor) -> Tensor:
@@ -119,10 +136,13 @@ def _sweep(
     swept: Swept,
     loan: Loan | None,
     ignore_index: int | None,
-) -> Tensor:
-    """Launch a sweep; returns its partials, (num_splits, 2, N).
+    asks: bool = False,
+    weighs: bool = False,
+) -> tuple[Tensor, Others | None]:
+    """Launch a sweep; returns its partials, (num_splits, 2, N), and those of what else it found.
 
-    Rows with the label ``ignore_index`` are not looked at, unless it is None.
+    Rows with the label ``ignore_index`` are not looked at, unless it is None. ``asks``: whether
+    there are any `Extras`. ``weighs``: whether the mean of s phi(c) is to be found.
     """
     x, w = inputs.x, inputs.w
     (num_rows, dim), num_classes = x.shape, w.shape[0]
@@ -137,12 +157,14 @@ def _sweep(
     tile = cut(tile, num_rows, num_classes, dim)
     if kept_block:
         tile = tile.with_classes(kept_block)
-    row_blocks, class_blocks = cdiv(num_rows, tile.n), cdiv(num_classes, tile.c)
+    class_blocks, row_blocks = cdiv(num_classes, _block_rows(tile, p)), cdiv(num_rows, tile.n)
     # one program of each row block is for its target cosines
     splits = min(class_blocks, max(1, p.programs // max(row_blocks, 1) - 1))
     blocks_per_split = cdiv(class_blocks, splits)
     splits = cdiv(class_blocks, blocks_per_split)
     partial = x.new_empty((splits, 2, num_rows), dtype=p.accumulate)
+    if asks:
+        rows = rows._replace(others=_others(inputs, p, splits, weighs))
     x_desc = w_desc = None
     if p.descriptors:
         operand = _prepare(p, x, rows, swept.inv_x, ignore_index)
@@ -154,7 +176,40 @@ def _sweep(
         swept.inv_w, kept, inputs.scale, ignore_index or 0, num_rows, num_classes, dim,
         blocks_per_split, SOME_IGNORED=ignore_index is not None, P=p.precision, **_run(tile),
     )  # fmt: skip
-    return partial
+    return partial, rows.others
+
+
+def _others(inputs: Inputs, p: Plan, splits: int, weighs: bool) -> Others:
+    """What a sweep of so many splits is told of other classes, with memory for what it finds."""
+    extras, num_rows = inputs.extras, inputs.x.shape[0]
+
+    def empty(is_asked: bool, dtype: torch.dtype = p.accumulate) -> Tensor | None:
+        return inputs.x.new_empty((splits, num_rows), dtype=dtype) if is_asked else None
+
+    looks, adds = extras.nearer is not None, extras.has_total and extras.reshapes
+    return Others(
+        extras.threshold, extras.phi, extras.nearer, empty(looks), empty(looks, torch.int32),
+        empty(looks, torch.int32), empty(adds), empty(weighs),
+    )  # fmt: skip
+
+
+def _merged(inputs: Inputs, p: Plan, others: Others) -> Found:
+    """What the splits of a sweep found, together."""
+    extras = inputs.extras
+    found = Found.empty(inputs.x, p.accumulate, extras)
+    if others.total is not None:
+        found = found._replace(total=others.total.sum(dim=0, dtype=torch.float64))
+    if others.best is not None and others.best_class is not None and others.count is not None:
+        largest = others.best.amax(dim=0)
+        # the first class of those
+        last = torch.iinfo(torch.int32).max
+        hardest = others.best_class.masked_fill(others.best < largest, last).amin(dim=0)
+        scale = inputs.scale if inputs.scale_tensor is None else inputs.scale_tensor
+        found = found._replace(
+            hardest=hardest.long(), hardest_cosine=(largest / scale).to(p.accumulate),
+            rank=others.count.sum(dim=0),
+        )  # fmt: skip
+    return found
 
 
 class Left(NamedTuple):
@@ -182,10 +237,11 @@ def _memory(
 ) -> tuple[Swept, Loan | None]:
     """Memory for what a sweep leaves, that of d_w included if it is lent."""
     x, w, loan = inputs.x, inputs.w, None
-    is_number = inputs.scale_tensor is None  # to read another would need a synchronisation
-    if lends_for is not None and is_number and is_lent(x, w, inputs.scale, p, budget):
+    # to read another than a number would need a synchronisation
+    may_lend = inputs.scale_tensor is None and not inputs.extras.reshapes
+    if lends_for is not None and may_lend and is_lent(x, w, inputs.scale, p, budget):
         loan = _lend(w, p)
-    shape = kept_shape(x, w, inputs.compute_dtype, budget)
+    shape = kept_shape(x, w, inputs.compute_dtype, budget, inputs.extras)
     return Swept.empty(x, w, p.accumulate, shape), loan
 
 
@@ -215,20 +271,23 @@ def _rows(
 
 def cosine_lse(
     inputs: Inputs, budget: int, lends_for: Needs | None = None
-) -> tuple[Swept, Loan | None]:
+) -> tuple[Swept, Found, Loan | None]:
     """What ``fused_margin::cosine_lse`` returns; with ``lends_for`` d_w may be lent."""
-    x, w = inputs.x, inputs.w
-    p = plan(x, w, inputs.compute_dtype)
+    x, w, extras = inputs.x, inputs.w, inputs.extras
+    p = _plan(inputs)
     swept, loan = _memory(inputs, p, budget, lends_for)
+    found = Found.empty(x, p.accumulate, extras)
     if x.shape[0]:
         labels = _loadable(inputs.labels)
         rows = Rows(
             labels, labels.stride(0), swept.u, swept.inv_x, swept.lse, scale=inputs.scale_tensor
         )
         with guard(x):
-            partial = _sweep(inputs, p, rows, swept, loan, None)
+            partial, others = _sweep(inputs, p, rows, swept, loan, None, asks=not extras.is_plain)
             _rows(p, rows, partial, w.shape[0], inputs.scale, NO_MARGIN, None, "none", 0)
-    return swept, loan
+            if others is not None:
+                found = _merged(inputs, p, others)
+    return swept, found, loan
 
 
 def margin_ce(
@@ -253,7 +312,7 @@ def margin_ce(
         )  # fmt: skip
         losses = LossOutputs(outputs.loss, reduced, outputs.targets)
         with guard(x):
-            partial = _sweep(inputs, p, rows, swept, loan, ignore_index)
+            partial, _ = _sweep(inputs, p, rows, swept, loan, ignore_index)
             _rows(
                 p, rows, partial, w.shape[0], inputs.scale, margin, losses, reduction, ignore_index
             )
@@ -269,7 +328,7 @@ def backward(
 ) -> Gradients:
     """Vector-Jacobian product of a sweep, for the gradients of lse and u in ``slopes``."""
     x, w, num_rows = inputs.x, inputs.w, inputs.x.shape[0]
-    p = plan(x, w, inputs.compute_dtype)
+    extras, p = inputs.extras, _plan(inputs)
     # contiguous whatever the strides of x and w, as the operator's fake promises
     d_x = x.new_empty(x.shape) if needs.x else None
     is_again = loan is TAKEN
@@ -287,13 +346,17 @@ def backward(
         grad, grad.stride(0) if grad is not None and grad.ndim else 0,
         slopes.num_counted, inputs.scale_tensor,
     )  # fmt: skip
+    if extras.reshapes:
+        of_total = None if slopes.total is None else slopes.total.to(p.accumulate).contiguous()
+        others = Others(threshold=extras.threshold, phi=extras.phi, slope_total=of_total)
+        rows = rows._replace(others=others)
     call = _Call(p, rows, inputs, swept, Gradients(d_x, d_w, None), needs)
     with guard(x):
         if loan is not None:
             if is_again:
                 _sweep_again(call, loan)
             return _lent(call, loan)
-        is_fused = backward_strategy(x, w, p, swept.kept) == "fused"
+        is_fused = not extras.reshapes and backward_strategy(x, w, p, swept.kept) == "fused"
         partial = _fused(call) if is_fused else _chunked(call)  # what was kept goes through chunks
         d_scale = None
         if partial is not None:
@@ -303,7 +366,28 @@ def backward(
                 partial.shape[0], P=p.precision, BLOCK_N=FEW_ROWS, BLOCK_D=FEW_COLUMNS,
                 num_warps=4, num_stages=2, enable_fp_fusion=True,
             )  # fmt: skip
+        if extras.reshapes and needs.scale:
+            return Gradients(d_x, d_w, _d_scale(call))
     return Gradients(d_x, d_w, None if d_scale is None else d_scale.sum())
+
+
+def _d_scale(call: _Call) -> Tensor:
+    """The derivative by s where logits are s phi(c): by a sweep of its own for their mean."""
+    x, w, p = call.inputs.x, call.inputs.w, call.p
+    nothing = kept_shape(x, w, call.inputs.compute_dtype, 0)
+    swept = Swept.empty(x, w, p.accumulate, nothing)
+    rows = Rows(
+        call.rows.labels, call.rows.stride_label, swept.u, swept.inv_x, scale=call.rows.scale
+    )
+    inputs = call.inputs._replace(extras=call.inputs.extras._replace(nearer=None, has_total=False))
+    partial, others = _sweep(inputs, p, rows, swept, None, None, asks=True, weighs=True)
+    if others is None or others.weighted is None or call.rows.slope_lse is None:
+        raise RuntimeError("a sweep that weighs logits left no sums of them")
+    lse = call.swept.lse
+    shares = (partial[:, 0] - lse).exp().masked_fill(lse.isneginf(), 0.0)
+    mean = (shares * others.weighted).sum(dim=0)  # of s phi(c)
+    scale = inputs.scale if inputs.scale_tensor is None else inputs.scale_tensor
+    return (call.rows.slope_lse * mean).sum() / scale
 
 
 def _splits(wanted: int, available: int, bytes_per_split: int) -> int:
@@ -363,8 +447,9 @@ def _chunked(call: _Call) -> Tensor | None:
     kept, kept_block = kept_parts(swept.kept, num_rows, p)
     tile = p.tiles.gradient if kept is None else p.tiles.gradient.with_rows(KEPT_GRADIENT_ROWS)
     tile = cut(tile, num_rows, num_classes, dim)
-    row_blocks, class_blocks = cdiv(num_rows, tile.n), cdiv(num_classes, tile.c)
-    size = _chunk_size(pitch(num_rows), num_classes, tile.c, p.gradient.itemsize)
+    block_rows, row_blocks = _block_rows(tile, p), cdiv(num_rows, tile.n)
+    class_blocks = cdiv(num_classes, block_rows)
+    size = _chunk_size(pitch(num_rows), num_classes, block_rows, p.gradient.itemsize)
     weight_tile = cut(p.tiles.weight, num_rows, size, dim)
     embeddings_tile = cut(p.tiles.embeddings, num_rows, size, dim)
     needs_v = needs.x or needs.scale
@@ -403,7 +488,7 @@ def _chunked(call: _Call) -> Tensor | None:
         if x_in_product is not None and (g_desc is None or length < size):
             g_desc = _describe(chunk.g[:length], weight_tile.c, weight_tile.n)
         # one axis: the others of a CUDA grid end at 65,535
-        gradient_kernel[(cdiv(length, tile.c) * row_blocks,)](
+        gradient_kernel[(cdiv(length, block_rows) * row_blocks,)](
             operand, w_in, x_desc, w_desc, rows, inv_w, kept, chunk, inputs.scale, first, length,
             num_rows, dim, row_blocks, KEPT_BLOCK=kept_block,
             EIGHTHS=p.tiles.eighths, P=p.precision, **_run(tile),

@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from fused_margin._arguments import PLAIN, Extras
 from fused_margin._numerics import accumulation_dtype, needs_shift
 from fused_margin._triton import tiles, tuned
 from fused_margin._triton.arguments import Kept, Precision, pitch
@@ -25,6 +26,8 @@ Tensor = torch.Tensor
 LAUNCH_BOUND = 1 << 20
 # Up to this D the fused backward reads less per cosine than the chunked one writes and reads.
 FUSED_DIM = 64
+# Most rows of W for each class: the smallest tile holds one class.
+LARGEST_CENTERS = 16
 # Up to this many rows d_w isn't lent: narrow tiles of the sweep would spill, and W's bytes bind.
 LENT_ROWS = 32
 # Bytes of a block where nothing is kept: a size that may be 0 or 1 would constrain N under
@@ -204,6 +207,20 @@ def plan_on(
     )  # fmt: skip
 
 
+def with_centers(p: Plan, centers: int) -> Plan:
+    """A plan without descriptors for K rows of W for each class, which share a tile."""
+    if centers == 1:
+        return p
+    if centers > LARGEST_CENTERS:
+        raise ValueError(
+            f"the kernels take at most {LARGEST_CENTERS} sub-centres of a class, got {centers}; use"
+            ' backend="reference"'
+        )
+    places = 1 << (centers - 1).bit_length()
+    precision = p.precision._replace(CENTERS=centers, PLACES=places)
+    return replace(p, precision=precision, lent=None)
+
+
 STRATEGIES = ("chunked", "fused", "kept", "lent")
 
 
@@ -271,7 +288,7 @@ def _kept_block(num_classes: int, p: Plan) -> int:
 
 
 def kept_shape(
-    x: Tensor, w: Tensor, compute_dtype: torch.dtype, budget: int
+    x: Tensor, w: Tensor, compute_dtype: torch.dtype, budget: int, extras: Extras = PLAIN
 ) -> tuple[int, int | torch.SymInt]:
     """Shape of the bytes that the forward keeps: blocks of classes, bytes of each, or `NOTHING`.
 
@@ -279,7 +296,7 @@ def kept_shape(
     first in memory, then all shifts. What `strategy_for` decides is a formula without cases here,
     so that `torch.compile` and `torch.export` need not know N.
     """
-    if budget <= 0 and _override.strategy != "kept":
+    if extras.reshapes or (budget <= 0 and _override.strategy != "kept"):
         return 0, NOTHING
     num_rows, num_classes = x.shape[0], int(w.shape[0])
     p = plain_plan(x, w, compute_dtype)

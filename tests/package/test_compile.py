@@ -17,6 +17,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 
 import fused_margin as fm
 import fused_margin.functional as fmf
+from fused_margin._arguments import PLAIN, Extras
 
 # Dynamo itself instantiates an autograd.Function it traces (torch 2.13).
 pytestmark = pytest.mark.filterwarnings(
@@ -234,8 +235,37 @@ def test_opcheck_cosine_lse(
     x, w, labels = _arguments(backend, dtype)
     scale = torch.tensor(9.0, device=x.device, requires_grad=True) if with_tensor_scale else None
     numbers = torch.tensor([9.0], dtype=torch.float64)
-    arguments = (x, w, labels, numbers, scale, dtype, backend, budget)
+    arguments = (x, w, labels, numbers, scale, *PLAIN, dtype, backend, budget)
     torch.library.opcheck(OPS.cosine_lse.default, arguments)
+
+
+def _extras(x: torch.Tensor, centers: int) -> Extras:
+    """Everything that a sweep can be asked for."""
+    rows = torch.linspace(-0.1, 0.1, len(x), device=x.device)
+    phi = torch.tensor([0.1, 0.3, 0.8, 0.3, 1.6, 1.0], dtype=torch.float64, device=x.device)
+    return Extras(rows, phi, rows, centers, True)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("centers", [1, 3])
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_opcheck_of_extras(backend: str, centers: int) -> None:
+    x, w, labels = _arguments(backend, torch.float32)
+    w = w[: len(w) // centers * centers]
+    numbers = torch.tensor([9.0], dtype=torch.float64)
+    scale = torch.tensor(9.0, device=x.device, requires_grad=True)
+    for extras in (_extras(x, centers), Extras(centers=centers, has_total=True)):
+        arguments = (x, w, labels, numbers, scale, *extras, torch.float32, backend, -1)
+        torch.library.opcheck(OPS.cosine_lse.default, arguments)
+        swept = OPS.cosine_lse(*(None if a is None else a for a in arguments))
+        lse, u, inv_x, inv_w, kept, total, class_sum, *_ = (part.detach() for part in swept)
+        omega = class_sum if len(class_sum) else None
+        backward = (
+            torch.randn_like(lse), torch.randn_like(u), None, None, torch.randn_like(total),
+            x.detach(), w.detach(), labels, numbers, scale.detach(), *extras, torch.float32,
+            backend, lse, u, inv_x, inv_w, kept, omega, True, True, True,
+        )  # fmt: skip
+        torch.library.opcheck(OPS.cosine_lse_backward.default, backward)
 
 
 @pytest.mark.usefixtures("poison")
@@ -259,12 +289,12 @@ def test_opcheck_backward(backend: str, needs: tuple[bool, bool, bool]) -> None:
     x, w, labels = (part.detach() for part in _arguments(backend, torch.float32))
     scale = torch.tensor(9.0, device=x.device)
     numbers = torch.tensor([1.0], dtype=torch.float64)
-    lse, u, inv_x, inv_w, kept = OPS.cosine_lse(
-        x, w, labels, numbers, scale, torch.float32, backend, 1 << 20
+    lse, u, inv_x, inv_w, kept, *_ = OPS.cosine_lse(
+        x, w, labels, numbers, scale, *PLAIN, torch.float32, backend, 1 << 20
     )
     arguments = (
-        torch.randn_like(lse), torch.randn_like(u), None, None, x, w, labels, numbers, scale,
-        torch.float32, backend, lse, u, inv_x, inv_w, kept, *needs,
+        torch.randn_like(lse), torch.randn_like(u), None, None, None, x, w, labels, numbers, scale,
+        *PLAIN, torch.float32, backend, lse, u, inv_x, inv_w, kept, None, *needs,
     )  # fmt: skip
     torch.library.opcheck(OPS.cosine_lse_backward.default, arguments)
 
@@ -277,12 +307,12 @@ def test_outputs_are_as_the_fakes_say(backend: str, dtype: torch.dtype, scale: f
     x, w, labels = _arguments(backend, dtype)
     x, w = (part.detach().t().contiguous().t() for part in (x, w))
     numbers = torch.tensor([scale], dtype=torch.float64)
-    arguments = (x, w, labels, numbers, None, dtype, backend, 1 << 20)
+    arguments = (x, w, labels, numbers, None, *PLAIN, dtype, backend, 1 << 20)
     torch.library.opcheck(OPS.cosine_lse.default, arguments, test_utils="test_faketensor")
     swept = OPS.cosine_lse(*arguments)
     arguments = (
-        torch.randn_like(swept[0]), torch.randn_like(swept[1]), None, None, x, w, labels, numbers,
-        None, dtype, backend, *swept, True, True, False,
+        torch.randn_like(swept[0]), torch.randn_like(swept[1]), None, None, None, x, w, labels,
+        numbers, None, *PLAIN, dtype, backend, *swept[:5], None, True, True, False,
     )  # fmt: skip
     torch.library.opcheck(OPS.cosine_lse_backward.default, arguments, test_utils="test_faketensor")
 

@@ -15,6 +15,7 @@ from helpers import BACKENDS, CPU_BACKENDS, FUSED_BACKENDS, device_of, eager_cos
 
 import fused_margin.functional as fmf
 from fused_margin import margins, regularizers
+from fused_margin._arguments import PLAIN
 
 pytestmark = [
     pytest.mark.usefixtures("poison", "one_thread"),
@@ -77,7 +78,7 @@ def test_target_cosines_stay_within_one_in_fp64(backend: str, factor: float) -> 
     w, labels = torch.randn(60, 64), torch.arange(60)
     numbers = torch.tensor([64.0], dtype=torch.float64)
     _, u, *_ = torch.ops.fused_margin.cosine_lse(
-        factor * w, w, labels, numbers, None, torch.float32, backend, 0
+        factor * w, w, labels, numbers, None, *PLAIN, torch.float32, backend, 0
     )
     assert u.dtype is torch.float64
     assert float(u.abs().max()) <= 1.0

@@ -128,7 +128,7 @@ def test_cosines_of_the_sweep(name: str, mode: Mode, ways: str) -> None:
     for seed in range(SEEDS):
         case = _case(sizes, mode, scale, seed)
         with planning.override(descriptors=_descriptors(ways)):
-            swept, _ = launch.cosine_lse(case.inputs, 0)
+            swept, *_ = launch.cosine_lse(case.inputs, 0)
         _check_norms(swept, sizes)
         others = _without_targets(case)
         largest = others.amax(dim=1)
@@ -149,7 +149,7 @@ def test_cosines_that_are_kept(name: str, mode: Mode) -> None:
     sizes, scale = SIZES[name], 0.25
     case = _case(sizes, mode, scale)
     with planning.override("kept"):
-        swept, _ = launch.cosine_lse(case.inputs, 0)
+        swept, *_ = launch.cosine_lse(case.inputs, 0)
         plan = planning.plan(case.inputs.x, case.inputs.w, case.inputs.compute_dtype)
     kept, block = planning.kept_parts(swept.kept, sizes.n, plan)
     assert kept is not None
@@ -175,7 +175,7 @@ def _backward_case(sizes: Sizes, mode: Mode, seed: int) -> tuple[Case, Slopes, S
 
     scale = 2.0**12 * sizes.k
     case = _case(sizes, mode, scale, seed)
-    swept, _ = launch.cosine_lse(case.inputs, 0)
+    swept, *_ = launch.cosine_lse(case.inputs, 0)
     _check_norms(swept, sizes)
     generator = torch.Generator().manual_seed(seed + 100)
     middle = torch.randint(-3, 4, (sizes.n,), generator=generator).double() + 0.5

@@ -235,7 +235,7 @@ def test_block_size_changes_nothing(
         monkeypatch.setattr(sweep, name, size)
     monkeypatch.setattr(backend, "KEPT_BYTES", kept_bytes)
     monkeypatch.setattr(backend, "KEPT_BYTES_PER_FURTHER_ROW", 0)
-    assert sweep.block_size(9, 41, 5, 8) == min(size, 41)
+    assert sweep.block_size((9, 41, 5), 8) == min(size, 41)
     actual = run(loss, before, FP64, "cpu", **NONE)
     for got, want in zip(actual, expected, strict=True):
         _close(got, want)
@@ -260,11 +260,11 @@ def test_labels_past_the_last_class_are_in_no_block(monkeypatch: pytest.MonkeyPa
 
 
 def test_blocks_shrink_to_their_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sweep.block_size(256, 10**6, 128, 4) == 2048
-    assert sweep.block_size(10**6, 10**6, 128, 4) == sweep.MIN_BLOCK
-    assert sweep.block_size(0, 10**6, 1, 4) == sweep.MAX_BLOCK
+    assert sweep.block_size((256, 10**6, 128), 4) == 2048
+    assert sweep.block_size((10**6, 10**6, 128), 4) == sweep.MIN_BLOCK
+    assert sweep.block_size((0, 10**6, 1), 4) == sweep.MAX_BLOCK
     monkeypatch.setattr(sweep, "WEIGHT_BLOCK_BYTES", 1024 * 512 * 4)
-    assert sweep.block_size(256, 10**6, 512, 4) == 1024
+    assert sweep.block_size((256, 10**6, 512), 4) == 1024
 
 
 def test_what_is_kept_stays_within_its_budget() -> None:
@@ -277,7 +277,7 @@ def test_what_is_kept_stays_within_its_budget() -> None:
         classes = kept(num_rows, 10**8, torch.float32)
         budget = backend.KEPT_BYTES + max(0, num_rows - 256) * backend.KEPT_BYTES_PER_FURTHER_ROW
         assert 0 < classes * num_rows * 4 <= budget
-        assert classes % sweep.block_size(num_rows, 10**8, 8, 4) == 0
+        assert classes % sweep.block_size((num_rows, 10**8, 8), 4) == 0
     if _cpu.has_bf16_products():
         assert kept(256, 10**6, torch.bfloat16) == 2 * kept(256, 10**6, torch.float32)
 

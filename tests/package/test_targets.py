@@ -27,6 +27,10 @@ WITH_PRODUCTS = {
     "sweep_kernel, lent",
     "lent_weight_kernel",
     "embeddings_kernel, lent",
+    "sweep_kernel, shaped",
+    "sweep_kernel, centres",
+    "gradient_kernel, shaped",
+    "gradient_kernel, centres",
 }
 DESCRIBED = {  # on sm_90 with bf16 products
     "sweep_kernel, described",
@@ -35,6 +39,8 @@ DESCRIBED = {  # on sm_90 with bf16 products
     "weight_kernel, described",
     "sweep_kernel, lent, described",
     "lent_weight_kernel, described",
+    "sweep_kernel, shaped, described",
+    "gradient_kernel, shaped, described",
 }
 WITHOUT_PRODUCTS = {
     "prepare_kernel",

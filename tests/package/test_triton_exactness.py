@@ -36,6 +36,7 @@ from helpers import (
 
 import fused_margin.functional as fmf
 from fused_margin import _validate
+from fused_margin._arguments import PLAIN
 
 Tensor = torch.Tensor
 pytestmark = pytest.mark.usefixtures("poison")
@@ -117,7 +118,7 @@ def test_target_cosine_is_fp64(backend: str) -> None:
     x, w = (leaf.detach() for leaf in given.leaves(FP32, device_of(backend)))
     numbers = torch.tensor([9.0], dtype=torch.float64)
     lse, u, *_ = torch.ops.fused_margin.cosine_lse(
-        x, w, labels.to(x.device), numbers, None, torch.float32, backend, 0
+        x, w, labels.to(x.device), numbers, None, *PLAIN, torch.float32, backend, 0
     )
     assert (lse.dtype, u.dtype) == (torch.float64, torch.float64)
     assert float(u.abs().max()) == 1.0
@@ -134,7 +135,7 @@ def test_lse_is_added_in_fp64() -> None:
     x[:, 4], w[:, 4] = 2.0, 0.5
     numbers = torch.tensor([64.0], dtype=torch.float64)
     lse, *_ = torch.ops.fused_margin.cosine_lse(
-        x, w, torch.arange(3, device=device), numbers, None, torch.float32, "triton", 0
+        x, w, torch.arange(3, device=device), numbers, None, *PLAIN, torch.float32, "triton", 0
     )
     assert lse.tolist() == pytest.approx([64.0 + math.log(38.0)] * 3, rel=0.0, abs=1e-12)
 
