@@ -152,6 +152,8 @@ def _sweep(
         q, tiles = loan.left
         kept = Kept(q, None, pitch(num_rows), q.stride(0))
         tile = tile.with_rows(tiles.rows)
+    elif asks:
+        tile = tile.with_rows(p.tiles.asked_rows)
     elif kept is not None:
         tile = tile.with_rows(p.tiles.kept_rows)
     tile = cut(tile, num_rows, num_classes, dim)
@@ -445,7 +447,11 @@ def _chunked(call: _Call) -> Tensor | None:
     x, w, inv_w = inputs.x, inputs.w, swept.inv_w
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     kept, kept_block = kept_parts(swept.kept, num_rows, p)
-    tile = p.tiles.gradient if kept is None else p.tiles.gradient.with_rows(KEPT_GRADIENT_ROWS)
+    tile = p.tiles.gradient
+    if rows.others is not None:
+        tile = tile.with_rows(p.tiles.shaped_rows)
+    if kept is not None:
+        tile = tile.with_rows(KEPT_GRADIENT_ROWS)
     tile = cut(tile, num_rows, num_classes, dim)
     block_rows, row_blocks = _block_rows(tile, p), cdiv(num_rows, tile.n)
     class_blocks = cdiv(num_classes, block_rows)

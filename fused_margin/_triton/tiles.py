@@ -44,6 +44,8 @@ class Tiles:
     large. Beyond the last there is no fused backward: its tiles would spill. ``eighths`` is whether
     a wide tile of `gradient_kernel` is finished in eighths, else in quarters. ``kept_rows`` is the
     most rows of ``forward`` in a sweep that also holds what it keeps: with more it spills.
+    ``asked_rows`` likewise in one that makes or finds out more about other classes than exp(s c),
+    and ``shaped_rows`` of ``gradient`` where other logits enter lse.
     """
 
     forward: Tile
@@ -53,6 +55,8 @@ class Tiles:
     fused: tuple[tuple[Tile, Tile], ...]
     eighths: bool = False
     kept_rows: int = 128
+    asked_rows: int = 128
+    shaped_rows: int = 128
 
     def for_fused(self, dim: int) -> tuple[Tile, Tile] | None:
         """The fused tiles for D = ``dim``, or None."""
@@ -123,6 +127,7 @@ _SMALL = Tiles(
     weight=Tile(16, 64, 64, 8, 2),
     embeddings=Tile(64, 16, 64, 8, 2),
     fused=(),
+    asked_rows=32,
 )
 _TINY = Tiles(
     forward=Tile(16, 32, 16, 1, 1),
@@ -187,7 +192,9 @@ _AMPERE = _DEFAULT | {
         gradient=Tile(128, 128, 32, 8, 3),
         kept_rows=64,
     ),
-    "fp16": replace(_FP16, forward=Tile(64, 128, 64, 8, 2)),  # with 32 dimensions 8 bytes spilled
+    "fp16": replace(
+        _FP16, forward=Tile(64, 128, 64, 8, 2), shaped_rows=32
+    ),  # with 32 dimensions 8 bytes spilled
 }
 _ADA = {operand: _shallow(tiles, 2) for operand, tiles in _DEFAULT.items()}
 _HOPPER = _DEFAULT | {"bf16": _HOPPER_BF16, "fp16": _HOPPER_FP16, "tf32": _HOPPER_TF32}
@@ -196,7 +203,9 @@ _TABLE: dict[str, dict[str, Tiles]] = {
     # 99 KiB of shared memory; these spilled 8 bytes with the tiles of the others
     "sm_86": _ADA
     | {
-        "bf16": replace(_ADA["bf16"], forward=Tile(128, 128, 32, 8, 2)),
+        "bf16": replace(
+            _ADA["bf16"], forward=Tile(128, 128, 32, 8, 2), asked_rows=64, shaped_rows=32
+        ),
         "fp16": replace(
             _ADA["fp16"], gradient=Tile(128, 128, 32, 8, 2), weight=Tile(32, 64, 128, 8, 2)
         ),

@@ -21,7 +21,7 @@ from fused_margin import (
 from fused_margin._arguments import Found
 from fused_margin._numerics import accumulation_dtype
 from fused_margin.functional.options import CallOptions, Options, choose, loss
-from fused_margin.functional.sweeps import NOTHING, compute_dtype, sweep
+from fused_margin.functional.sweeps import compute_dtype, sweep
 from fused_margin.metrics import Evaluation
 
 # Of class weights that are normalised at a time for logits without gradients.
@@ -52,7 +52,7 @@ def margin_loss(
     ignore_index = options.ignore_index
     asked = options.asked
     built_in = psi if isinstance(psi, margins.Margin) and not psi.is_tensor else None
-    is_fused = built_in is not None and asked == NOTHING and backend != "reference"
+    is_fused = built_in is not None and asked.is_nothing and backend != "reference"
     stats = None
     if is_fused and built_in is not None and not isinstance(scale, torch.Tensor):
         dtype = compute_dtype(embeddings, weight, backend)

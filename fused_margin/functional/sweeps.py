@@ -29,6 +29,12 @@ class Asked(NamedTuple):
     has_total: bool = False
     has_stats: bool = False
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether nothing is."""
+        is_shaped = self.negatives is not None or self.sub_centers > 1
+        return not (is_shaped or self.has_total or self.has_stats)
+
 
 NOTHING = Asked()
 
@@ -52,7 +58,7 @@ def sweep(
 ) -> Sums:
     """lse and u of checked arguments; a label outside [0, C) means no target."""
     rows, extras = labels, PLAIN
-    if asked != NOTHING:
+    if not asked.is_nothing:
         rows, extras = _extras(embeddings, weight, labels, asked)
     if backend == "reference":
         return Sums(*_reference.cosine_lse(embeddings, weight, rows, scale, extras))

@@ -251,7 +251,7 @@ def _extras(x: torch.Tensor, centers: int) -> Extras:
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_opcheck_of_extras(backend: str, centers: int) -> None:
     x, w, labels = _arguments(backend, torch.float32)
-    w = w[: len(w) // centers * centers]
+    w = w[: len(w) // centers * centers].detach().requires_grad_()
     numbers = torch.tensor([9.0], dtype=torch.float64)
     scale = torch.tensor(9.0, device=x.device, requires_grad=True)
     for extras in (_extras(x, centers), Extras(centers=centers, has_total=True)):
