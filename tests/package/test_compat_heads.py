@@ -292,6 +292,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: heads.WeSpeakerAAM(D, C, K=3, mp=0.06, k_top=5), ValueError,
         "mp=0.06, k_top=5 turn the 5 nearest.*functional.inter_topk",
     ),
+    "swapped sizes": (
+        lambda: heads.ArcMarginProduct(C, D)(torch.randn(2, D), torch.tensor([0, 1])), ValueError,
+        r"num_classes=17, embedding_size=6 by name \(in compat out_features and in_features",
+    ),
     "degrees": (lambda: heads.ArcMarginProduct(D, C, m=28.6), ValueError, "math.radians"),
 }  # fmt: skip
 

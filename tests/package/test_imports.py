@@ -278,6 +278,18 @@ def test_a_keyword_that_is_none_is_named(call: Callable[..., Any]) -> None:
         call(**{p.name: given[p.name] for p in needed}, reducton="mean")
 
 
+def test_an_unknown_keyword_names_what_was_called_and_what_it_takes() -> None:
+    with pytest.raises(
+        TypeError, match=r"^ArcFaceLoss got an .*did you mean 'margin'\? It takes n"
+    ):
+        fm.ArcFaceLoss(5, 6, marjin=0.3)  # pyright: ignore[reportCallIssue]
+    words = (
+        r"^cosface got an unexpected keyword argument 'sigma'; it takes embeddings, .*, negatives"
+    )
+    with pytest.raises(TypeError, match=words):
+        fm.functional.cosface(torch.randn(2, 6), torch.randn(5, 6), torch.arange(2), sigma=1)  # pyright: ignore[reportCallIssue]
+
+
 def test_a_subclass_shows_the_shared_options() -> None:
     class Own(fm.MarginSoftmaxLoss):
         def __init__(self, num_classes: int, size: int = 3, **options: Any) -> None:
