@@ -1,4 +1,7 @@
-"""Which of the K rows of W that a class has is the nearest, of the targets alone: O(N K D)."""
+"""Which of the K rows of W that a class has is the nearest, of the targets alone: O(N K D).
+
+Equations refer to ``docs/math.md``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ Tensor = torch.Tensor
 def nearest_centers(
     embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers: int
 ) -> tuple[Tensor, Tensor]:
-    """The row of W of each target that is nearest, the first of several, and its cosine; (N,).
+    """The row of W of each target that is nearest (eq. 24), the first of several; its cosine; (N,).
 
     Labels outside [0, C) stay as they are, with the cosine 0. A row that isn't finite has NaN.
 
