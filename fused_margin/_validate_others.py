@@ -48,6 +48,15 @@ def curriculum(value: Any) -> float | torch.Tensor:
     return _validate.between("t", value, -1.0, 1.0, "it is a mean of target cosines")
 
 
+def threshold(value: Any, u: torch.Tensor) -> None:
+    """Check the threshold of negatives for target cosines u, (N,)."""
+    if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape != u.shape:
+        raise ValueError(
+            f"the threshold of negatives must be a number or have shape ({known(u.shape[0])},), one"
+            f" cosine per row, got {known(value.shape)}"
+        )
+
+
 def top(value: Any) -> int:
     """Check how many of the nearest other classes get a penalty."""
     value = _validate.size("k", value, 1)

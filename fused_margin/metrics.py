@@ -164,6 +164,8 @@ def evaluate(
             is_harder = of_block.values > cosine
             cosine = torch.where(is_harder, of_block.values, cosine)
             hardest = torch.where(is_harder, of_block.indices + start, hardest)
+    # nothing is nearer than NaN by comparison, and such a row isn't right
+    rank = torch.where(target.isnan(), weight.shape[0] // sub_centers - 1, rank)
     return Evaluation(target, rank, hardest, cosine)
 
 

@@ -43,6 +43,7 @@ class Negatives(NamedTuple):
         threshold = self.threshold
         if callable(threshold):
             threshold = _validate_margins.psi_values(threshold(u), u)
+        _validate_others.threshold(threshold, u)
         return (torch.zeros_like(u) + threshold).to(dtype)
 
     def coefficients(self, device: torch.device) -> Tensor:

@@ -59,6 +59,7 @@ def adacos_scale(
     ignore_index = _validate.ignore_index(ignore_index)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
+    sub_centers = _validate.size("sub_centers", sub_centers, 1)
     num_classes = _validate.centers(weight.shape[0], sub_centers)
     targets = _ops.check_labels(labels, num_classes, ignore_index)
     counted = targets >= 0

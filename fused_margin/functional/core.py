@@ -86,7 +86,7 @@ def margin_loss(
             rows = (rows * poison).masked_fill(ignored, 0.0)
             rows = rows.to(accumulation_dtype(embeddings, weight))
         if asked.has_stats:
-            stats = _evaluation(u, found, ignored)
+            stats = _evaluation(u, found, ignored, num_classes)
     with torch.autocast(embeddings.device.type, enabled=False):
         if is_weighed:
             hard = rows if hard is None else hard.to(rows.dtype)
@@ -96,12 +96,16 @@ def margin_loss(
     return loss if stats is None else (loss, stats)
 
 
-def _evaluation(u: torch.Tensor, found: Found, ignored: torch.Tensor) -> Evaluation:
+def _evaluation(
+    u: torch.Tensor, found: Found, ignored: torch.Tensor, num_classes: int
+) -> Evaluation:
     """What the sweep found of each row, NaN or -1 where it is ignored."""
     dtype = found.hardest_cosine.dtype
+    # nothing is nearer than NaN by comparison, and such a row isn't right
+    rank = torch.where(u.isnan(), num_classes - 1, found.rank)
     return Evaluation(
         u.detach().to(dtype).masked_fill(ignored, float("nan")),
-        found.rank.masked_fill(ignored, -1),
+        rank.masked_fill(ignored, -1),
         found.hardest.masked_fill(ignored, -1),
         found.hardest_cosine.masked_fill(ignored, float("nan")),
     )
@@ -259,6 +263,7 @@ def cosine_logits(
     """
     _validate.matrices(embeddings, weight)
     scale = _validate.scale(scale, embeddings.device)
+    sub_centers = _validate.size("sub_centers", sub_centers, 1)
     num_classes = _validate.centers(weight.shape[0], sub_centers)
     dtype = accumulation_dtype(embeddings, weight)
     with torch.autocast(embeddings.device.type, enabled=False):

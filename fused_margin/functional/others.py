@@ -71,6 +71,7 @@ def curricularface_t(
     _validate.tensors(embeddings, weight, labels)
     t, ignore_index = _validate_others.curriculum(t), _validate.ignore_index(ignore_index)
     momentum = _validate.between("momentum", momentum, 0.0, 1.0)
+    sub_centers = _validate.size("sub_centers", sub_centers, 1)
     num_classes = _validate.centers(weight.shape[0], sub_centers)
     targets = _ops.check_labels(labels, num_classes, ignore_index)
     with torch.autocast(embeddings.device.type, enabled=False):

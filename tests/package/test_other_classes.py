@@ -350,6 +350,13 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ),
         ValueError, r"leave some out of the softmax; use negatives.filtered\(threshold, zero=True",
     ),
+    "threshold": (
+        lambda: fmf.margin_softmax(
+            X, W, Y, margins.NO_MARGIN, 9.0,
+            negatives=negatives.Negatives(torch.zeros(6), negatives.circle().phi),
+        ),
+        ValueError, r"must be a number or have shape \(3,\), one cosine per row, got \(6,\)",
+    ),
     "two negatives": (
         lambda: fmf.curricularface(X, W, Y, negatives=negatives.circle()), TypeError,
         "curricularface has negatives of its own.*margin_softmax takes any",

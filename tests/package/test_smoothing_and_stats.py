@@ -203,6 +203,16 @@ def test_stats_of_no_rows(backend: str) -> None:
         assert bool((torch.autograd.grad(loss, w)[0] == 0).all())
 
 
+def test_rows_that_are_not_finite_are_not_right() -> None:
+    x, w, labels = leaves(dtype=torch.float32)
+    x = x.detach().clone()
+    x[0], x[1, 2] = math.nan, math.inf
+    for backend in ("reference", "cpu"):
+        found: Any = fmf.arcface(x, w, labels, return_stats=True, backend=backend)
+        assert found[1].rank[:2].tolist() == [CLASSES - 1] * 2
+    assert metrics.evaluate(x, w, labels).rank[:2].tolist() == [CLASSES - 1] * 2
+
+
 def test_stats_of_equal_classes() -> None:
     """A class as near as the target doesn't count as nearer, however products are rounded."""
     torch.manual_seed(0)

@@ -257,6 +257,9 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: fm.ArcFaceLoss(3, 4, sub_centers=1.5), TypeError,  # pyright: ignore[reportArgumentType]
         "sub_centers must be an int",
     ),
+    "logits": (lambda: fmf.cosine_logits(X, W, 1.0, sub_centers=0), ValueError, ">= 1, got 0"),
+    "t": (lambda: fmf.curricularface_t(X, W, Y, 0.0, sub_centers=4), ValueError, "sub_centers = 4"),
+    "scale": (lambda: fmf.adacos_scale(X, W, Y, 9.0, sub_centers=0), ValueError, ">= 1, got 0"),
     "predict": (lambda: metrics.predict(X, W, 4, sub_centers=2), ValueError, "at most 3"),
     "label": (lambda: metrics.center_counts(X, W, Y + 1, 2), ValueError, r"\[0, 3\)"),
     "counts": (
