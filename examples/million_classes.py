@@ -72,7 +72,6 @@ LOSSES: dict[str, Callable[..., nn.Module]] = {
     "arcface": fm.ArcFaceLoss,
     "cosface": fm.CosFaceLoss,
 }
-CLASSES_COMPARED = 8192  # at a time, in the accuracy: 8192 x 512 cosines are 16 MiB
 COMPARED_STEPS = 3
 WARM_UP_CLASSES = 1000
 # tqdm's own rate is in seconds per step where steps are slow
@@ -159,20 +158,6 @@ def train_step(training: Training, step: int, batch: int) -> float:
 
 
 @torch.no_grad()
-def nearest_classes(embeddings: Tensor, weight: Tensor) -> Tensor:
-    """Class of the largest cosine, (N,), never holding more than a block of the cosines."""
-    unit = F.normalize(embeddings)
-    largest = unit.new_full((len(unit),), -math.inf)
-    nearest = torch.zeros_like(largest, dtype=torch.int64)
-    for start in range(0, len(weight), CLASSES_COMPARED):
-        cosines = unit @ F.normalize(weight[start : start + CLASSES_COMPARED]).T
-        value, index = cosines.max(dim=1)
-        nearest = torch.where(value > largest, start + index, nearest)
-        largest = torch.maximum(value, largest)
-    return nearest
-
-
-@torch.no_grad()
 def evaluate(training: Training, batch: int) -> dict[str, Any]:
     """Loss and accuracy in % on new samples of identities trained on, and of others."""
     identities, criterion = training.identities, training.criterion
@@ -183,10 +168,12 @@ def evaluate(training: Training, batch: int) -> dict[str, Any]:
             continue
         observations, labels = identities.fresh(among)
         embeddings = embed(training.network, observations)
-        parts = zip(embeddings.split(batch), labels.split(batch), strict=True)
-        total = sum(criterion(rows, targets).item() * len(rows) for rows, targets in parts)
-        accuracy = percent(nearest_classes(embeddings, criterion.weight) == labels)
-        result[name] = {"loss": total / len(labels), "accuracy": accuracy}
+        total, ranks = 0.0, []
+        for rows, targets in zip(embeddings.split(batch), labels.split(batch), strict=True):
+            loss, stats = criterion(rows, targets, return_stats=True)  # of the same sweep
+            total += loss.item() * len(rows)
+            ranks.append(stats.rank)
+        result[name] = {"loss": total / len(labels), "accuracy": percent(torch.cat(ranks) == 0)}
     training.progress.measuring_seconds += time.perf_counter() - start
     return result
 

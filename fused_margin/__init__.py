@@ -5,6 +5,9 @@ ArcFace, CosFace, AdaCos, AdaFace, MagFace and their kin as drop-in modules
 and as Triton kernels on a GPU. Importing the package never imports Triton.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fused_margin import (
     _flops,
     functional,
@@ -26,24 +29,36 @@ from fused_margin.losses import (
     AdaCosLoss,
     AdaFaceLoss,
     ArcFaceLoss,
+    CircleSoftmaxLoss,
     CombinedMarginLoss,
     CosFaceLoss,
+    CurricularFaceLoss,
     ElasticFaceLoss,
     FixedAdaCosLoss,
     MagFaceLoss,
     MarginSoftmaxLoss,
+    MVSoftmaxLoss,
     NormalizedSoftmaxLoss,
     SphereFaceLoss,
 )
+
+if TYPE_CHECKING:
+    from fused_margin import compat as compat
+    from fused_margin import convert as convert
+
+_LAZY = ("compat", "convert")
 
 __all__ = [
     "AdaCosLoss",
     "AdaFaceLoss",
     "ArcFaceLoss",
+    "CircleSoftmaxLoss",
     "CombinedMarginLoss",
     "CosFaceLoss",
+    "CurricularFaceLoss",
     "ElasticFaceLoss",
     "FixedAdaCosLoss",
+    "MVSoftmaxLoss",
     "MagFaceLoss",
     "MarginSoftmaxLoss",
     "NormalizedSoftmaxLoss",
@@ -63,3 +78,14 @@ __all__ = [
 ]
 
 _flops.register_when_imported()
+
+
+def __getattr__(name: str) -> Any:
+    """`fused_margin.compat` and `fused_margin.convert`, imported where they are first asked for."""
+    if name in _LAZY:
+        return importlib.import_module(f"fused_margin.{name}")
+    raise AttributeError(f"module 'fused_margin' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -67,18 +67,23 @@ def cosine_lse(
             first = of_class.detach().argmax(dim=2, keepdim=True)  # of equal ones the first
             cosines = of_class.gather(2, first)[:, :, 0]
         found = _found(cosines, is_target, extras, x)
-        phi, is_out = cosines, torch.zeros_like(is_target)
+        phi = cosines
         if extras.threshold is not None and extras.phi is not None:
             phi = _reshaped(cosines, extras.threshold, extras.phi)
-            is_out = phi.isneginf()
-            phi = phi.masked_fill(is_out, 0.0)  # times the scale it would be NaN in a derivative
+        # what is left out of the softmax is left out of the sum; 0 times infinity has no gradient
+        is_out = is_target | phi.isneginf()
+        phi = phi.masked_fill(is_out, 0.0)
         if extras.has_total:
-            # what is left out of the softmax is left out of the sum
-            found = found._replace(total=phi.masked_fill(is_target, 0.0).sum(dim=1).to(wide))
-        logits = (scale * phi).masked_fill(is_out, -float("inf"))
-        if num_classes == 1:  # a sum over no class, whose derivative logsumexp would make NaN
-            return logits[:, 0].masked_fill(has_target, -float("inf")), u, found
-        return logits.masked_fill(is_target, -float("inf")).logsumexp(dim=1), u, found
+            found = found._replace(total=phi.sum(dim=1).to(wide))
+        return _logsumexp(scale * phi, is_out), u, found
+
+
+def _logsumexp(logits: torch.Tensor, is_out: torch.Tensor) -> torch.Tensor:
+    """Over the classes that are in, (N,); -inf without a gradient where there is none."""
+    is_empty = is_out.all(dim=1)
+    # torch's own derivative of a sum over nothing is NaN
+    lse = logits.masked_fill(is_out & ~is_empty[:, None], -float("inf")).logsumexp(dim=1)
+    return lse.masked_fill(is_empty, -float("inf"))
 
 
 def _reshaped(cosines: torch.Tensor, threshold: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,8 @@ def of_labels_dtype(labels: torch.Tensor) -> str:
         return "turn one-hot targets into indices with .int().argmax(1)"
     return (
         "turn one-hot targets into indices with .argmax(1); for mixtures (mixup, cutmix) of labels"
-        " a and b weigh two losses, lam * criterion(x, a) + (1 - lam) * criterion(x, b)"
+        " a and b pass each row twice, torch.cat([x, x]) with torch.cat([a, b]), of sample_weight lam"
+        " and 1 - lam"
     )
 
 
@@ -88,10 +89,10 @@ def of_columns(num_columns: int, num_classes: int, dim: int) -> str:
     """How embeddings of another number of columns and a weight (C, D) become two that match."""
     if num_classes == num_columns:
         return (
-            f"a module takes num_classes first, so swap them: num_classes={dim},"
-            f" embedding_size={num_classes}; a function takes weight as (C, D), so pass"
-            " weight.t(); and if the embeddings are logits, pass what the model's last layer"
-            " is given"
+            f"if the sizes of a module were swapped, build it with num_classes={dim},"
+            f" embedding_size={num_classes} by name (in compat out_features and in_features, or"
+            " out_neurons and input_size); a function takes weight as (C, D), so pass weight.t();"
+            " and if the embeddings are logits, pass what the model's last layer is given"
         )
     return f"build the loss with embedding_size={num_columns}"
 

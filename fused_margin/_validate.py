@@ -6,12 +6,13 @@ import contextlib
 import difflib
 import functools
 import importlib.util
+import inspect
 import math
 import numbers
 import operator
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -365,8 +366,9 @@ def positive_scale(value: float) -> float:
     """Check the value of a tensor scale, where reading it costs no synchronisation."""
     if not 0.0 < value <= LARGEST_SCALE:
         raise ValueError(
-            f"scale must be finite in fp32 and > 0, got {value}; keep a learnable scale positive,"
-            " as log_scale.exp() is"
+            f"scale must be finite in fp32 and > 0, got {value}; keep a learnable scale positive:"
+            " a module's by criterion.scale.data.clamp_(min=1.0) after each step, or by a lower"
+            " learning rate; a function's as log_scale.exp() is"
         )
     return value
 
@@ -421,15 +423,19 @@ def ordered(lower: str, low: float, upper: str, high: float) -> None:
         )
 
 
-def keywords(given: Collection[str], allowed: Collection[str]) -> None:
-    """Refuse a keyword that is no option of a loss, as Python does for an argument."""
+def keywords(given: Collection[str], allowed: Collection[str], call: Callable[..., Any]) -> None:
+    """Refuse a keyword that is no option of a loss, as Python does for an argument.
+
+    ``call``: the function or class that was given it, whose arguments the message lists.
+    """
     for name in given:
         if name not in allowed:
-            near = difflib.get_close_matches(name, allowed, n=1)
-            meant = f"did you mean {near[0]!r}? The" if near else "the"
+            taken = list(inspect.signature(call).parameters)
+            near = difflib.get_close_matches(name, taken, n=1)
+            meant = f"did you mean {near[0]!r}? It" if near else "it"
             raise TypeError(
-                f"got an unexpected keyword argument {name!r}; {meant} options that"
-                f" losses share are {', '.join(allowed)}"
+                f"{call.__name__} got an unexpected keyword argument {name!r}; {meant} takes"
+                f" {', '.join(taken)}"
             )
 
 

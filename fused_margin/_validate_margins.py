@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -15,7 +16,8 @@ LARGEST_ANGLE = 3.1415928  # pi in fp32 lies 9e-8 above pi
 LARGEST_OFFSET = 2.0
 LARGEST_MULTIPLIER = 16.0
 
-KINDS = ("arc", "cos")
+MARGIN_OF_KIND = {"arc": 0.5, "cos": 0.35}
+KINDS = tuple(MARGIN_OF_KIND)
 CONTINUATIONS = ("none", "continuous")
 
 
@@ -91,6 +93,23 @@ def module_cosine_margin(value: Any) -> float | torch.Tensor:
     return _offset(_class_margin(value), "of class")
 
 
+kind = functools.partial(_validate.choice, "kind", allowed=KINDS)
+
+
+def default_of_kind(value: Any, kind: str) -> Any:
+    """A margin as it was given, or that of the kind for None."""
+    return MARGIN_OF_KIND[kind] if value is None else value
+
+
+def of_kind(
+    value: Any, kind_name: str, labels: torch.Tensor | None = None, ignore_index: int = -100
+) -> float | torch.Tensor:
+    """Check the margin of a loss that has it as an angle or as an offset; None is the default."""
+    value = default_of_kind(value, kind(kind_name))
+    check = angular_margin if kind_name == "arc" else cosine_margin
+    return check(value, labels, ignore_index)
+
+
 def angle(name: str, value: Any) -> float:
     """Check an angle in radians that isn't called margin."""
     hint = "it is an angle in radians, math.radians(degrees)"
@@ -119,8 +138,19 @@ def class_counts(value: Any) -> torch.Tensor:
     return value
 
 
+def mean_margin(value: Any) -> None:
+    """Refuse a tensor as the mean of margins that are drawn."""
+    if isinstance(value, torch.Tensor):
+        raise TypeError(
+            "ElasticFace draws a margin for each row, and takes their mean as a number, got"
+            f" {_validate._shown(value)}; float(margin), or for margins of your own arcface or"
+            " cosface"
+        )
+
+
 def module_number(value: Any) -> float:
     """Check the margin of a module that is an angle or an offset, as another setting says."""
+    mean_margin(value)
     return _angle(_margin(value, None, 0, ""), "")  # pyright: ignore[reportReturnType]
 
 

@@ -18,8 +18,10 @@ import importlib
 import math
 import os
 import pickle
+import re
+import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +31,7 @@ from fused_margin.losses import ArcFaceLoss, CosFaceLoss, MarginSoftmaxLoss, Nor
 from fused_margin.losses.base import DEFAULTS
 
 __all__ = [
+    "Source",
     "class_weights",
     "from_pml",
     "load_class_weights",
@@ -40,8 +43,26 @@ Checkpoint = str | os.PathLike[str] | Mapping[str, Any]
 
 # By the last part of a key, what the rows of a matrix are: classes, dimensions, or either.
 LAYOUTS = {"weight": "CD", "kernel": "DC", "W": None}
+# How torch says that a readable file holds what weights_only=True refuses
+_UNSAFE = re.compile(r"Unsupported (global|class)|GLOBAL|not an allowed global")
+# What torch.load raises of bytes that are no checkpoint; of a file that isn't there an OSError
+_UNREADABLE = (
+    pickle.UnpicklingError, struct.error, EOFError, RuntimeError, LookupError, ValueError,
+    TypeError, AttributeError,
+)  # fmt: skip
 # Parts of a checkpoint whose matrices are no weights
 OPTIMIZERS = ("optimizer", "optim", "scheduler")
+
+
+class Source(NamedTuple):
+    """Which matrix of a checkpoint the class weights were.
+
+    Attributes:
+        key: where it was, ``key=`` of the next call. layout: how it lay, ``"CD"`` or ``"DC"``.
+    """
+
+    key: str
+    layout: str
 
 
 def class_weights(
@@ -64,7 +85,8 @@ def class_weights(
         checkpoint: a path, or what was loaded from it.
         num_classes: C, if known (C K for sub-centres).
         embedding_size: D, if known.
-        key: the matrix's key, or its end; keys of nested mappings are joined by dots.
+        key: the matrix's key, or its end; keys of nested mappings are joined by dots. The whole key
+            of a file serves for a part of it too.
         layout: ``"CD"`` (a row per class), ``"DC"`` (a column per class), or None, by key and
             shape.
 
@@ -76,12 +98,20 @@ def class_weights(
         ValueError: no matrix fits, several do (they are listed), or its layout can't be known; a
             file that ``weights_only=True`` refuses.
     """
+    return _find(checkpoint, (num_classes, embedding_size), key, layout)[1].contiguous()
+
+
+def _find(
+    checkpoint: Checkpoint,
+    sizes: tuple[int | None, int | None],
+    key: str | None,
+    layout: str | None,
+) -> tuple[Source, torch.Tensor]:
+    """The class weights, (C, D), and where they were."""
     _refusals.layout(layout)
-    found = _matrices(_loaded(checkpoint))
-    sizes = (num_classes, embedding_size)
-    name, matrix = _chosen(found, sizes, key, layout)
-    is_transposed = _layout(name, matrix, sizes, layout) == "DC"
-    return (matrix.t() if is_transposed else matrix).detach().contiguous()
+    name, matrix = _chosen(_matrices(_loaded(checkpoint)), sizes, key, layout)
+    source = Source(name, _layout(name, matrix, sizes, layout))
+    return source, (matrix.t() if source.layout == "DC" else matrix).detach()
 
 
 def load_class_weights(
@@ -90,7 +120,7 @@ def load_class_weights(
     *,
     key: str | None = None,
     layout: str | None = None,
-) -> None:
+) -> Source:
     """Copy the class weights of a checkpoint into a loss, see `class_weights`.
 
     Args:
@@ -98,10 +128,15 @@ def load_class_weights(
         checkpoint: a path, or what was loaded from it.
         key: the matrix's key, or its end.
         layout: ``"CD"``, ``"DC"`` or None.
+
+    Returns:
+        Which matrix it was, and how it lay.
     """
     rows = _rows(criterion)
+    source, matrix = _find(checkpoint, (rows.shape[0], rows.shape[1]), key, layout)
     with torch.no_grad():
-        rows.copy_(class_weights(checkpoint, rows.shape[0], rows.shape[1], key=key, layout=layout))
+        rows.copy_(matrix)
+    return source
 
 
 def _parameter(criterion: nn.Module) -> nn.Parameter:
@@ -127,8 +162,10 @@ def _loaded(checkpoint: Checkpoint) -> Mapping[str, Any]:
     if isinstance(checkpoint, (str, os.PathLike)):
         try:
             checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            _refusals.unsafe(checkpoint, error)
+        except _UNREADABLE as error:
+            if _UNSAFE.search(str(error)):
+                _refusals.unsafe(checkpoint, error)
+            _refusals.unreadable(checkpoint, error)
     _refusals.checkpoint(checkpoint)
     return checkpoint  # pyright: ignore[reportReturnType]
 
@@ -174,7 +211,9 @@ def _chosen(
     named = found
     if key is not None:
         exact = {name: found[name] for name in found if name == key}
-        named = exact or {name: m for name, m in found.items() if name.endswith(f".{key}")}
+        ending = {name: m for name, m in found.items() if name.endswith(f".{key}")}
+        # the whole key, as of the file, where a part of it was given
+        named = exact or ending or {n: m for n, m in found.items() if key.endswith(f".{n}")}
         wanted = f" named {key}{wanted}"
     fitting = {name: m for name, m in named.items() if _fits(m, sizes, layout)}
     as_named = {
@@ -224,8 +263,8 @@ def from_pml(peer: Any, **options: Any) -> MarginSoftmaxLoss:
     """This package's loss for one of pytorch-metric-learning's, with a copy of its weights.
 
     Args:
-        peer: its ArcFaceLoss, CosFaceLoss or NormalizedSoftmaxLoss, or that of
-            `fused_margin.compat.pml`, with none of its other options.
+        peer: its ArcFaceLoss, SubCenterArcFaceLoss, CosFaceLoss or NormalizedSoftmaxLoss, or that
+            of `fused_margin.compat.pml`, with none of its other options.
         options: ``backend``, ``memory_budget``, ``ignore_index`` or ``reduction`` of ours.
 
     Returns:
@@ -237,6 +276,10 @@ def from_pml(peer: Any, **options: Any) -> MarginSoftmaxLoss:
     """
     classes = {
         "ArcFaceLoss": lambda: (ArcFaceLoss, {"margin": float(peer.margin)}),
+        "SubCenterArcFaceLoss": lambda: (
+            ArcFaceLoss,
+            {"margin": float(peer.margin), "sub_centers": int(peer.sub_centers)},
+        ),
         "CosFaceLoss": lambda: (CosFaceLoss, {"margin": float(peer.margin)}),
         "NormalizedSoftmaxLoss": lambda: (NormalizedSoftmaxLoss, {}),
     }
@@ -252,9 +295,15 @@ def from_pml(peer: Any, **options: Any) -> MarginSoftmaxLoss:
         _refusals.not_converted(peer, " with embeddings that are not normalised")
     make, arguments = classes[_kind(peer)]()
     scale = 1.0 / peer.temperature if _kind(peer) == "NormalizedSoftmaxLoss" else float(peer.scale)
-    w = _parameter(peer)  # (D, C)
+    w = _parameter(peer)  # (D, C K)
     criterion = make(
-        w.shape[1], w.shape[0], scale=scale, device=w.device, dtype=w.dtype, **arguments, **options
+        w.shape[1] // arguments.get("sub_centers", 1),
+        w.shape[0],
+        scale=scale,
+        device=w.device,
+        dtype=w.dtype,
+        **arguments,
+        **options,
     )
     with torch.no_grad():
         criterion.weight.copy_(w.t())
@@ -265,8 +314,9 @@ def to_pml(criterion: MarginSoftmaxLoss) -> nn.Module:
     """pytorch-metric-learning's loss for one of this package, with a copy of its weights.
 
     Args:
-        criterion: ArcFaceLoss with ``boundary="linear"`` and ``grad="exact"``, CosFaceLoss,
-            FixedAdaCosLoss or NormalizedSoftmaxLoss, with ``reduction="mean"``.
+        criterion: ArcFaceLoss with ``boundary="linear"`` and ``grad="exact"``, which may have
+            sub-centres, CosFaceLoss, FixedAdaCosLoss or NormalizedSoftmaxLoss, with
+            ``reduction="mean"``.
 
     Returns:
         An object of pytorch_metric_learning.losses; its W is (D, C), a margin in degrees.
@@ -276,21 +326,25 @@ def to_pml(criterion: MarginSoftmaxLoss) -> nn.Module:
     """
     kind, arguments = _kind(criterion), {}
     if kind not in ("ArcFaceLoss", "CosFaceLoss", "FixedAdaCosLoss", "NormalizedSoftmaxLoss"):
-        _refusals.not_converted(criterion, " has no counterpart")
-    for name in ("reduction", "ignore_index", "class_weight", "focal_gamma", "focal_alpha"):
+        _refusals.no_counterpart(criterion)
+    has_counterpart = {"sub_centers"} if kind == "ArcFaceLoss" else set()
+    for name in DEFAULTS.keys() - {"backend", "memory_budget", "device", "dtype"} - has_counterpart:
         value = getattr(criterion, name)
         if value is not DEFAULTS[name] and value != DEFAULTS[name]:
             shown = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
-            _refusals.not_converted(criterion, f" with {name}={shown}")
+            _refusals.no_counterpart(criterion, f" with {name}={shown}")
     for name in ("margin", "scale"):
         if isinstance(getattr(criterion, name, None), torch.Tensor):
-            _refusals.not_converted(criterion, f" with a tensor as {name}")
+            _refusals.no_counterpart(criterion, f" with a tensor as {name}")
     if isinstance(criterion, ArcFaceLoss):
         if (criterion.boundary, criterion.grad) != ("linear", "exact"):
-            _refusals.not_converted(
+            _refusals.no_counterpart(
                 criterion, f" with boundary={criterion.boundary!r}, grad={criterion.grad!r}"
             )
         arguments = {"margin": math.degrees(criterion.margin), "scale": criterion.scale}
+        if criterion.sub_centers > 1:
+            kind = "SubCenterArcFaceLoss"
+            arguments["sub_centers"] = criterion.sub_centers
     elif isinstance(criterion, CosFaceLoss):
         arguments = {"margin": criterion.margin, "scale": criterion.scale}
     else:
@@ -329,7 +383,7 @@ def transpose_moments(
 
     Raises:
         ValueError: the groups differ, ``optimizer`` lacks the class weights, or a moment has a
-            shape that isn't the transpose.
+            shape that is neither the transpose nor one of two factors of it, as Adafactor's.
     """
     weight = _parameter(criterion)
     saved = [group["params"] for group in state["param_groups"]]
@@ -345,13 +399,25 @@ def transpose_moments(
         _refusals.not_held(_kind(criterion))
     number, wanted = numbers[id(weight)], tuple(weight.shape)
     result = {"state": dict(state["state"]), "param_groups": copy.deepcopy(state["param_groups"])}
-    moments = dict(result["state"].get(number, {}))
-    for name, value in moments.items():
-        if not isinstance(value, torch.Tensor) or value.ndim != 2:
-            continue  # the number of steps
-        if tuple(value.shape) != wanted[::-1]:
-            _refusals.moment(name, tuple(value.shape), wanted)
-        moments[name] = value.t().contiguous()
-    if moments:
-        result["state"][number] = moments
+    saved_moments = result["state"].get(number, {})
+    if saved_moments:
+        result["state"][number] = dict(
+            _transposed(name, value, saved_moments, wanted) for name, value in saved_moments.items()
+        )
     return result
+
+
+def _transposed(
+    name: str, value: Any, moments: Mapping[str, Any], wanted: tuple[int, ...]
+) -> tuple[str, Any]:
+    """A moment of W under its name, as one of W's transpose, of shape ``wanted``."""
+    if not isinstance(value, torch.Tensor) or value.numel() == 1:
+        return name, value  # the number of steps
+    if tuple(value.shape) == wanted[::-1]:
+        return name, value.t().contiguous()
+    # of a factored one, as Adafactor's, rows are columns now: (D, 1) or (D,), and (1, C) or (C,)
+    other = re.sub("row|col", lambda part: {"row": "col", "col": "row"}[part[0]], name)
+    length = wanted[1] if "row" in name else wanted[0]
+    if other == name or other not in moments or value.numel() != length:
+        _refusals.moment(name, tuple(value.shape), wanted)
+    return other, value.t().contiguous() if value.ndim == 2 else value

@@ -172,6 +172,25 @@ def adaptive(margin: float, quality: torch.Tensor) -> Callable[[torch.Tensor], t
     return psi
 
 
+def circle(margin: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    r"""The target's part of Circle loss: :math:`[1 + m - u]_+ (u - (1 - m))`, the factor constant.
+
+    Args:
+        margin: m, an offset of the cosine, in [0, 1].
+
+    References:
+        Sun et al., Circle Loss: A Unified Perspective of Pair Similarity Optimization, 2020,
+        arXiv:2002.10857, eq. 6, 8.
+    """
+    margin = _validate.between("margin", margin, 0.0, 1.0, "it is a cosine offset")
+
+    def psi(u: torch.Tensor) -> torch.Tensor:
+        offset = margin * torch.ones_like(u)  # a product, in which Dynamo keeps a float symbolic
+        return (1.0 + offset - u.detach()).clamp_min(0.0) * (u - (1.0 - offset))
+
+    return psi
+
+
 def by_class_size(
     counts: torch.Tensor, smallest: float = 0.05, largest: float = 0.5, power: float = 0.25
 ) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_margin import _validate, _validate_margins, margins
+from fused_margin import _validate, _validate_margins, _validate_others, margins
 from fused_margin._arguments import Margin
 
 __all__ = ["Negatives", "circle", "curricular", "filtered", "misclassified"]
@@ -43,6 +43,7 @@ class Negatives(NamedTuple):
         threshold = self.threshold
         if callable(threshold):
             threshold = _validate_margins.psi_values(threshold(u), u)
+        _validate_others.threshold(threshold, u)
         return (torch.zeros_like(u) + threshold).to(dtype)
 
     def coefficients(self, device: torch.device) -> Tensor:
@@ -56,14 +57,14 @@ def curricular(t: Number, margin: Number = 0.5) -> Negatives:
     r"""CurricularFace: :math:`\varphi(c) = c\,(t + c)` where :math:`c > \cos(\theta_y + m)`.
 
     Args:
-        t: in [0, 1], the moving mean of the target cosines.
-        margin: m in radians.
+        t: in [-1, 1], the moving mean of the target cosines; a number or a 0-d tensor.
+        margin: m in radians; a number or an (N,) tensor, whose values are not checked.
 
     References:
         Huang et al., CurricularFace: Adaptive Curriculum Learning Loss for Deep Face Recognition,
         2020, arXiv:2004.00288, eq. 6, 7.
     """
-    shape = margins.angular(_validate_margins.angular_margin(margin), "none")
+    t, shape = _validate_others.curriculum(t), margins.angular(margin, "none")
     return Negatives(lambda u: margins.apply(u, shape), (0.0, t, 1.0, t, 2.0, 1.0))
 
 

@@ -6,3 +6,20 @@
 
 None of these packages is imported. ``docs/migration.md`` has the lines to change in each.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fused_margin.compat import heads as heads
+    from fused_margin.compat import insightface as insightface
+    from fused_margin.compat import pml as pml
+
+__all__ = ["heads", "insightface", "pml"]
+
+
+def __getattr__(name: str) -> Any:
+    """One of the modules above, imported where it is first asked for."""
+    if name in __all__:
+        return importlib.import_module(f"fused_margin.compat.{name}")
+    raise AttributeError(f"module 'fused_margin.compat' has no attribute {name!r}")

@@ -76,15 +76,6 @@ def peer_margin(value: Any) -> int:
     return int(value)
 
 
-def centers(value: Any) -> int:
-    """Check a number of sub-centres."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"sub_centers must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"sub_centers must be at least 1, got {value}")
-    return value
-
-
 def centers_per_class(num_classes: int, value: int, rows: int | None = None) -> None:
     """Check SparseCentersRegularizer's numbers, and the weights it is given."""
     if value < 2:
@@ -109,16 +100,6 @@ def reducer(value: Any) -> None:
 
 
 # --- insightface ----------------------------------------------------------------------------------
-
-
-def filtering(value: float) -> None:
-    """Refuse a threshold above which other classes leave the softmax."""
-    if value != 0:
-        raise ValueError(
-            f"interclass_filtering_threshold={value} takes other classes out of the softmax, which"
-            " the kernels can't do yet; pass 0, as insightface's configurations without noisy"
-            " labels do"
-        )
 
 
 def combined_margin(m1: float, m2: float, m3: float) -> None:
@@ -166,11 +147,13 @@ def ranks(number: int) -> None:
         )
 
 
-def label_smoothing(value: float) -> None:
-    """Refuse label smoothing."""
-    if value != 0:
+def inter_topk(penalty: float, top: int) -> None:
+    """Refuse the inter-topk penalty of an angular margin."""
+    if penalty != 0 and top != 0:
         raise ValueError(
-            f"ls_eps={value} smooths the labels, which the kernels can't do yet; pass 0.0"
+            f"mp={penalty}, k_top={top} turn the {top} nearest other classes of a row by an angle,"
+            " which this package doesn't do yet; pass 0, as do_lm=True means there. With CosFace"
+            " fused_margin.functional.inter_topk adds an offset to them"
         )
 
 
@@ -193,6 +176,17 @@ def unsafe(path: Any, error: Exception) -> NoReturn:
         " loaded. If you trust it, load it yourself with torch.load(path, weights_only=False) and"
         " pass the mapping"
     ) from error
+
+
+def unreadable(path: Any, error: Exception) -> NoReturn:
+    """A file that torch.load can't read."""
+    is_safetensors = str(path).endswith(".safetensors")
+    remedy = (
+        "load it with safetensors.torch.load_file(path) and pass the mapping"
+        if is_safetensors
+        else "it is damaged or incomplete, or not written by torch.save"
+    )
+    raise ValueError(f"{path} is no checkpoint that torch.load can read; {remedy}") from error
 
 
 def no_candidate(found: list[str], wanted: str) -> NoReturn:
@@ -246,6 +240,15 @@ def not_converted(value: Any, what: str) -> NoReturn:
     )
 
 
+def no_counterpart(value: Any, what: str = "") -> NoReturn:
+    """A loss of this package that pytorch-metric-learning doesn't have."""
+    raise ValueError(
+        f"pytorch-metric-learning has no loss that computes what this {type(value).__name__}{what}"
+        " does; to take the weights there, copy criterion.weight.t() into W, (D, C), of one of its"
+        " losses"
+    )
+
+
 def no_peer(error: Exception) -> NoReturn:
     """pytorch-metric-learning isn't there."""
     raise ValueError(
@@ -275,8 +278,9 @@ def moment(name: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> NoRetu
     remedy = (
         "it has the weight's own layout, so load it without transposing"
         if given == wanted
-        else "it belongs to another parameter: build the optimizer with the parameters in the same"
-        " order as the one that was saved"
+        else "it belongs to another parameter, so build the optimizer with the parameters in the"
+        " same order as the one that was saved; or the optimizer keeps something that has no"
+        " transpose, and has to start anew for the class weights"
     )
     raise ValueError(
         f"the saved {name} of the class weights has shape {given}, where {wanted[::-1]} is to be"

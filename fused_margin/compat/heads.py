@@ -14,6 +14,7 @@ Their slope is infinite where a feature lies on its class's weight; here it is f
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fused_margin import _validate_margins, margins
+from fused_margin import _validate, _validate_margins, functional, margins, negatives
 from fused_margin.compat import _refusals
 from fused_margin.losses import MarginSoftmaxLoss
 
@@ -67,13 +68,14 @@ class _Head(MarginSoftmaxLoss):
         label: torch.Tensor,
         *,
         sample_weight: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        return_stats: bool = False,
+    ) -> Any:
         """Mean loss of embeddings (N, D) or (N, 1, D) and labels (N,) or (N, 1): 0-d."""
         if input.ndim == 3 and input.shape[1] == 1:
             input = input.squeeze(1)
         if label.ndim == 2 and label.shape[1] == 1:
             label = label.squeeze(1)
-        return super().forward(input, label, sample_weight=sample_weight)
+        return super().forward(input, label, sample_weight=sample_weight, return_stats=return_stats)
 
 
 class _AngularHead(_Head):
@@ -105,7 +107,7 @@ class _AngularHead(_Head):
         """Set the margin, radians, as a schedule does between steps."""
         self.margin = margin
 
-    def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> margins.Margin:
+    def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> functional.Psi:
         """cos(theta + m)."""
         return angular(self.margin, self.boundary, self.easy_margin)
 
@@ -139,21 +141,53 @@ class ArcMarginProduct(_ShortNames, _AngularHead):
         s: scale, > 0.
         m: margin, radians.
         easy_margin: cos(theta) where theta >= pi / 2.
-        ls_eps: 0.0.
+        ls_eps: in [0, 1). There it spreads the margin, not the target: of the target's logit
+            1 - ls_eps + ls_eps / C have it, and ls_eps / C of each other class's. So it is here,
+            where that of the others is of second order in the cosine: a logit is off by at most
+            s ls_eps sin(m) / (2 C), or s ls_eps m sin(m) / C where theta + m > pi. The smoothing
+            of `torch.nn.functional.cross_entropy` is ``label_smoothing``, among the options.
         options: ``reduction`` and what follows in `MarginSoftmaxLoss`.
     """
+
+    settings: ClassVar[dict[str, Callable[[Any], Any]]] = {
+        **_AngularHead.settings,
+        "ls_eps": functools.partial(_validate.between, "ls_eps", lowest=0.0, highest=1.0),
+    }
 
     def __init__(
         self, in_features: int, out_features: int, s: float = 30.0, m: float = 0.50,
         easy_margin: bool = False, ls_eps: float = 0.0, **options: Any,
     ) -> None:  # fmt: skip
-        _refusals.label_smoothing(ls_eps)
         super().__init__(out_features, in_features, s, m, easy_margin, **options)
         self.ls_eps = ls_eps
+
+    def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> functional.Psi:
+        """cos(theta + m), or its share in the target's logit."""
+        margin = angular(self.margin, self.boundary, self.easy_margin)
+        if not self.ls_eps:
+            return margin
+        share = 1.0 - self.ls_eps * (1.0 - 1.0 / self.num_classes)
+        return lambda u: share * margins.apply(u, margin) + (1.0 - share) * u
+
+    def negatives(
+        self, embeddings: torch.Tensor, labels: torch.Tensor
+    ) -> negatives.Negatives | None:
+        """The margin's share in other logits, with sin(theta) as 1 - c^2 / 2."""
+        if not self.ls_eps:
+            return None
+        share, sin = self.ls_eps / self.num_classes, math.sin(self.margin)
+        linear, square = 1.0 - share * (1.0 - math.cos(self.margin)), 0.5 * share * sin
+        threshold = 0.0 if self.easy_margin else -math.cos(self.margin)
+        return negatives.Negatives(
+            threshold, (-share * sin, linear, square, linear, 2.0 * square, 1.0)
+        )
 
 
 class WeSpeakerAAM(_AngularHead):
     """WeSpeaker's ``ArcMarginProduct``: cos(theta) - (1 - cos(m)) where theta + m > pi.
+
+    With ``K`` its ``ArcMarginProduct_subcenter``, and ``ArcMarginProduct_intertopk_subcenter`` with
+    ``do_lm=True``: the inter-topk penalty of an angular margin isn't there.
 
     Args:
         in_features: D >= 1.
@@ -161,6 +195,9 @@ class WeSpeakerAAM(_AngularHead):
         scale: s > 0.
         margin: m, radians; WeSpeaker's scheduler calls ``update(margin)``.
         easy_margin: cos(theta) where theta >= pi / 2.
+        K: sub-centres, rows of the weight for each class, of which the nearest counts; 3 there.
+        mp: 0, the penalty of inter-topk.
+        k_top: 0, to how many other classes it goes.
         options: ``reduction`` and what follows in `MarginSoftmaxLoss`.
     """
 
@@ -168,8 +205,10 @@ class WeSpeakerAAM(_AngularHead):
 
     def __init__(
         self, in_features: int, out_features: int, scale: float = 32.0, margin: float = 0.2,
-        easy_margin: bool = False, **options: Any,
+        easy_margin: bool = False, K: int = 1, mp: float = 0.0, k_top: int = 0, **options: Any,
     ) -> None:  # fmt: skip
+        _refusals.inter_topk(mp, k_top)
+        options = {"sub_centers": K} | options
         super().__init__(out_features, in_features, scale, margin, easy_margin, **options)
 
 

@@ -13,17 +13,25 @@ logits. What differs:
 - There a loss above 69.08 = -ln(1e-30) is shown as 69.08; its gradient is the same.
 - ArcFace's gradient there is the straight-through one, and so it is here by default;
   ``grad="exact"`` gives the derivative of the loss.
-- Sampled classes, classes split over ranks, and ``interclass_filtering_threshold`` are errors.
+- Sampled classes, and classes split over ranks, are errors.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from fused_margin import _setup, _validate, _validate_margins, _validate_settings, margins
+from fused_margin import (
+    _setup,
+    _validate,
+    _validate_margins,
+    _validate_settings,
+    margins,
+    negatives,
+)
 from fused_margin.compat import _refusals
 from fused_margin.losses import MarginSoftmaxLoss
 
@@ -34,11 +42,18 @@ class _Margin(nn.Module):
     """A margin for `PartialFC_V2`, which also does what it does there: change finished cosines."""
 
     s: float
+    interclass_filtering_threshold: float = 0.0
 
     @property
     def psi(self) -> margins.Margin:
         """The margin, a function of the target cosine."""
         raise NotImplementedError
+
+    @property
+    def negatives(self) -> negatives.Negatives | None:
+        """The logit 0 above the threshold, if that is positive."""
+        threshold = self.interclass_filtering_threshold
+        return negatives.filtered(threshold, zero=True) if threshold > 0 else None
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Scaled logits with the margin at the targets.
@@ -53,7 +68,10 @@ class _Margin(nn.Module):
         labels = labels.flatten()
         rows = (labels != -1).nonzero()[:, 0]
         places = rows, labels[rows]
-        return logits.index_put(places, margins.apply(logits[places], self.psi)) * self.s
+        target = margins.apply(logits[places], self.psi)
+        if self.interclass_filtering_threshold > 0:
+            logits = logits.masked_fill(logits > self.interclass_filtering_threshold, 0.0)
+        return logits.index_put(places, target) * self.s
 
 
 class CombinedMarginLoss(_Margin):
@@ -64,7 +82,8 @@ class CombinedMarginLoss(_Margin):
         m1: 1.0.
         m2: ArcFace's margin, radians.
         m3: CosFace's margin, an offset of the cosine.
-        interclass_filtering_threshold: 0.
+        interclass_filtering_threshold: other classes whose cosine is larger get the logit 0,
+            without a gradient, as likely wrong labels; 0 for none, 0.4 there for noisy sets.
         grad: ArcFace's, ``"straight_through"`` or ``"exact"``.
     """
 
@@ -73,11 +92,12 @@ class CombinedMarginLoss(_Margin):
         *, grad: str = "straight_through",
     ) -> None:  # fmt: skip
         super().__init__()
-        _refusals.filtering(interclass_filtering_threshold)
         _refusals.combined_margin(m1, m2, m3)
         self.s, self.m1 = _validate_settings.number_scale(s), m1
         self.m2, self.m3 = _validate_margins.angular_margin(m2), _validate_margins.cosine_margin(m3)
-        self.interclass_filtering_threshold = interclass_filtering_threshold
+        self.interclass_filtering_threshold = _validate.between(
+            "interclass_filtering_threshold", interclass_filtering_threshold, -1.0, 1.0
+        )
         self.grad = _validate.grad(grad)
 
     @property
@@ -89,7 +109,9 @@ class CombinedMarginLoss(_Margin):
 
     def extra_repr(self) -> str:
         """With units."""
-        return f"s={self.s:g}, m1={self.m1}, m2={self.m2} rad, m3={self.m3} (cosine)"
+        shown = f"s={self.s:g}, m1={self.m1}, m2={self.m2} rad, m3={self.m3} (cosine)"
+        threshold = self.interclass_filtering_threshold
+        return f"{shown}, interclass_filtering_threshold={threshold:g}" if threshold > 0 else shown
 
 
 class ArcFace(_Margin):
@@ -195,17 +217,27 @@ class PartialFC_V2(MarginSoftmaxLoss):
         """The margin of ``margin_loss``."""
         return self.margin_softmax.psi
 
+    def negatives(
+        self, embeddings: torch.Tensor, labels: torch.Tensor
+    ) -> negatives.Negatives | None:
+        """Those of ``margin_loss``."""
+        return self.margin_softmax.negatives
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         local_embeddings: torch.Tensor,
         local_labels: torch.Tensor,
         *,
         sample_weight: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        return_stats: bool = False,
+    ) -> Any:
         """Mean loss of embeddings (N, D) and labels (N,) or (N, 1): 0-d."""
         if local_labels.ndim == 2 and local_labels.shape[1] == 1:
             local_labels = local_labels.squeeze(1)
+        forward = functools.partial(
+            super().forward, sample_weight=sample_weight, return_stats=return_stats
+        )
         if self.fp16 and local_embeddings.is_cuda:
             with torch.autocast("cuda", torch.float16):
-                return super().forward(local_embeddings, local_labels, sample_weight=sample_weight)
-        return super().forward(local_embeddings, local_labels, sample_weight=sample_weight)
+                return forward(local_embeddings, local_labels)
+        return forward(local_embeddings, local_labels)

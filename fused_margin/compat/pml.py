@@ -39,6 +39,7 @@ from fused_margin import (
     _validate_settings,
     functional,
     margins,
+    metrics,
 )
 from fused_margin._numerics import accumulation_dtype
 from fused_margin.compat import _dots, _refusals
@@ -247,17 +248,20 @@ class _OnKernels(_ClassWeights):
     Args:
         num_classes: C >= 2.
         embedding_size: D >= 1.
+        sub_centers: K columns of W for each class.
         backend: as in `functional.arcface`.
         memory_budget: likewise.
         options: see `_ClassWeights`.
     """
 
     def __init__(
-        self, num_classes: int, embedding_size: int, *, backend: str = "auto",
-        memory_budget: int | None = None, **options: Any,
+        self, num_classes: int, embedding_size: int, *, sub_centers: int = 1,
+        backend: str = "auto", memory_budget: int | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        super().__init__(num_classes, embedding_size, **options)
-        self.num_classes = num_classes
+        num_classes = _validate.size("num_classes", num_classes, 2)
+        self_centers = _validate.size("sub_centers", sub_centers, 1)
+        super().__init__(num_classes * self_centers, embedding_size, **options)
+        self.num_classes, self.sub_centers = num_classes, self_centers
         self.backend = _validate.backend_name(backend)
         self.memory_budget = _validate.memory_budget(memory_budget)
 
@@ -270,13 +274,22 @@ class _OnKernels(_ClassWeights):
 
     def _losses(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         _validate.tensors(embeddings, weight, labels)
-        options = Options("none", -100, self.backend, self.memory_budget)
+        options = Options(
+            "none", -100, self.backend, self.memory_budget, sub_centers=self.sub_centers
+        )
         psi = self.psi(embeddings, labels)
         return margin_loss(embeddings, weight, labels, psi, self._scale(), options)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """Scaled cosines, (N, C)."""
-        return functional.cosine_logits(embeddings, self.W.t(), self._scale())
+        return functional.cosine_logits(
+            embeddings, self.W.t(), self._scale(), sub_centers=self.sub_centers
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes, margin and scale, with units."""
+        sizes = f"num_classes={self.num_classes}, embedding_size={self.W.shape[0]}"
+        return ", ".join([sizes, *(f"{name}={value}" for name, value in self._shown().items())])
 
 
 def _degrees(margin: float) -> str:
@@ -404,11 +417,8 @@ class NormalizedSoftmaxLoss(_OnKernels):
         return {"temperature": self.temperature}
 
 
-class SubCenterArcFaceLoss(_ClassWeights):
+class SubCenterArcFaceLoss(ArcFaceLoss):
     """Sub-centre ArcFace as pytorch-metric-learning's: of K rows of a class the nearest counts.
-
-    In plain PyTorch, block by block of classes (the kernels have no sub-centres yet): as little
-    memory as the other losses, the time of careful eager code.
 
     Args:
         num_classes: C >= 2.
@@ -416,7 +426,7 @@ class SubCenterArcFaceLoss(_ClassWeights):
         margin: m in degrees. The attribute ``margin`` is in radians, as there.
         scale: s > 0.
         sub_centers: K >= 1; W is (D, C K), columns of a class side by side.
-        options: see `_ClassWeights`; ``distance`` may be CosineSimilarity.
+        options: see `_OnKernels` and `_ClassWeights`; ``distance`` may be CosineSimilarity.
 
     References:
         Deng et al., Sub-center ArcFace: Boosting Face Recognition by Large-Scale Noisy Web Faces,
@@ -427,24 +437,9 @@ class SubCenterArcFaceLoss(_ClassWeights):
         self, num_classes: int, embedding_size: int, margin: float = 28.6, scale: float = 64,
         sub_centers: int = 3, **options: Any,
     ) -> None:  # fmt: skip
-        num_classes = _validate.size("num_classes", num_classes, 2)
-        self_centers = _refusals.centers(sub_centers)
-        super().__init__(num_classes * self_centers, embedding_size, **options)
-        self.num_classes, self.sub_centers = num_classes, self_centers
-        self.margin, self.scale = _validate_margins.angular_margin(math.radians(margin)), scale
-        _validate_settings.number_scale(scale)
-
-    def psi(self, embeddings: Tensor, labels: Tensor) -> margins.Margin:
-        """cos(theta + m), of the angle to the nearest centre."""
-        return margins.angular(self.margin)
-
-    def _losses(self, embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        psi = self.psi(embeddings, labels)
-        return _dots.losses(embeddings, weight, labels, psi, self.scale, centers=self.sub_centers)
-
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """Scaled cosines to the nearest centre of each class, (N, C)."""
-        return _dots.logits(embeddings, self.W.t(), self.scale, centers=self.sub_centers)
+        super().__init__(
+            num_classes, embedding_size, margin, scale, sub_centers=sub_centers, **options
+        )
 
     @torch.no_grad()
     def get_outliers(
@@ -463,33 +458,19 @@ class SubCenterArcFaceLoss(_ClassWeights):
             Numbers of the rows, class by class, and the dominant centres (D, C), 0 for a class
             without rows.
         """
-        labels = labels.long()
-        _validate.matrices(embeddings, self.W.t())
-        _validate.label_range(labels, self.num_classes, -100)
-        dtype = accumulation_dtype(embeddings, self.W)
-        x = nn.functional.normalize(embeddings.to(dtype))
-        centers = self.W.t().unflatten(0, (self.num_classes, self.sub_centers))  # (C, K, D)
-        rows = nn.functional.normalize(centers[labels].to(dtype), dim=2)  # (N, K, D)
-        cosines = (rows * x[:, None]).sum(dim=2)
-        counts = cosines.new_zeros(self.num_classes, self.sub_centers)
-        nearest = cosines.argmax(dim=1)
-        counts.index_put_((labels, nearest), counts.new_ones(()), accumulate=True)
-        dominant = counts.argmax(dim=1)  # (C,)
-        is_far = cosines.gather(1, dominant[labels][:, None])[:, 0] < math.cos(
-            math.radians(threshold)
+        rows = self.W.t()
+        counts = metrics.center_counts(embeddings, rows, labels, self.sub_centers)
+        dominant = metrics.dominant_centers(counts)
+        is_far = metrics.outlier_angles(embeddings, rows, labels, dominant) > math.radians(
+            threshold
         )
         order = labels.argsort(stable=True)
-        chosen = centers[torch.arange(self.num_classes, device=labels.device), dominant].to(dtype)
+        chosen = rows[dominant].to(accumulation_dtype(embeddings, rows))
         chosen = chosen.masked_fill(counts.sum(dim=1, keepdim=True) == 0, 0.0)
         return order[is_far[order]], chosen.t()
 
-    def extra_repr(self) -> str:
-        """Sizes, margin and scale, with units."""
-        return (
-            f"num_classes={self.num_classes}, embedding_size={self.W.shape[0]},"
-            f" margin={_degrees(float(self.margin))}, scale={self.scale},"
-            f" sub_centers={self.sub_centers}"
-        )
+    def _shown(self) -> dict[str, Any]:
+        return super()._shown() | {"sub_centers": self.sub_centers}
 
 
 class LargeMarginSoftmaxLoss(_ClassWeights):

@@ -5,7 +5,8 @@ For row n with cosines :math:`c_{nk} = \hat x_n \cdot \hat w_k` and label :math:
 .. math:: -\log \frac{e^{s \psi(u_n)}}{e^{s \psi(u_n)} + \sum_{k \ne y_n} e^{s c_{nk}}},
     \qquad u_n = c_{n y_n},
 
-with a margin :math:`\psi` on the target cosine. Neither the (N, C) cosines nor a normalised copy of
+with a margin :math:`\psi` on the target cosine; some reshape the cosines of other classes too
+(`fused_margin.negatives`). Neither the (N, C) cosines nor a normalised copy of
 the weights is built, except by ``backend="reference"``; a bounded part of the cosines may be kept
 for the backward (``memory_budget``).
 """
@@ -28,21 +29,33 @@ from fused_margin.functional.fixed import (
     normalized_softmax,
     sphereface,
 )
+from fused_margin.functional.others import (
+    circle_softmax,
+    curricularface,
+    curricularface_t,
+    inter_topk,
+    mv_softmax,
+)
 
 __all__ = [
     "adacos_scale",
     "adaface",
     "adaface_statistics",
     "arcface",
+    "circle_softmax",
     "combined_margin",
     "cosface",
     "cosine_logits",
     "cosine_lse",
+    "curricularface",
+    "curricularface_t",
     "elasticface",
     "fixed_adacos",
     "fixed_adacos_scale",
+    "inter_topk",
     "magface",
     "margin_softmax",
+    "mv_softmax",
     "normalized_softmax",
     "sphereface",
 ]

@@ -59,6 +59,7 @@ def adacos_scale(
     ignore_index = _validate.ignore_index(ignore_index)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
+    sub_centers = _validate.size("sub_centers", sub_centers, 1)
     num_classes = _validate.centers(weight.shape[0], sub_centers)
     targets = _ops.check_labels(labels, num_classes, ignore_index)
     counted = targets >= 0
@@ -188,7 +189,7 @@ def adaface(
         section 3.3.
     """
     _validate.tensors(embeddings, weight, labels)
-    chosen = choose(options)
+    chosen = choose(options, adaface)
     psi = adaface_psi(embeddings, labels, margin, h, norm_mean, norm_std, chosen.ignore_index)
     return margin_loss(embeddings, weight, labels, psi, scale, chosen)
 
@@ -258,7 +259,7 @@ def magface(
     """
     _validate.tensors(embeddings, weight, labels)
     _validate.choice("boundary", boundary, _validate.BOUNDARIES)
-    chosen = choose(options)
+    chosen = choose(options, magface)
     found = magnitudes(embeddings, labels, lower_norm, upper_norm, chosen.ignore_index)
     margin = magface_margin(found, lower_margin, upper_margin, lower_norm, upper_norm)
     penalty = magface_penalty(found, upper_norm, regularizer)
@@ -304,7 +305,7 @@ def elasticface(
     embeddings: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
-    margin: float = 0.5,
+    margin: float | None = None,
     scale: float | torch.Tensor = 64.0,
     *,
     sigma: float = 0.05,
@@ -332,8 +333,8 @@ def elasticface(
         embeddings: see `arcface`, likewise what isn't listed.
         weight: (C, D).
         labels: (N,).
-        margin: m, radians for ``"arc"``, an offset of the cosine for ``"cos"``, where the
-            paper has 0.35.
+        margin: m, radians for ``"arc"``, 0.5 by default, an offset of the cosine for ``"cos"``,
+            0.35.
         scale: s > 0.
         sigma: standard deviation of the margin, in its unit; 0 for the margin itself.
         kind: ``"arc"`` or ``"cos"``.
@@ -352,7 +353,7 @@ def elasticface(
         arXiv:2109.09416; sigma of the "+" variants is that of the authors' code.
     """
     _validate.tensors(embeddings, weight, labels)
-    chosen = choose(options)
+    chosen = choose(options, elasticface)
     psi = elastic_psi(
         labels, margin, sigma, kind, boundary, generator, chosen.ignore_index, plus=plus
     )
@@ -361,7 +362,7 @@ def elasticface(
 
 def elastic_psi(
     labels: torch.Tensor,
-    margin: float,
+    margin: float | None,
     sigma: float,
     kind: str,
     boundary: str,
@@ -371,12 +372,9 @@ def elastic_psi(
     plus: bool,
 ) -> Psi:
     """ElasticFace's margin, of a batch with so many labels."""
-    _validate.choice("kind", kind, _validate_margins.KINDS)
     _validate.choice("boundary", boundary, _validate.BOUNDARIES)
-    if kind == "arc":
-        mean = _validate_margins.angular_margin(margin)
-    else:
-        mean = _validate_margins.cosine_margin(margin)
+    _validate_margins.mean_margin(margin)
+    mean = _validate_margins.of_kind(margin, kind)
     sigma = _validate.between("sigma", sigma, 0.0, 10.0)
     if generator is None:  # a call of its own: Dynamo has none with a generator
         drawn = torch.randn(labels.shape[0], device=labels.device)

@@ -16,6 +16,7 @@ from fused_margin import (
     _transforms,
     _validate,
     _validate_margins,
+    _validate_others,
     margins,
 )
 from fused_margin._arguments import Found
@@ -51,9 +52,11 @@ def margin_loss(
     reduction = "none" if is_weighed else options.reduction
     ignore_index = options.ignore_index
     asked = options.asked
+    if asked.has_total and asked.negatives is not None:
+        _validate_others.smoothed(asked.negatives)
     built_in = psi if isinstance(psi, margins.Margin) and not psi.is_tensor else None
     is_fused = built_in is not None and asked.is_nothing and backend != "reference"
-    stats = None
+    hard = stats = None
     if is_fused and built_in is not None and not isinstance(scale, torch.Tensor):
         dtype = compute_dtype(embeddings, weight, backend)
         rows = _ops.margin_ce(
@@ -74,30 +77,35 @@ def margin_loss(
         with torch.autocast(embeddings.device.type, enabled=False):
             target = _target(psi, u)
             # -log sigmoid(t - lse) is the cross-entropy without cancellation (eq. 4)
-            rows = -F.logsigmoid(scale * target - lse)
+            rows = hard = -F.logsigmoid(scale * target - lse)
             if asked.has_total:  # a mean over all classes (eq. 22)
                 of_all = (target + found.total) / num_classes
-                rows = rows + options.label_smoothing * (scale * (target - of_all))
+                rows = hard + options.label_smoothing * (scale * (target - of_all))
             # a label out of range on a GPU makes its row NaN, in the loss and in the gradients
             poison = torch.where(targets == _ops.INVALID, float("nan"), 1.0).to(rows.dtype)
             rows = (rows * poison).masked_fill(ignored, 0.0)
             rows = rows.to(accumulation_dtype(embeddings, weight))
         if asked.has_stats:
-            stats = _evaluation(u, found, ignored)
+            stats = _evaluation(u, found, ignored, num_classes)
     with torch.autocast(embeddings.device.type, enabled=False):
         if is_weighed:
-            loss = _weigh(rows, labels, ignored, num_classes, options, penalty)
+            hard = rows if hard is None else hard.to(rows.dtype)
+            loss = _weigh(rows, hard, labels, ignored, num_classes, options, penalty)
         else:
             loss = _reduce(rows, (~ignored).sum().clamp_min(1), options.reduction)
     return loss if stats is None else (loss, stats)
 
 
-def _evaluation(u: torch.Tensor, found: Found, ignored: torch.Tensor) -> Evaluation:
+def _evaluation(
+    u: torch.Tensor, found: Found, ignored: torch.Tensor, num_classes: int
+) -> Evaluation:
     """What the sweep found of each row, NaN or -1 where it is ignored."""
     dtype = found.hardest_cosine.dtype
+    # nothing is nearer than NaN by comparison, and such a row isn't right
+    rank = torch.where(u.isnan(), num_classes - 1, found.rank)
     return Evaluation(
         u.detach().to(dtype).masked_fill(ignored, float("nan")),
-        found.rank.masked_fill(ignored, -1),
+        rank.masked_fill(ignored, -1),
         found.hardest.masked_fill(ignored, -1),
         found.hardest_cosine.masked_fill(ignored, float("nan")),
     )
@@ -105,16 +113,20 @@ def _evaluation(u: torch.Tensor, found: Found, ignored: torch.Tensor) -> Evaluat
 
 def _weigh(
     rows: torch.Tensor,
+    hard: torch.Tensor,
     labels: torch.Tensor,
     ignored: torch.Tensor,
     num_classes: int,
     options: Options,
     penalty: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The losses of rows (N,), made focal, weighed and reduced (eq. 15)."""
+    """The losses of rows (N,), made focal, weighed and reduced (eq. 15).
+
+    ``hard``: the same without label smoothing, which knows the target's probability.
+    """
     if options.focal_gamma is not None:
         # 1 - p of the target is 1 - e^-loss; at a loss of 0 a power below 1 has no slope
-        missing = -torch.expm1(-rows.clamp_min(_TINY))
+        missing = -torch.expm1(-hard.clamp_min(_TINY))
         # a tensor as exponent, since Dynamo keeps a float symbolic in a product
         rows = rows * missing.pow(rows.new_ones(()) * options.focal_gamma)
     if options.focal_alpha is not None:
@@ -186,7 +198,7 @@ def margin_softmax(
         ValueError: psi returned something else than (N,) numbers.
     """
     _validate.tensors(embeddings, weight, labels)
-    return margin_loss(embeddings, weight, labels, psi, scale, choose(options))
+    return margin_loss(embeddings, weight, labels, psi, scale, choose(options, margin_softmax))
 
 
 @_compiled.raising(num_outputs=2)
@@ -251,6 +263,7 @@ def cosine_logits(
     """
     _validate.matrices(embeddings, weight)
     scale = _validate.scale(scale, embeddings.device)
+    sub_centers = _validate.size("sub_centers", sub_centers, 1)
     num_classes = _validate.centers(weight.shape[0], sub_centers)
     dtype = accumulation_dtype(embeddings, weight)
     with torch.autocast(embeddings.device.type, enabled=False):

@@ -98,7 +98,7 @@ def arcface(
     _validate.tensors(embeddings, weight, labels)
     _validate.choice("boundary", boundary, _validate.BOUNDARIES)
     _validate.choice("grad", grad, _validate.GRADS)
-    chosen = choose(options)
+    chosen = choose(options, arcface)
     margin = _validate_margins.angular_margin(margin, labels, chosen.ignore_index)
     psi = margins.angular(_row_margin(margin, embeddings, weight), boundary, grad)
     return margin_loss(embeddings, weight, labels, psi, scale, chosen)
@@ -131,7 +131,7 @@ def cosface(
         arXiv:1801.09414, eq. 4.
     """
     _validate.tensors(embeddings, weight, labels)
-    chosen = choose(options)
+    chosen = choose(options, cosface)
     margin = _validate_margins.cosine_margin(margin, labels, chosen.ignore_index)
     psi = margins.additive(_row_margin(margin, embeddings, weight))
     return margin_loss(embeddings, weight, labels, psi, scale, chosen)
@@ -160,7 +160,7 @@ def fixed_adacos(
         Representations, 2019, arXiv:1905.00292, eq. 12.
     """
     _validate.tensors(embeddings, weight, labels)
-    chosen = choose(options)
+    chosen = choose(options, fixed_adacos)
     num_classes = _validate.centers(weight.shape[0], chosen.sub_centers)
     scale = fixed_adacos_scale(num_classes)
     return margin_loss(embeddings, weight, labels, margins.NO_MARGIN, scale, chosen)
@@ -197,7 +197,9 @@ def normalized_softmax(
         Learning, 2019, arXiv:1811.12649.
     """
     _validate.tensors(embeddings, weight, labels)
-    return margin_loss(embeddings, weight, labels, margins.NO_MARGIN, scale, choose(options))
+    return margin_loss(
+        embeddings, weight, labels, margins.NO_MARGIN, scale, choose(options, normalized_softmax)
+    )
 
 
 @loss
@@ -248,7 +250,7 @@ def combined_margin(
     """
     _validate.tensors(embeddings, weight, labels)
     psi = margins.combined(m1, m2, m3, boundary, grad)
-    return margin_loss(embeddings, weight, labels, psi, scale, choose(options))
+    return margin_loss(embeddings, weight, labels, psi, scale, choose(options, combined_margin))
 
 
 @loss
@@ -283,7 +285,7 @@ def sphereface(
     """
     _validate.tensors(embeddings, weight, labels)
     psi = margins.multiplied(margin)
-    return margin_loss(embeddings, weight, labels, psi, scale, choose(options))
+    return margin_loss(embeddings, weight, labels, psi, scale, choose(options, sphereface))
 
 
 def _row_margin(

@@ -52,9 +52,10 @@ class Options(NamedTuple):
     @property
     def asked(self) -> Asked:
         """What the sweep is asked for."""
-        return Asked(
-            self.negatives, self.sub_centers, self.label_smoothing != 0.0, self.return_stats
-        )
+        has_total = False
+        if self.label_smoothing != 0.0:  # a branch: Dynamo would keep a comparison symbolic
+            has_total = True
+        return Asked(self.negatives, self.sub_centers, has_total, self.return_stats)
 
     @property
     def is_weighed(self) -> bool:
@@ -67,9 +68,9 @@ class Options(NamedTuple):
         )
 
 
-def choose(options: CallOptions) -> Options:
-    """Options as they were given, checked but for what depends on tensors."""
-    _validate.keywords(options, Options._fields)
+def choose(options: CallOptions, call: Callable[..., Any]) -> Options:
+    """Options as they were given to ``call``, checked but for what depends on tensors."""
+    _validate.keywords(options, Options._fields, call)
     chosen = Options(**options)
     _validate.choice("reduction", chosen.reduction, _validate.REDUCTIONS)
     return chosen._replace(

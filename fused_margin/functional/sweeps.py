@@ -8,7 +8,8 @@ import torch
 
 from fused_margin import _ops, _reference, _validate
 from fused_margin._arguments import PLAIN, Extras, Found
-from fused_margin._numerics import accumulation_dtype, requested_dtype, shrinkage, sum_dtype
+from fused_margin._centers import nearest_centers
+from fused_margin._numerics import accumulation_dtype, requested_dtype
 from fused_margin.metrics import ROUNDINGS
 from fused_margin.negatives import Negatives
 
@@ -98,29 +99,3 @@ def _extras(
             if asked.has_stats:
                 nearer = (u + ROUNDINGS * torch.finfo(dtype).eps).to(dtype)
     return rows, Extras(threshold, phi, nearer, asked.sub_centers, asked.has_total)
-
-
-def nearest_centers(
-    embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers: int
-) -> tuple[Tensor, Tensor]:
-    """The row of W of each target that is nearest, the first of several, and its cosine; (N,).
-
-    Labels outside [0, C) stay as they are, with the cosine 0. O(N K D).
-    """
-    wide = sum_dtype(embeddings, weight)
-    labels = labels.long()
-    has_target = (labels >= 0) & (labels < weight.shape[0] // sub_centers)
-    first = labels.where(has_target, 0) * sub_centers
-    x = _normalized(embeddings, wide)
-    best, cosine = first, x.new_full((x.shape[0],), -2.0)
-    for center in range(sub_centers):
-        found = (x * _normalized(weight[first + center], wide)).sum(dim=1)
-        is_nearer = found > cosine
-        best = torch.where(is_nearer, first + center, best)
-        cosine = torch.where(is_nearer, found, cosine)
-    return best.where(has_target, labels), cosine.clamp(-1.0, 1.0).where(has_target, 0.0)
-
-
-def _normalized(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    rows = rows.to(dtype)
-    return torch.nn.functional.normalize(rows * shrinkage(rows), dim=1)

@@ -11,15 +11,19 @@ from fused_margin.losses.fixed import (
     NormalizedSoftmaxLoss,
     SphereFaceLoss,
 )
+from fused_margin.losses.others import CircleSoftmaxLoss, CurricularFaceLoss, MVSoftmaxLoss
 
 __all__ = [
     "AdaCosLoss",
     "AdaFaceLoss",
     "ArcFaceLoss",
+    "CircleSoftmaxLoss",
     "CombinedMarginLoss",
     "CosFaceLoss",
+    "CurricularFaceLoss",
     "ElasticFaceLoss",
     "FixedAdaCosLoss",
+    "MVSoftmaxLoss",
     "MagFaceLoss",
     "MarginSoftmaxLoss",
     "NormalizedSoftmaxLoss",

@@ -185,11 +185,11 @@ class ElasticFaceLoss(MarginSoftmaxLoss):
     Args:
         num_classes: C >= 2.
         embedding_size: D >= 1.
-        margin: mean of the margin, radians for ``"arc"``, an offset of the cosine for ``"cos"``,
-            where the paper has 0.35.
+        margin: mean of the margin, radians for ``"arc"``, 0.5 by default, an offset of the cosine
+            for ``"cos"``, 0.35.
         scale: s > 0, or a Parameter.
         sigma: standard deviation of the margin, in its unit.
-        kind: ``"arc"`` or ``"cos"``.
+        kind: ``"arc"`` or ``"cos"``. One that is assigned later leaves the margin as it is.
         plus: ElasticFace+: larger margins for rows farther from their class.
         boundary: see `functional.arcface`; of ``"arc"`` only.
         generator: where margins are drawn from; torch's own by default. It is no part of
@@ -202,7 +202,7 @@ class ElasticFaceLoss(MarginSoftmaxLoss):
         "margin": _validate_margins.module_number,
         "scale": _validate_settings.module_scale,
         "sigma": _between("sigma", 0.0, 10.0),
-        "kind": functools.partial(_validate.choice, "kind", allowed=_validate_margins.KINDS),
+        "kind": _validate_margins.kind,
         "plus": functools.partial(_validate_settings.flag, "plus"),
         "boundary": _validate.boundary,
         "generator": _validate_settings.generator,
@@ -210,13 +210,14 @@ class ElasticFaceLoss(MarginSoftmaxLoss):
     }
 
     def __init__(
-        self, num_classes: int, embedding_size: int, margin: float = 0.5,
+        self, num_classes: int, embedding_size: int, margin: float | None = None,
         scale: float | nn.Parameter = 64.0, *, sigma: float = 0.05, kind: str = "arc",
         plus: bool = False, boundary: str = "none", generator: torch.Generator | None = None,
         **options: Unpack[LossOptions],
     ) -> None:  # fmt: skip
         super().__init__(num_classes, embedding_size, scale, **options)
-        self.margin, self.sigma, self.kind, self.plus = margin, sigma, kind, plus
+        self.kind, self.sigma, self.plus = kind, sigma, plus
+        self.margin = _validate_margins.default_of_kind(margin, self.kind)
         self.boundary, self.generator = boundary, generator
 
     def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> functional.Psi:

@@ -129,7 +129,7 @@ class MarginSoftmaxLoss(nn.Module):
         **options: Unpack[LossOptions],
     ) -> None:  # fmt: skip
         super().__init__()
-        _validate.keywords(options, DEFAULTS)
+        _validate.keywords(options, DEFAULTS, type(self))
         chosen: dict[str, Any] = {**DEFAULTS, **options}
         num_classes = _validate.size("num_classes", num_classes, 2)
         embedding_size = _validate.size("embedding_size", embedding_size, 1)
@@ -175,6 +175,20 @@ class MarginSoftmaxLoss(nn.Module):
         if name in self._buffers and not isinstance(value, torch.Tensor):
             delattr(self, name)
         super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """As for any module, but statistics keep their precision where parameters lose theirs.
+
+        A moving mean in bf16 would stay where it is: a hundredth of a batch is less than a step
+        of it.
+        """
+        before = {name: self._buffers.get(name) for name in self.initial_statistics()}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers.get(name)
+            if buffer is not None and after is not None and after.itemsize < buffer.itemsize:
+                self._buffers[name] = buffer.to(after.device)
+        return self
 
     def initial_statistics(self) -> dict[str, float]:
         """Buffers that a loss keeps from batch to batch, by name, with what they start from."""

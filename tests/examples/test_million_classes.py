@@ -136,14 +136,6 @@ def test_class_weights_are_trained_without_moments() -> None:
     assert not training.weight_optimizer.state
 
 
-def test_nearest_class_is_the_arg_max(monkeypatch: pytest.MonkeyPatch) -> None:
-    embeddings, weight = torch.randn(20, 8), torch.randn(500, 8) * torch.rand(500, 1)
-    expected = (embeddings @ torch.nn.functional.normalize(weight).T).argmax(dim=1)
-    for block in (1, 37, 500, 8192):
-        monkeypatch.setattr(million_classes, "CLASSES_COMPARED", block)
-        assert million_classes.nearest_classes(embeddings, weight).equal(expected)
-
-
 def test_evaluation_is_of_the_whole_sample() -> None:
     training, _ = small_training()
     result = million_classes.evaluate(training, 100)  # the last of 512 rows are a smaller batch

@@ -109,6 +109,57 @@ def test_heads_have_the_weight_of_a_linear_layer(name: str) -> None:
     torch.testing.assert_close(head(x[:, None], labels[:, None]), head(x, labels))
 
 
+@pytest.mark.parametrize("easy", [False, True])
+def test_what_ls_eps_computes(easy: bool) -> None:
+    """The margin's share in every logit; of other classes to second order in the cosine."""
+    share, m = 0.1, 0.5
+    head = heads.ArcMarginProduct(D, C, 30.0, m, easy, share).double()
+    x, labels = batch(head.weight)
+    x.requires_grad_()
+    past = None if easy else m * math.sin(m)
+    cosine = cosines(x, head.weight)
+    margin = arc(m, past, easy)(cosine.acos(), cosine)
+    one_hot = (1.0 - share) * F.one_hot(labels, C) + share / C
+    logits = 30.0 * (one_hot * margin + (1.0 - one_hot) * cosine)
+    expected = results(F.cross_entropy(logits, labels), x, head.weight)
+    actual = results(head(x, labels), x, head.weight)
+    bound = 30.0 * share * math.sin(m) / (2 * C)
+    assert float((actual[0] - expected[0]).abs()) <= bound
+    for got, want in zip(actual[1:], expected[1:], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0.02 * float(want.abs().max()))
+    plain = heads.ArcMarginProduct(D, C, 30.0, m, easy).double()
+    plain.load_state_dict(head.state_dict())
+    assert float((plain(x, labels) - actual[0]).detach().abs()) > 10 * bound
+    head.ls_eps = 0.0
+    torch.testing.assert_close(head(x, labels), plain(x, labels))
+
+
+def test_wespeaker_s_sub_centres() -> None:
+    """The rows of a class lie one after the other, as there."""
+    head = heads.WeSpeakerAAM(D, C, 32.0, 0.2, K=3).double()
+    assert head.weight.shape == (3 * C, D)
+    assert (head.in_features, head.out_features) == (D, C)
+    x, labels = batch(head.weight[::3])
+    x.requires_grad_()
+    cosine = cosines(x, head.weight).unflatten(1, (C, 3)).max(dim=2).values
+    logits = 32.0 * at_targets(arc(0.2, 1 - math.cos(0.2))(cosine.acos(), cosine), cosine, labels)
+    expected = results(F.cross_entropy(logits, labels), x, head.weight)
+    for got, want in zip(results(head(x, labels), x, head.weight), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(head.logits(x), 32.0 * cosine)
+
+
+def test_heads_take_shared_options() -> None:
+    x, labels = torch.randn(6, 8), torch.randint(10, (6,))
+    head = heads.ArcMarginProduct(8, 10, label_smoothing=0.1)
+    loss, stats = head(x[:, None], labels, return_stats=True)
+    logits = 30.0 * torch.where(F.one_hot(labels, 10).bool(), torch.nan, head.logits(x) / 30.0)
+    assert torch.equal(stats.hardest_class, logits.nan_to_num(-100.0).argmax(dim=1))
+    hard = heads.ArcMarginProduct(8, 10)
+    hard.load_state_dict(head.state_dict())
+    assert float(loss.detach()) != float(hard(x, labels).detach())
+
+
 def test_update_sets_the_margin() -> None:
     head = heads.WeSpeakerAAM(D, C, margin=0.0).double()
     other = heads.WeSpeakerAAM(D, C, margin=0.3).double()
@@ -171,6 +222,30 @@ def test_partial_fc_with_the_exact_gradient() -> None:
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["combined-arc", "combined-cos"])
+def test_interclass_filtering(name: str) -> None:
+    """Other classes above the threshold have the logit 0 and no gradient."""
+    plain, scale, psi = MARGINS[name]
+    margin = insightface.CombinedMarginLoss(scale, 1.0, plain.m2, plain.m3, 0.3)
+    criterion = insightface.PartialFC_V2(margin, D, C).double()
+    x, labels = batch(criterion.weight)
+    x.requires_grad_()
+    cosine = cosines(x, criterion.weight).clamp(-1, 1)
+    is_target = F.one_hot(labels, C).bool()
+    kept = torch.where((cosine > 0.3) & ~is_target, 0.0, cosine)
+    assert int((kept != cosine).sum()) > N
+    changed = straight_through(at_targets(psi(cosine.acos(), cosine), kept, labels), kept)
+    expected = results(F.cross_entropy(scale * changed, labels), x, criterion.weight)
+    actual = results(criterion(x, labels), x, criterion.weight)
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    logits = cosines(x, criterion.weight).detach()
+    torch.testing.assert_close(margin(logits.clone(), labels), (scale * changed).detach())
+    assert "interclass_filtering_threshold=0.3" in repr(criterion)
+    _, stats = criterion(x, labels, return_stats=True)
+    assert float(stats.hardest_cosine.max()) > 0.3  # what is left out is shown all the same
+
+
 def test_partial_fc_follows_its_margin() -> None:
     margin = insightface.ArcFace(30.0, 0.1)
     criterion = insightface.PartialFC_V2(margin, D, C)
@@ -189,7 +264,9 @@ def test_partial_fc_follows_its_margin() -> None:
 
 Combined = insightface.CombinedMarginLoss
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "filtering": (lambda: Combined(64, 1, 0.5, 0, 0.4), ValueError, "threshold=0.4"),
+    "filtering": (
+        lambda: Combined(64, 1, 0.5, 0, 1.4), ValueError, "threshold must be in .*got 1.4"
+    ),
     "ignored margins": (lambda: Combined(64, 1, 0.3, 0.2), ValueError, "ignores m1 and m2"),
     "multiple": (lambda: Combined(64, 1.35, 0.5, 0), ValueError, "fused_margin.CombinedMarginLoss"),
     "negative": (lambda: Combined(64, 1, 0, -0.1), ValueError, "fused_margin.CombinedMarginLoss"),
@@ -208,7 +285,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ),
         ValueError, "labels must be in",
     ),
-    "smoothing": (lambda: heads.ArcMarginProduct(D, C, ls_eps=0.1), ValueError, "ls_eps=0.1"),
+    "smoothing": (
+        lambda: heads.ArcMarginProduct(D, C, ls_eps=1.1), ValueError, r"ls_eps must be in \[0, 1\]"
+    ),
+    "inter-topk": (
+        lambda: heads.WeSpeakerAAM(D, C, K=3, mp=0.06, k_top=5), ValueError,
+        "mp=0.06, k_top=5 turn the 5 nearest.*functional.inter_topk",
+    ),
+    "swapped sizes": (
+        lambda: heads.ArcMarginProduct(C, D)(torch.randn(2, D), torch.tensor([0, 1])), ValueError,
+        r"num_classes=17, embedding_size=6 by name \(in compat out_features and in_features",
+    ),
     "degrees": (lambda: heads.ArcMarginProduct(D, C, m=28.6), ValueError, "math.radians"),
 }  # fmt: skip
 

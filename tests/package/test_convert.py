@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 from pytorch_metric_learning import distances, reducers
 from pytorch_metric_learning import losses as peers
 from pytorch_metric_learning import regularizers as peer_regularizers
@@ -98,7 +101,9 @@ def test_loading_into_a_loss(name: str) -> None:
     for checkpoint, _ in CHECKPOINTS.values():
         criterion = LOSSES[name]()
         parameter = next(criterion.parameters())
-        convert.load_class_weights(criterion, checkpoint)
+        source = convert.load_class_weights(criterion, checkpoint)
+        again = convert.class_weights(checkpoint, C, D, key=source.key, layout=source.layout)
+        torch.testing.assert_close(again, ROWS, rtol=0, atol=0)
         assert next(criterion.parameters()) is parameter
         rows = parameter.t() if name == "pml" else parameter
         assert rows.is_contiguous()
@@ -123,6 +128,9 @@ def test_a_key_chooses() -> None:
         torch.testing.assert_close(convert.class_weights(both, C, D, key=key), factor * ROWS)
     nested = {"a": both["first"], "b": {"c": {"weight": 2 * ROWS}}}
     torch.testing.assert_close(convert.class_weights(nested, key="c.weight"), 2 * ROWS)
+    torch.testing.assert_close(convert.class_weights(nested["b"], key="b.c.weight"), 2 * ROWS)
+    source = convert.load_class_weights(fm.CosFaceLoss(C, D), nested, key="c.weight")
+    assert source == convert.Source("b.c.weight", "CD")
 
 
 class Anything:
@@ -135,7 +143,42 @@ def unsafe(folder: Path) -> Path:
     return path
 
 
+def damaged(folder: Path, part: float, name: str = "cut.pt") -> Path:
+    path = folder / name
+    torch.save({"weight": ROWS}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(part * len(whole))] if part else b"no checkpoint at all")
+    return path
+
+
 REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
+    "cut short": (
+        lambda folder: convert.class_weights(damaged(folder, 0.5)), ValueError,
+        r"cut\.pt is no checkpoint that torch.load can read; it is damaged or incomplete",
+    ),
+    "empty": (
+        lambda folder: convert.class_weights(damaged(folder, 1e-9)), ValueError, "damaged or incom"
+    ),
+    "text": (lambda folder: convert.class_weights(damaged(folder, 0)), ValueError, "damaged or"),
+    "safetensors": (
+        lambda folder: convert.class_weights(damaged(folder, 0, "a.safetensors")), ValueError,
+        r"safetensors.torch.load_file\(path\)",
+    ),
+    "not there": (
+        lambda folder: convert.class_weights(folder / "a.pt"), FileNotFoundError, "No such file"
+    ),
+    "no loss there": (
+        lambda folder: convert.to_pml(fm.AdaFaceLoss(C, D)), ValueError,
+        r"has no loss that computes what this AdaFaceLoss does; .*criterion\.weight\.t\(\)",
+    ),
+    "smoothing": (
+        lambda folder: convert.to_pml(fm.CosFaceLoss(C, D, label_smoothing=0.1)), ValueError,
+        "this CosFaceLoss with label_smoothing=0.1 does",
+    ),
+    "centres of CosFace": (
+        lambda folder: convert.to_pml(fm.CosFaceLoss(C, D, sub_centers=2)), ValueError,
+        "with sub_centers=2",
+    ),
     "several": (
         lambda folder: convert.class_weights({"a.weight": ROWS, "b.weight": ROWS}, C, D),
         ValueError, r"several matrices.*a\.weight \(11, 7\), b\.weight \(11, 7\); choose with key=",
@@ -225,6 +268,9 @@ PEERS: dict[str, Callable[[], Any]] = {
     "arcface": lambda: peers.ArcFaceLoss(C, D, margin=40, scale=32),
     "cosface": lambda: peers.CosFaceLoss(C, D, margin=0.2, scale=10),
     "softmax": lambda: peers.NormalizedSoftmaxLoss(C, D, temperature=0.1),
+    "sub-centres": lambda: peers.SubCenterArcFaceLoss(
+        num_classes=C, embedding_size=D, margin=40, scale=32, sub_centers=3
+    ),
 }
 
 
@@ -259,6 +305,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.3, 0.9, weight_decay=5e-4),
     "adamw": lambda p: torch.optim.AdamW(p, 0.05, amsgrad=True),
     "plain": lambda p: torch.optim.SGD(p, 0.3),
+    "adafactor": lambda p: torch.optim.Adafactor(p, 0.05),
 }
 
 
@@ -317,6 +364,33 @@ def test_moments_that_do_not_fit() -> None:
     swapped = torch.optim.SGD([*ours.parameters(), *model.parameters()], 0.1, 0.9)
     with pytest.raises(ValueError, match=r"has shape \(7, 7\).*same order"):
         convert.transpose_moments(optimizer.state_dict(), swapped, ours)
+
+
+def test_factors_without_a_second_dimension() -> None:
+    """As other packages' Adafactor has them."""
+    ours = fm.ArcFaceLoss(C, D)
+    optimizer = torch.optim.SGD(ours.parameters(), 0.1)
+    row, col = torch.arange(D), torch.arange(C)
+    kept = {"step": 3, "exp_avg_sq_row": row, "exp_avg_sq_col": col, "RMS": 0.5}
+    saved = {"state": {0: kept}, "param_groups": optimizer.state_dict()["param_groups"]}
+    moments = convert.transpose_moments(saved, optimizer, ours)["state"][0]
+    assert moments.keys() == kept.keys()
+    assert torch.equal(moments["exp_avg_sq_row"], col)
+    assert torch.equal(moments["exp_avg_sq_col"], row)
+    saved["state"][0] = {"preconditioner": torch.eye(D)}
+    with pytest.raises(ValueError, match=r"has no transpose, and has to start anew"):
+        convert.transpose_moments(saved, optimizer, ours)
+
+
+def test_reachable_from_the_package() -> None:
+    """Without an import of its own, which costs nothing until it is asked for."""
+    code = "import sys, fused_margin as fm\nbefore = 'fused_margin.convert' in sys.modules\n"
+    code += "print(before, fm.convert.from_pml.__name__, fm.compat.pml.ArcFaceLoss.__name__)\n"
+    code += "print('compat' in dir(fm), hasattr(fm, 'nothing'), hasattr(fm.compat, 'nothing'))"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert answer.split() == ["False", "from_pml", "ArcFaceLoss", "True", "False", "False"]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ import fused_margin.functional as fmf
 
 
 @pytest.mark.parametrize("setup", ["both wrapped", "both sharded", "inside"])
-@pytest.mark.parametrize("loss", ["AdaFaceLoss", "MagFaceLoss"])
+@pytest.mark.parametrize("loss", ["AdaFaceLoss", "CurricularFaceLoss", "MagFaceLoss"])
 def test_two_processes_equal_one(pair: Pair, loss: str, setup: str) -> None:
-    """Norms of the rows of both ranks are in the statistics of each."""
+    """Norms and cosines of the rows of both ranks are in the statistics of each."""
     for state in pair.run(train, setup, loss):
         assert_close(state, alone(loss))
 

@@ -72,12 +72,12 @@ LAYERS = (
     {"_version", "_arguments", "_numerics"},
     {"_transforms", "_remedies", "_compiled"},
     {"_validate"},
-    {"_validate_margins", "_validate_settings", "_validate_schedules"},
+    {"_validate_margins", "_validate_settings", "_validate_schedules", "_validate_others"},
     {"margins"},
     {"negatives"},
     {"_cpu", "_triton", "_reference", "_loans", "_total"},
     {"_schemas"},
-    {"_ops", "_weight_sweeps"},
+    {"_ops", "_weight_sweeps", "_centers"},
     {"_flops", "tuning", "_setup", "_collectives"},
     {"functional", "regularizers", "metrics", "config"},
     {"losses"},
@@ -175,7 +175,9 @@ REQUIRED = inspect.Parameter.empty
 BACKEND = {"backend": "auto", "memory_budget": None}
 WEIGHTS = {"class_weight": None, "focal_gamma": None, "focal_alpha": None}
 SHARED = {"reduction": "mean", "ignore_index": -100} | BACKEND | WEIGHTS
-OPTIONS = SHARED | {"sample_weight": None}
+SHARED |= {"label_smoothing": 0.0, "sub_centers": 1}
+OF_CALLS = {"sample_weight": None, "negatives": None, "return_stats": False}
+OPTIONS = SHARED | OF_CALLS
 COMMON = SHARED | {"device": None, "dtype": None}
 SIZES = [("num_classes", REQUIRED), ("embedding_size", REQUIRED)]
 TENSORS = [("embeddings", REQUIRED), ("weight", REQUIRED), ("labels", REQUIRED)]
@@ -186,6 +188,9 @@ MAGFACE = [("lower_margin", 0.45), ("upper_margin", 0.8), ("scale", 64.0)]
 MAGNITUDES = {
     "lower_norm": 10.0, "upper_norm": 110.0, "regularizer": 35.0, "boundary": "linear",
 }  # fmt: skip
+CURRICULAR = [("margin", 0.5), ("scale", 64.0)]
+MISCLASSIFIED = [("margin", None), ("scale", 32.0)]
+MV = {"kind": "cos", "t": 1.2, "boundary": "linear"}
 ELASTIC = {"sigma": 0.05, "kind": "arc", "plus": False, "boundary": "none", "generator": None}
 SIGNATURES = {
     fm.MarginSoftmaxLoss: ([*SIZES, ("scale", 64.0)], COMMON),
@@ -204,19 +209,36 @@ SIGNATURES = {
         {"h": 0.333, "momentum": 0.01} | COMMON,
     ),
     fm.CombinedMarginLoss: ([*SIZES, *COMBINED], CONTINUED | COMMON),
-    fm.ElasticFaceLoss: ([*SIZES, ("margin", 0.5), ("scale", 64.0)], ELASTIC | COMMON),
+    fm.CircleSoftmaxLoss: ([*SIZES, ("margin", 0.35), ("scale", 64.0)], COMMON),
+    fm.CurricularFaceLoss: (
+        [*SIZES, *CURRICULAR],
+        {"momentum": 0.01, "boundary": "linear"} | COMMON,
+    ),
+    fm.ElasticFaceLoss: ([*SIZES, ("margin", None), ("scale", 64.0)], ELASTIC | COMMON),
+    fm.MVSoftmaxLoss: ([*SIZES, *MISCLASSIFIED], MV | COMMON),
     fm.MagFaceLoss: ([*SIZES, *MAGFACE], MAGNITUDES | COMMON),
     fm.SphereFaceLoss: ([*SIZES, ("margin", 1.5), ("scale", 30.0)], COMMON),
     fm.functional.adacos_scale: (
         [*TENSORS, ("scale", REQUIRED)],
-        {"ignore_index": -100, "backend": "auto"},
+        {"ignore_index": -100, "backend": "auto", "sub_centers": 1},
     ),
     fm.functional.adaface: (
         [*TENSORS, ("margin", 0.4), ("scale", 64.0)],
         {"h": 0.333, "norm_mean": 20.0, "norm_std": 100.0} | OPTIONS,
     ),
     fm.functional.combined_margin: ([*TENSORS, *COMBINED], CONTINUED | OPTIONS),
-    fm.functional.elasticface: ([*TENSORS, ("margin", 0.5), ("scale", 64.0)], ELASTIC | OPTIONS),
+    fm.functional.circle_softmax: ([*TENSORS, ("margin", 0.35), ("scale", 64.0)], OPTIONS),
+    fm.functional.curricularface: (
+        [*TENSORS, *CURRICULAR],
+        {"t": 0.0, "boundary": "linear"} | OPTIONS,
+    ),
+    fm.functional.curricularface_t: (
+        [*TENSORS, ("t", REQUIRED), ("momentum", 0.01)],
+        {"ignore_index": -100, "sub_centers": 1},
+    ),
+    fm.functional.elasticface: ([*TENSORS, ("margin", None), ("scale", 64.0)], ELASTIC | OPTIONS),
+    fm.functional.inter_topk: ([*TENSORS, ("k", 5), ("penalty", 0.06)], {"sub_centers": 1}),
+    fm.functional.mv_softmax: ([*TENSORS, *MISCLASSIFIED], MV | OPTIONS),
     fm.functional.magface: ([*TENSORS, *MAGFACE], MAGNITUDES | OPTIONS),
     fm.functional.margin_softmax: (
         [*TENSORS, ("psi", REQUIRED), ("scale", REQUIRED)],
@@ -239,8 +261,8 @@ def test_shared_options_have_one_list() -> None:
     fields = options.Options._field_defaults
     assert list(fields) == list(options.CallOptions.__annotations__)
     own = {"device": None, "dtype": None}
-    assert fields | own == {**base.DEFAULTS, "sample_weight": None}
-    assert base.DEFAULTS.keys() - own <= fm.MarginSoftmaxLoss.settings.keys()
+    assert fields | own == base.DEFAULTS | OF_CALLS
+    assert base.DEFAULTS.keys() - own - {"sub_centers"} <= fm.MarginSoftmaxLoss.settings.keys()
     for criterion in (f for f in SIGNATURES if isinstance(f, type)):
         assert inspect.signature(criterion.__init__).parameters["self"] is not None
         assert len(inspect.signature(criterion).parameters) <= 20
@@ -251,9 +273,21 @@ def test_a_keyword_that_is_none_is_named(call: Callable[..., Any]) -> None:
     needed = [p for p in inspect.signature(call).parameters.values() if p.default is REQUIRED]
     given: dict[str, Any] = {"num_classes": 5, "embedding_size": 6, "scale": 9.0}
     given |= {"embeddings": torch.randn(2, 6), "weight": torch.randn(5, 6)}
-    given |= {"labels": torch.tensor([1, 2]), "psi": fm.margins.NO_MARGIN}
+    given |= {"labels": torch.tensor([1, 2]), "psi": fm.margins.NO_MARGIN, "t": 0.1}
     with pytest.raises(TypeError, match="unexpected keyword argument 'reducton'"):
         call(**{p.name: given[p.name] for p in needed}, reducton="mean")
+
+
+def test_an_unknown_keyword_names_what_was_called_and_what_it_takes() -> None:
+    with pytest.raises(
+        TypeError, match=r"^ArcFaceLoss got an .*did you mean 'margin'\? It takes n"
+    ):
+        fm.ArcFaceLoss(5, 6, marjin=0.3)  # pyright: ignore[reportCallIssue]
+    words = (
+        r"^cosface got an unexpected keyword argument 'sigma'; it takes embeddings, .*, negatives"
+    )
+    with pytest.raises(TypeError, match=words):
+        fm.functional.cosface(torch.randn(2, 6), torch.randn(5, 6), torch.arange(2), sigma=1)  # pyright: ignore[reportCallIssue]
 
 
 def test_a_subclass_shows_the_shared_options() -> None:
@@ -275,7 +309,7 @@ def test_a_subclass_shows_the_shared_options() -> None:
 @pytest.mark.parametrize("criterion", [f for f in SIGNATURES if isinstance(f, type)])
 def test_call_signature_of_modules(criterion: type[torch.nn.Module]) -> None:
     names = list(inspect.signature(criterion.forward).parameters)
-    assert names == ["self", "embeddings", "labels", "sample_weight"]
+    assert names == ["self", "embeddings", "labels", "sample_weight", "return_stats"]
     logits = inspect.getattr_static(criterion, "logits")
     assert list(inspect.signature(logits).parameters) == ["self", "embeddings"]
 

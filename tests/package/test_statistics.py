@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import device_of, needs_triton
+from helpers import device_of, in_blocks, needs_triton
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fused_margin as fm
@@ -22,7 +22,11 @@ Tensor = torch.Tensor
 BACKENDS = ("reference", "cpu", pytest.param("triton", marks=needs_triton))
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 ROWS, CLASSES, DIM = 9, 12, 5
-LOSSES = {"AdaCosLoss": fm.AdaCosLoss, "AdaFaceLoss": fm.AdaFaceLoss}
+LOSSES = {
+    "AdaCosLoss": fm.AdaCosLoss,
+    "AdaFaceLoss": fm.AdaFaceLoss,
+    "CurricularFaceLoss": fm.CurricularFaceLoss,
+}
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -131,7 +135,43 @@ def test_adaface_of_one_row() -> None:
     assert (float(criterion.norm_mean), float(criterion.norm_std)) == (pytest.approx(6.0), 50.0)
 
 
-# --- what both have -------------------------------------------------------------------------------
+def _mean_cosine(x: Tensor, w: Tensor, labels: Tensor) -> float:
+    kept = labels != -100
+    return float(F.cosine_similarity(x[kept].double(), w[labels[kept]].double()).mean())
+
+
+@each_backend
+def test_curricularface_follows_its_formula(backend: str) -> None:
+    """t is updated before it is used, as in the authors' code."""
+    device = device_of(backend)
+    criterion = fm.CurricularFaceLoss(CLASSES, DIM, momentum=0.1, backend=backend).to(device)
+    t = 0.0
+    for seed in range(3):
+        x, labels = _batch(seed)
+        w = criterion.weight.detach().cpu()
+        x = x + 3.0 * w[labels.clamp_min(0)]
+        t = 0.9 * t + 0.1 * _mean_cosine(x, w, labels)
+        loss = criterion(x.to(device), labels.to(device))
+        assert float(criterion.t) == pytest.approx(t, rel=1e-5)
+        expected = fmf.curricularface(
+            x.to(device), criterion.weight, labels.to(device), t=float(criterion.t), backend=backend
+        )
+        torch.testing.assert_close(loss, expected)
+
+
+def test_curricularface_takes_the_nearest_of_sub_centres() -> None:
+    x, labels = _batch(0)
+    w = torch.randn(2 * CLASSES, DIM)
+    both = torch.stack(
+        [F.normalize(x.nan_to_num()) @ F.normalize(part).t() for part in (w[::2], w[1::2])]
+    )
+    kept = labels != -100
+    nearest = both.amax(dim=0)[kept].gather(1, labels[kept][:, None])
+    found = fmf.curricularface_t(x, w, labels, 0.2, 0.5, sub_centers=2)
+    torch.testing.assert_close(found, 0.1 + 0.5 * nearest.mean())
+
+
+# --- what all have -------------------------------------------------------------------------------
 
 
 def _state(criterion: torch.nn.Module) -> dict[str, Tensor]:
@@ -186,6 +226,25 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 
 
 @each_loss
+@pytest.mark.parametrize("convert", ["bfloat16", "half"])
+def test_statistics_of_a_module_in_half_precision(name: str, convert: str) -> None:
+    """They stay in fp32, where a hundredth of a batch moves them; in fp64 they are widened."""
+    criterion = LOSSES[name](CLASSES, DIM, backend="reference")
+    narrow = getattr(copy.deepcopy(criterion), convert)()
+    assert narrow.weight.itemsize == 2
+    x, labels = _batch(0)
+    before = _state(narrow)
+    for _ in range(3):
+        narrow(x.to(narrow.weight.dtype), labels)
+    for key, value in _state(narrow).items():
+        assert value.dtype is torch.float32
+        assert not torch.equal(value, before[key])
+    narrow.load_state_dict(criterion.state_dict())
+    assert _state(narrow) == _state(criterion)
+    assert {value.dtype for value in _state(criterion.double()).values()} == {torch.float64}
+
+
+@each_loss
 @each_backend
 def test_two_forwards_before_a_backward(backend: str, name: str) -> None:
     """Gradient accumulation, in either order; and an evaluation in between."""
@@ -225,7 +284,14 @@ def test_checkpoints(name: str) -> None:
     assert _state(real) == _state(LOSSES[name](CLASSES, DIM))
 
 
-@pytest.mark.parametrize("name", [*LOSSES, "MagFaceLoss", "ElasticFaceLoss", "SphereFaceLoss"])
+COMPILED = (
+    "AdaCosLoss", "AdaFaceLoss", "MagFaceLoss", "ElasticFaceLoss", "SphereFaceLoss",
+    pytest.param("CurricularFaceLoss", marks=in_blocks),
+    pytest.param("CircleSoftmaxLoss", marks=in_blocks),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_a_whole_step_compiles(name: str) -> None:
     """Once for a batch size and once for all others, statistics and parameters as without."""
     torch._dynamo.reset()
@@ -291,20 +357,22 @@ def test_magface_checks_its_norms() -> None:
         criterion.upper_norm = 0.0
 
 
+@pytest.mark.parametrize("kind", [fm.AdaFaceLoss, fm.CurricularFaceLoss])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_norms_that_are_not_finite_stay_out(value: float) -> None:
+def test_rows_that_are_not_finite_stay_out(value: float, kind: Any) -> None:
     """The batch's loss is lost, and no later one: a gradient scaler skips such a step."""
-    criterion, other = (fm.AdaFaceLoss(10, 8) for _ in range(2))
+    criterion = kind(10, 8)
+    other = copy.deepcopy(criterion)
     x, labels = torch.randn(6, 8), torch.randint(10, (6,))
     bad = x.clone()
     bad[2] = value
     criterion(bad, labels)
     other(x[[0, 1, 3, 4, 5]], labels[[0, 1, 3, 4, 5]])
-    for name in ("norm_mean", "norm_std"):
-        torch.testing.assert_close(getattr(criterion, name), getattr(other, name))
+    assert _state(criterion) == _state(other)
+    assert all(bool(statistic.isfinite()) for statistic in _state(criterion).values())
 
 
-@pytest.mark.parametrize("kind", [fm.AdaFaceLoss, fm.AdaCosLoss])
+@pytest.mark.parametrize("kind", LOSSES.values())
 def test_a_batch_that_is_refused_changes_nothing(kind: Any) -> None:
     criterion = kind(10, 8)
     before = {name: value.clone() for name, value in criterion.state_dict().items()}

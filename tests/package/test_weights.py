@@ -268,6 +268,15 @@ def test_a_learnt_scale_is_trained_and_saved() -> None:
         assert isinstance(loaded.scale, nn.Parameter)
 
 
+def test_a_learnt_scale_that_has_become_negative() -> None:
+    """What a step of the optimiser made is told with what a module can do about it."""
+    criterion = fm.ArcFaceLoss(CLASSES, DIM, scale=nn.Parameter(torch.tensor(SCALE)))
+    x, _, labels = _leaves("cpu", torch.float32)
+    criterion.scale.data.fill_(-0.5)
+    with pytest.raises(ValueError, match=r"got -0\.5;.*criterion\.scale\.data\.clamp_\(min=1\.0\)"):
+        criterion(x, labels)
+
+
 def test_a_learnt_scale_keeps_its_place() -> None:
     criterion = fm.ArcFaceLoss(CLASSES, DIM, scale=nn.Parameter(torch.tensor(SCALE)))
     with pytest.raises(TypeError, match=r"scale is learnt, and float 3.0.*\.data\.fill_\(scale\)"):

@@ -171,6 +171,27 @@ def test_table_of_losses_has_the_defaults(row: dict[str, str], name: str) -> Non
         assert default(function, name) == documented
 
 
+def rows_of_other_logits() -> dict[str, tuple[str, str]]:
+    """By module, the logit of another class and where it is that, as they are written."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| `(\w+)` \| (s·[^|]+) \| (c > [^|]+) \|$", readme, re.MULTILINE)
+    return {name: (logit, where) for name, logit, where in found}
+
+
+def evaluated(text: str, names: dict[str, Any]) -> Any:
+    """What stands before the first comma of a formula."""
+    expression = text.split(", ")[0].replace("·", "*").replace("−", "-")
+    expression = expression.replace("cos θ", "cos(θ)").replace("^", "**")
+    return eval(expression, {}, names)
+
+
+def other_logit(module: str, c: torch.Tensor, names: dict[str, Any]) -> torch.Tensor:
+    """The logit of another class of cosine c."""
+    logit, where = rows_of_other_logits().get(module, ("s·c", "c > -2"))
+    below = 0.0 * c if "else 0" in where else names["s"] * c
+    return evaluated(logit, names | {"c": c}) if evaluated(where, names | {"c": c}) else below
+
+
 def test_table_of_losses_has_the_formulas() -> None:
     """The written target logit and scale give the loss, with the embedding at a known angle."""
     num_classes = 3
@@ -189,16 +210,18 @@ def test_table_of_losses_has_the_formulas() -> None:
             margin, added = 0.45, 35.0 * (10.0 / 110.0**2 + 1.0 / 10.0)  # of norms up to 10
         if name == "AdaCosLoss":
             scale = 12.0
+        margin = {"ElasticFaceLoss": 0.5, "MVSoftmaxLoss": 0.35}.get(name, margin)
         if scale is None:
             formula = row["scale"].split(",")[0]
             assert formula == "√2·ln(C − 1)"
             scale = 2**0.5 * float(torch.tensor(num_classes - 1.0, dtype=torch.float64).log())
         given = {"scale": scale} if "no default" in row["scale"] else {}
         given |= {"sigma": 0.0} if name == "ElasticFaceLoss" else {}
-        expression = row["target"].split(", ")[0].replace("·", "*").replace("−", "-")
-        expression = expression.replace("cos θ", "cos(θ)").replace("^", "**")
-        target = eval(expression, {}, meaning | {"m": margin, "s": scale})
-        logits = torch.stack([target, *(scale * others)])
+        names = meaning | {"m": margin, "s": scale}
+        names["t"] = 0.3 if name == "CurricularFaceLoss" else 1.2  # a statistic, a default
+        target = evaluated(row["target"], names)
+        given |= {"t": 0.3} if name == "CurricularFaceLoss" else {}
+        logits = torch.stack([target, *(other_logit(name, c, names) for c in others)])
         expected = torch.logsumexp(logits, dim=0) - target + added
         loss = function(embedding, weight, torch.tensor([0]), **given)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)

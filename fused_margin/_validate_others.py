@@ -1,0 +1,92 @@
+"""Every ValueError and TypeError about other classes' logits and sub-centres, with the remedy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from fused_margin import _transforms, _validate
+from fused_margin._compiled import known
+
+LARGEST_TOP = 8
+
+
+def none_of_the_callers(name: str, value: Any) -> None:
+    """Refuse negatives for a loss that has its own."""
+    if value is not None:
+        raise TypeError(
+            f"{name} has negatives of its own, and takes none; functional.margin_softmax takes any"
+            " beside any margin"
+        )
+
+
+def smoothed(value: Any) -> None:
+    """Refuse negatives that leave classes out where each class has a share of the target."""
+    offset = value.phi[0]
+    if not isinstance(offset, torch.Tensor) and offset == -math.inf:
+        raise ValueError(
+            "label_smoothing gives a share of the target to every class, and these negatives leave"
+            " some out of the softmax; use negatives.filtered(threshold, zero=True), which keeps"
+            " them with the logit 0, or no smoothing"
+        )
+
+
+def curriculum(value: Any) -> float | torch.Tensor:
+    """Check CurricularFace's t: a number or a 0-d tensor, in [-1, 1] as a mean of cosines is."""
+    if isinstance(value, torch.Tensor):
+        _validate.floating_numbers("t", value)
+        if value.ndim != 0:
+            raise ValueError(
+                f"t must be a number or a 0-d tensor, got shape {known(value.shape)}; use"
+                " .squeeze() if it has one element"
+            )
+        if _transforms.is_readable(value):
+            _validate.between("t", value.item(), -1.0, 1.0)
+        return value.detach()
+    return _validate.between("t", value, -1.0, 1.0, "it is a mean of target cosines")
+
+
+def threshold(value: Any, u: torch.Tensor) -> None:
+    """Check the threshold of negatives for target cosines u, (N,)."""
+    if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape != u.shape:
+        raise ValueError(
+            f"the threshold of negatives must be a number or have shape ({known(u.shape[0])},), one"
+            f" cosine per row, got {known(value.shape)}"
+        )
+
+
+def top(value: Any) -> int:
+    """Check how many of the nearest other classes get a penalty."""
+    value = _validate.size("k", value, 1)
+    return _validate.at_most("k", value, LARGEST_TOP, "as many as are used")
+
+
+def center_counts(value: Any) -> torch.Tensor:
+    """Check how many rows are nearest to each centre, (C, K)."""
+    _validate._tensor("counts", value)
+    if value.ndim != 2 or value.dtype not in _validate.INTEGERS:
+        raise ValueError(
+            "counts must have shape (C, K) and an integer dtype, as metrics.center_counts makes"
+            f" them; got {tuple(value.shape)} and {value.dtype}"
+        )
+    return value
+
+
+def rows_of(name: str, value: Any, weight: torch.Tensor) -> int:
+    """Check a row of the weight for each class, (C,); returns C."""
+    _validate._tensor(name, value)
+    if value.ndim != 1 or value.dtype is not torch.int64 or value.device != weight.device:
+        raise ValueError(
+            f"{name} must have shape (C,) and int64, on the weight's device {weight.device}, as"
+            f" metrics.dominant_centers makes them; got {tuple(value.shape)}, {value.dtype} on"
+            f" {value.device}"
+        )
+    num_rows = weight.shape[0]
+    if value.shape[0] < 1 or num_rows % value.shape[0]:
+        raise ValueError(
+            f"{name} has {value.shape[0]} entries, one per class, and weight {num_rows} rows, which"
+            " is no multiple"
+        )
+    return value.shape[0]
