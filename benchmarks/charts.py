@@ -58,11 +58,11 @@ class Bar:
 
 
 def _plain(value: float, _position: int = 0) -> str:
-    """Number with thousands separators, or 10 k and 1 M as people say them."""
+    """10 k and 1 M as people say them where they are round, else digits in groups of three."""
     for size, suffix in ((1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:g}{suffix}"
-    return f"{value:g}"
+        if value >= size and value % size == 0:
+            return f"{value / size:,.0f}{suffix}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
 
 
 def _save(figure: Figure, path: Path) -> None:

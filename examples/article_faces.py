@@ -46,7 +46,7 @@ from typing import Any
 
 import torch
 from study.command import real_number, whole_number
-from study.criteria import Variant, as_published, losses, regularized
+from study.criteria import Variant, as_published, losses, regularized, setting
 from study.folds import ProtocolError, Split, deal_folds, split_run
 from study.images import ImageError, LabelledImages, load_folder
 from study.measure import (
@@ -219,8 +219,8 @@ def measure(training: Training, progress: Progress, images: Tensor, split: Split
         "test_images": len(split.test),
         "held_out_classes": int(split.held_out_labels.max()) + 1,
         "held_out_images": len(split.held_out),
-        "scale": getattr(criterion, "scale", None),
-        "margin": getattr(criterion, "margin", None),
+        "scale": setting(criterion, "scale"),
+        "margin": setting(criterion, "margin"),
         **closed_set(
             criterion, train, split.train_labels.to(device), test, split.test_labels.to(device)
         ),
@@ -275,21 +275,21 @@ def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def by_seed(
-    runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]
+def averaged(
+    runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float], by: str = "seed"
 ) -> list[float]:
-    """The value for each seed, averaged over its folds."""
+    """The value for each seed, averaged over its folds; or for each fold, over its seeds."""
     values: dict[int, list[float]] = {}
     for run in runs:
-        values.setdefault(run["seed"], []).append(value(run))
-    return [statistics.fmean(found) for found in values.values()]
+        values.setdefault(run[by], []).append(value(run))
+    return [statistics.fmean(values[key]) for key in sorted(values)]
 
 
 def over_seeds(
     runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]
 ) -> dict[str, float | None]:
     """Average over the folds of each seed, then describe the seeds."""
-    mean, deviation, half = mean_and_interval(by_seed(runs, value))
+    mean, deviation, half = mean_and_interval(averaged(runs, value))
     return {"mean": mean, "std": deviation, "half_interval": half}
 
 

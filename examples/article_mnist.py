@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from study.command import whole_number
-from study.criteria import Variant, as_published, losses, regularized
+from study.criteria import Variant, as_published, losses, regularized, setting
 from study.digits import NUM_CLASSES, DataError, Digits, load_data
 from study.measure import closed_set, embed
 from study.networks import ArticleCNN
@@ -93,11 +93,12 @@ def measure(training: Training, progress: Progress, data: Digits) -> dict[str, A
     network, criterion = training.network, training.criterion
     train, test = embed(network, data.train_images), embed(network, data.test_images)
     result: dict[str, Any] = {
-        "scale": getattr(criterion, "scale", None),
-        "margin": getattr(criterion, "margin", None),
+        "scale": setting(criterion, "scale"),
+        "margin": setting(criterion, "margin"),
         **closed_set(criterion, train, data.train_labels, test, data.test_labels),
         "losses": progress.losses,
         "seconds": progress.seconds,
+        "threads": torch.get_num_threads(),
     }
     if progress.cosines:
         result["cosines"] = progress.cosines

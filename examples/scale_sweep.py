@@ -4,6 +4,7 @@
     python examples/scale_sweep.py --data folder --root att_faces --json sweep-40.json
     python examples/scale_sweep.py --data synthetic --classes 1000 --json sweep-1000.json
     python examples/scale_sweep.py ... --json sweep-40.json --resume --confirm-seeds 100 101 102
+    python examples/scale_sweep.py --data folder --root att_faces --hold-out classes --json o.json
 
 Trains with ArcFace at every margin above 0 and the normalised softmax at margin 0, at every scale
 of the grid and at Fixed AdaCos's, for every seed, all else equal. Some images (or samples) of every
@@ -12,9 +13,16 @@ training images by cosine, arg max the class of the largest logit, EER the equal
 pairs of held-out images (at most 2,000 of them, of 1,000 classes). `--resume` goes on after an
 interruption.
 
+Those pairs are of classes trained on. `--hold-out` deals the classes, or the folders they lie in,
+into folds; a run trains on all folds but one, and EER is over the pairs of images of that one,
+whose classes the network has never seen. A line is then the mean over folds; Fixed AdaCos's scale,
+which depends on the number of classes trained on, is each fold's own, shown by its mean.
+
 The best of many points owes some of its lead to luck. `--confirm-seeds` trains Fixed AdaCos, the
 best scale without a margin, the best point of the grid (both by 1-NN, over all seeds of the grid)
-and ArcFace's usual s = 64, m = 0.5 again, with seeds that had no part in the choice.
+and ArcFace's usual s = 64, m = 0.5 again, with seeds that had no part in the choice; with
+`--hold-out` the best point by EER too. `--confirm-points` names others to be trained with the same
+seeds.
 """
 
 from __future__ import annotations
@@ -34,6 +42,7 @@ from typing import Any
 import torch
 from study.command import real_number, whole_number
 from study.digits import DataError, load_data
+from study.folds import ProtocolError, deal_folds, split_run
 from study.images import ImageError, load_folder, split_images
 from study.measure import (
     arg_max_accuracy,
@@ -71,7 +80,11 @@ USUAL: Point = (64.0, 0.5)  # of the ArcFace paper
 
 @dataclass(frozen=True)
 class Task:
-    """Training and held-out images of the same classes, and the network for them."""
+    """Training and held-out images of the same classes, and the network for them.
+
+    Attributes:
+        unseen, unseen_labels: images of classes that are not trained on, if any are held out.
+    """
 
     train: Tensor
     train_labels: Tensor
@@ -79,17 +92,47 @@ class Task:
     test_labels: Tensor
     num_classes: int
     network: Callable[[int], nn.Module]
+    unseen: Tensor | None = None
+    unseen_labels: Tensor | None = None
 
     def to(self, device: torch.device) -> Task:
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in ("train", "train_labels", "test", "test_labels")
-        }
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: value.to(device) for name, value in tensors.items()}
         return dataclasses.replace(self, **moved)
 
+    def verified(self, test: Tensor, embed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Embeddings of the images whose pairs are verified, and their labels.
 
-def load_tasks(arguments: argparse.Namespace) -> Callable[[int], Task]:
-    """Load the data the arguments ask for; return the task of a seed, on the CPU.
+        Args:
+            test: embeddings of the test images.
+            embed: makes those of others.
+        """
+        if self.unseen is not None and self.unseen_labels is not None:
+            return embed(self.unseen), self.unseen_labels
+        some = paired_images(self.test_labels)
+        return test[some], self.test_labels[some]
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The data of a sweep.
+
+    Attributes:
+        of: the task of a seed, on the CPU; of a fold too, if classes are held out.
+        folds: the names of the classes in each, or None if all classes are trained on.
+    """
+
+    of: Callable[[int, int | None], Task]
+    folds: list[list[str]] | None = None
+
+    @property
+    def numbers(self) -> list[int | None]:
+        """The folds to train for: None if all classes are trained on."""
+        return [None] if self.folds is None else [*range(len(self.folds))]
+
+
+def load_tasks(arguments: argparse.Namespace) -> Tasks:
+    """Load the data the arguments ask for.
 
     The seed decides which images of a folder are held out, and which identities are drawn. MNIST
     comes with its test images.
@@ -97,6 +140,7 @@ def load_tasks(arguments: argparse.Namespace) -> Callable[[int], Task]:
     Raises:
         DataError: MNIST's files can't be used.
         ImageError: the folder of images can't be used.
+        ProtocolError: its classes can't be dealt into folds as asked.
     """
     if arguments.data == "mnist":
         digits = load_data(arguments.root, arguments.limit, torch.device("cpu"))
@@ -104,21 +148,33 @@ def load_tasks(arguments: argparse.Namespace) -> Callable[[int], Task]:
             digits.train_images, digits.train_labels, digits.test_images, digits.test_labels,
             10, ArticleCNN,
         )  # fmt: skip
-        return lambda seed: task
+        return Tasks(lambda seed, fold: task)
     if arguments.data == "folder":
         data = load_folder(arguments.root, arguments.image_size, show_progress=not arguments.quiet)
         images, labels = data.images, data.labels
+        hold_out = arguments.hold_out
+        folds = deal_folds(data, hold_out, arguments.folds) if hold_out else []
 
-        def split(seed: int) -> Task:
-            train, test = split_images(labels, arguments.test_share, seed)
+        def network(size: int) -> nn.Module:
+            return SmallResidualNetwork(images.shape[1], size)
+
+        def split(seed: int, fold: int | None) -> Task:
+            if fold is None:
+                train, test = split_images(labels, arguments.test_share, seed)
+                return Task(
+                    images[train], labels[train], images[test], labels[test], len(data.classes),
+                    network,
+                )  # fmt: skip
+            parts = split_run(labels, folds, fold, arguments.test_share, seed)
             return Task(
-                images[train], labels[train], images[test], labels[test], len(data.classes),
-                lambda size: SmallResidualNetwork(images.shape[1], size),
+                images[parts.train], parts.train_labels, images[parts.test], parts.test_labels,
+                parts.num_classes, network, images[parts.held_out], parts.held_out_labels,
             )  # fmt: skip
 
-        return split
+        names = [[data.classes[c] for c in fold] for fold in folds]
+        return Tasks(split, names or None)
 
-    def draw(seed: int) -> Task:
+    def draw(seed: int, fold: int | None) -> Task:
         data = synthetic_identities(
             arguments.classes, per_class=arguments.per_class, test_per_class=2,
             noise=SYNTHETIC_NOISE, seed=seed,
@@ -128,7 +184,7 @@ def load_tasks(arguments: argparse.Namespace) -> Callable[[int], Task]:
             Perceptron,
         )  # fmt: skip
 
-    return draw
+    return Tasks(draw)
 
 
 def criterion_of(scale: float, margin: float, num_classes: int, embedding_size: int) -> nn.Module:
@@ -138,14 +194,17 @@ def criterion_of(scale: float, margin: float, num_classes: int, embedding_size: 
 
 
 def make_job(
-    scale: float,
-    margin: float,
+    point: Point,
     seed: int,
-    task_of: Callable[[int], Task],
+    fold: int | None,
+    task_of: Callable[[int, int | None], Task],
     arguments: argparse.Namespace,
     *,
     confirms: bool = False,
+    is_fixed: bool = False,
 ) -> Job:
+    """The run of a point; `is_fixed` says that its scale is the one of this fold's classes."""
+    scale, margin = point
     recipe = Recipe(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
@@ -154,7 +213,7 @@ def make_job(
     )
 
     def prepare() -> Training:
-        task = task_of(seed)
+        task = task_of(seed, fold)
         torch.manual_seed(seed)
         network = Network(task.network(arguments.embedding_size), recipe.precision)
         criterion = criterion_of(scale, margin, task.num_classes, arguments.embedding_size)
@@ -165,19 +224,51 @@ def make_job(
         )  # fmt: skip
 
     def measure(training: Training, progress: Progress) -> dict[str, Any]:
-        task = task_of(seed)
+        task = task_of(seed, fold)
         train, test = embed(training.network, task.train), embed(training.network, task.test)
-        some = paired_images(task.test_labels)
-        pairs = verification(*pair_scores(test[some], task.test_labels[some]))
+        paired = task.verified(test, functools.partial(embed, training.network))
+        pairs = verification(*pair_scores(*paired))
         return {
             "nearest": nearest_neighbour_accuracy(test, task.test_labels, train, task.train_labels),
             "arg_max": arg_max_accuracy(training.criterion, test, task.test_labels),
             "eer": pairs["eer"],
             "losses": [round(loss, 6) for loss in progress.losses],
+            "threads": torch.get_num_threads(),
         }
 
     key = {"scale": scale, "margin": margin, "seed": seed}
+    if fold is not None:
+        key |= {"fold": fold, "fixed": is_fixed}
     return Job({**key, "confirms": True} if confirms else key, prepare, measure)
+
+
+METRICS = ("nearest", "arg_max", "eer")
+
+
+def averaged(runs: Sequence[dict[str, Any]], over: str = "fold") -> list[dict[str, Any]]:
+    """Average the runs of each point and seed over their folds, or of each fold over its seeds.
+
+    The scale of Fixed AdaCos becomes the mean of its scales. What isn't there for every fold, or
+    every seed, is left out. Runs without folds stay as they are.
+    """
+    folded = [run for run in runs if "fold" in run]
+    scales = {run["fold"]: run["scale"] for run in folded if run["fixed"]}
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in folded:
+        scale = round(fmean(scales.values()), 4) if run["fixed"] else run["scale"]
+        kept = {name: value for name, value in run.items() if name in ("seed", "fold", "confirms")}
+        del kept[over]
+        key = {"scale": scale, "margin": run["margin"], **kept}
+        groups.setdefault(tuple(key.items()), []).append(run)
+    every: dict[Any, set[int]] = {}  # the grid has its seeds, and what confirms it has others
+    for run in folded:
+        every.setdefault(run.get("confirms"), set()).add(run[over])
+    averages = [
+        {**dict(key), **{name: fmean(run[name] for run in mine) for name in METRICS}}
+        for key, mine in groups.items()
+        if len(mine) == len(every[mine[0].get("confirms")])
+    ]
+    return [*(run for run in runs if "fold" not in run), *averages]
 
 
 def paired_images(labels: Tensor) -> Tensor:
@@ -208,37 +299,57 @@ def confirming(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The points that are compared by seeds of their own, two of them the best of a grid."""
+    """The points that are compared by seeds of their own, three of them the best of a grid.
+
+    Attributes:
+        fixed: Fixed AdaCos.
+        best_scale: without a margin, by 1-NN accuracy.
+        best: by 1-NN accuracy.
+        best_verified: by equal error rate, if it is of classes held out.
+        usual: ArcFace's.
+    """
 
     fixed: Point
     best_scale: Point
     best: Point
+    best_verified: Point | None
     usual: Point = USUAL
 
     @classmethod
-    def by(cls, runs: Sequence[dict[str, Any]], fixed_scale: float) -> Chosen:
-        """Choose by the mean 1-NN accuracy over the seeds of the grid.
+    def by(
+        cls, runs: Sequence[dict[str, Any]], fixed_scale: float, *, hold_out: bool = False
+    ) -> Chosen:
+        """Choose by the means over the seeds of the grid.
 
         Raises:
             ValueError: no point without a margin was trained with every seed of the grid.
         """
-        values: dict[Point, list[float]] = {}
+        found: dict[Point, list[dict[str, Any]]] = {}
         for run in of_grid(runs):
-            values.setdefault((run["scale"], run["margin"]), []).append(run["nearest"])
-        every = max(map(len, values.values()), default=0)
-        means = {point: fmean(mine) for point, mine in values.items() if len(mine) == every}
-        plain = [point for point in means if point[1] == 0]
+            found.setdefault((run["scale"], run["margin"]), []).append(run)
+        every = max(map(len, found.values()), default=0)
+        nearest, eer = (
+            {
+                point: fmean(run[name] for run in mine)
+                for point, mine in found.items()
+                if len(mine) == every
+            }
+            for name in ("nearest", "eer")
+        )
+        plain = [point for point in nearest if point[1] == 0]
         if not plain:
             raise ValueError("no point without a margin was trained with every seed of the grid")
         return cls(
             fixed=(fixed_scale, 0.0),
-            best_scale=max(plain, key=means.__getitem__),
-            best=max(means, key=means.__getitem__),
+            best_scale=max(plain, key=nearest.__getitem__),
+            best=max(nearest, key=nearest.__getitem__),
+            best_verified=min(eer, key=eer.__getitem__) if hold_out else None,
         )
 
     @property
     def points(self) -> list[Point]:
-        return list(dict.fromkeys([self.fixed, self.best_scale, self.best, self.usual]))
+        every = (self.fixed, self.best_scale, self.best, self.best_verified, self.usual)
+        return list(dict.fromkeys(point for point in every if point is not None))
 
 
 def rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -246,7 +357,7 @@ def rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
     lines = []
     for scale, margin in sorted({(run["scale"], run["margin"]) for run in runs}):
         mine = [run for run in runs if (run["scale"], run["margin"]) == (scale, margin)]
-        metrics = (spread([run[name] for run in mine]) for name in ("nearest", "arg_max", "eer"))
+        metrics = (spread([run[name] for run in mine]) for name in METRICS)
         lines.append([f"{scale:.4g}", f"{margin:g}", *metrics, str(len(mine))])
     return lines
 
@@ -262,6 +373,16 @@ def angle(text: str) -> float:
     if not 0 <= value <= math.pi:
         raise argparse.ArgumentTypeError(f"expected radians from 0 to pi, got {text!r}")
     return value
+
+
+def scale_and_margin(text: str) -> Point:
+    scale, comma, margin = text.partition(",")
+    if not comma:
+        raise argparse.ArgumentTypeError(f"expected SCALE,MARGIN such as 16,0.5, got {text!r}")
+    return a_scale(scale), angle(margin)
+
+
+a_scale = real_number(0, 1000)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -287,9 +408,14 @@ def make_parser() -> argparse.ArgumentParser:
     classes, per_class = whole_number(4, 10**7), whole_number(1, 10**6)
     add("--classes", type=classes, metavar="C", help="synthetic; default: 1000")
     add("--per-class", type=per_class, metavar="N", help="synthetic; default: 8")
-    scale = real_number(0, 1000)
+    add(
+        "--hold-out", choices=("classes", "groups"),
+        help="folder: what is dealt into folds, one of them left out of training and verified on; "
+        "default: all classes are trained on",
+    )  # fmt: skip
+    add("--folds", type=whole_number(2), metavar="K", help="with --hold-out; default: 4")
     scales, margins = (" ".join(f"{value:g}" for value in grid) for grid in (SCALES, MARGINS))
-    add("--scales", type=scale, nargs="+", metavar="S", default=SCALES, help=f"default: {scales}")
+    add("--scales", type=a_scale, nargs="+", metavar="S", default=SCALES, help=f"default: {scales}")
     add(
         "--margins", type=angle, nargs="+", metavar="M", default=MARGINS,
         help=f"radians; default: {margins}",
@@ -298,6 +424,10 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--confirm-seeds", type=whole_number(0), nargs="+", metavar="S", default=[],
         help="train the best points, Fixed AdaCos and ArcFace's usual point again with each",
+    )  # fmt: skip
+    add(
+        "--confirm-points", type=scale_and_margin, nargs="+", metavar="S,M", default=[],
+        help="more points to train with the --confirm-seeds",
     )  # fmt: skip
     return parser
 
@@ -309,7 +439,13 @@ def parse_arguments(
     arguments = parser.parse_args(argv)
     defaults = {
         "mnist": {"root": None, "limit": None},
-        "folder": {"root": None, "image_size": 64, "test_share": 0.2},
+        "folder": {
+            "root": None,
+            "image_size": 64,
+            "test_share": 0.2,
+            "hold_out": None,
+            "folds": None,
+        },
         "synthetic": {"classes": 1000, "per_class": 8},
     }
     mine = defaults[arguments.data]
@@ -321,6 +457,12 @@ def parse_arguments(
             setattr(arguments, name, mine.get(name))
     if "root" in mine and arguments.root is None:
         parser.error(f"--data {arguments.data} needs --root DIR")
+    if arguments.folds and not arguments.hold_out:
+        parser.error("--folds is for --hold-out")
+    if arguments.hold_out and not arguments.folds:
+        arguments.folds = 4
+    if arguments.confirm_points and not arguments.confirm_seeds:
+        parser.error("--confirm-points needs --confirm-seeds")
     if arguments.lr is None:
         arguments.lr = 0.001
     check_run_arguments(parser, arguments)
@@ -351,57 +493,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(parser, argv)
     try:
         tasks = load_tasks(arguments)
-    except (DataError, ImageError) as error:
+    except (DataError, ImageError, ProtocolError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print("\ninterrupted while reading", file=sys.stderr)
         return INTERRUPTED
 
-    @functools.lru_cache(maxsize=1)  # runs come seed by seed
-    def task_of(seed: int) -> Task:
-        return tasks(seed).to(arguments.device)
+    @functools.lru_cache(maxsize=1)  # runs come seed by seed, fold by fold
+    def task_of(seed: int, fold: int | None) -> Task:
+        return tasks.of(seed, fold).to(arguments.device)
 
-    task = task_of(arguments.seeds[0])
-    if task.num_classes < 3:
-        parser.error(f"√2·ln(C − 1) needs 3 classes or more, got {task.num_classes}")
-    if task.test_labels.bincount().max() < 2:
-        parser.error(
-            f"--test-share {arguments.test_share:g} holds out one image of each class, and EER "
-            "needs pairs of a class: raise it"
-        )
-    fixed = round(fm.FixedAdaCosLoss(task.num_classes, 1).scale, 4)
+    first = {fold: tasks.of(arguments.seeds[0], fold) for fold in tasks.numbers}
+    for task in first.values():
+        if task.num_classes < 3:
+            parser.error(f"√2·ln(C − 1) needs 3 classes or more, got {task.num_classes}")
+        if task.unseen is None and task.test_labels.bincount().max() < 2:
+            parser.error(
+                f"--test-share {arguments.test_share:g} holds out one image of each class, and EER "
+                "needs pairs of a class: raise it"
+            )
+    scales = {
+        fold: round(fm.FixedAdaCosLoss(task.num_classes, 1).scale, 4)
+        for fold, task in first.items()
+    }
+    fixed = round(fmean(scales.values()), 4)
+    every = tasks.of(arguments.seeds[0], None)
     names = ("data", "epochs", "batch_size", "embedding_size", "lr", "precision", "image_size",
-             "test_share", "per_class")  # fmt: skip
+             "test_share", "per_class", "hold_out")  # fmt: skip
     settings = {
         "experiment": "sweep",
         **{name: getattr(arguments, name) for name in names},
-        "classes": task.num_classes,
+        "classes": every.num_classes,
         "fixed_adacos_scale": fixed,
         "device": str(arguments.device),
-        "train_images": len(task.train),
-        "test_images": len(task.test),
-        "images_sha256": digest(tasks(0).train, tasks(0).test),
+        "train_images": len(every.train),
+        "test_images": len(every.test),
+        "images_sha256": digest(tasks.of(0, None).train, tasks.of(0, None).test),
+        "folds": tasks.folds,
     }
     runs = open_runs(
         parser, arguments.json, settings, resume=arguments.resume,
-        tabulate=lambda found: (rows(found), [run["seed"] for run in found]),
+        tabulate=lambda found: (rows(averaged(found)), [run["seed"] for run in found]),
     )  # fmt: skip
     check_seeds(parser, runs.runs, arguments)
-    grid = product(arguments.seeds, sorted({*arguments.scales, fixed}), arguments.margins)
-    jobs = [make_job(scale, margin, seed, task_of, arguments) for seed, scale, margin in grid]
-    code = run_jobs(runs, jobs, arguments.epochs, quiet=arguments.quiet)
+
+    def jobs(seeds: Sequence[int], points: Sequence[Point], *, confirm: bool) -> list[Job]:
+        """Runs of these points, of which those at `fixed` get the scale of their fold."""
+        return [
+            make_job(
+                (scales[fold] if point[0] == fixed else point[0], point[1]), seed, fold, task_of,
+                arguments, confirms=confirm, is_fixed=point[0] == fixed,
+            )
+            for seed, fold, point in product(seeds, tasks.numbers, points)
+        ]  # fmt: skip
+
+    scale_list = sorted({*arguments.scales, fixed})
+    grid = [(scale, margin) for scale, margin in product(scale_list, arguments.margins)]
+    choosing = jobs(arguments.seeds, grid, confirm=False)
+    code = run_jobs(runs, choosing, arguments.epochs, quiet=arguments.quiet)
     report(of_grid(runs.runs))
     if code == 0 and arguments.confirm_seeds:
         try:
-            points = Chosen.by(runs.runs, fixed).points
+            hold_out = arguments.hold_out is not None
+            chosen = Chosen.by(averaged(runs.runs), fixed, hold_out=hold_out).points
         except ValueError as error:
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
             return FAILED
-        jobs = [
-            make_job(scale, margin, seed, task_of, arguments, confirms=True)
-            for seed, (scale, margin) in product(arguments.confirm_seeds, points)
-        ]
-        code = run_jobs(runs, jobs, arguments.epochs, quiet=arguments.quiet)
+        points = [*dict.fromkeys([*chosen, *arguments.confirm_points])]
+        again = jobs(arguments.confirm_seeds, points, confirm=True)
+        code = run_jobs(runs, again, arguments.epochs, quiet=arguments.quiet)
         print("\nwith seeds that had no part in choosing the points:")
         report(confirming(runs.runs))
     return code
@@ -409,9 +569,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(runs: Sequence[dict[str, Any]]) -> None:
     """Print the table of these runs, and whether some are missing."""
-    print(text_table(HEADER, rows(runs)))
+    whole = averaged(runs)
+    print(text_table(HEADER, rows(whole)))
     for line in missing_runs(
-        [{**run, "point": (run["scale"], run["margin"])} for run in runs], "point"
+        [{**run, "point": (run["scale"], run["margin"])} for run in whole], "point"
     ):
         print(line)
 

@@ -84,6 +84,12 @@ class Variant:
     regularizer: Callable[[], nn.Module] | None = None
 
 
+def setting(criterion: nn.Module, name: str) -> float | None:
+    """A number of the criterion, such as its scale, as training has left it, or None."""
+    value = getattr(criterion, name, None)
+    return None if value is None else float(value)
+
+
 def arcface(num_classes: int, embedding_size: int) -> nn.Module:
     return fm.ArcFaceLoss(
         num_classes, embedding_size, margin=math.radians(ARCFACE_DEGREES), scale=ARCFACE_SCALE
@@ -96,6 +102,8 @@ def losses() -> dict[str, Variant]:
         "arcface": Variant("ArcFace", arcface),
         "cosface": Variant("CosFace", fm.CosFaceLoss),
         "fixed_adacos": Variant("Fixed AdaCos", fm.FixedAdaCosLoss),
+        "adacos": Variant("AdaCos", fm.AdaCosLoss),
+        "adaface": Variant("AdaFace", fm.AdaFaceLoss),
         "cross_entropy": Variant("Cross-entropy", LinearCrossEntropy),
     }
 

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 # Okabe and Ito's colours, told apart by colour-blind readers
@@ -23,6 +24,8 @@ LOSS_COLORS = {
     "fixed_adacos": BLUE,
     "cross_entropy": GREY,
     "simple_arcface": ORANGE,
+    "adacos": SKY,
+    "adaface": PURPLE,
 }
 DPI = 110
 STYLE: dict[Any, Any] = {
@@ -66,7 +69,7 @@ def spheres(path: Path, subtitle: str, panels: Sequence[tuple[str, Mapping[str, 
     """
     colors = [matplotlib.colormaps["tab10"](label) for label in range(10)]
     title = "Test digits in a three-dimensional embedding; a line points to the weight of a class"
-    with picture(path, 7.6, 7.9, title, subtitle) as figure:
+    with picture(path, 7.6, 8.2, title, subtitle) as figure:
         for index, (name, sphere) in enumerate(panels):
             axes: Any = figure.add_subplot(2, 2, index + 1, projection="3d")
             points, labels = np.array(sphere["points"]), np.array(sphere["labels"])
@@ -77,14 +80,20 @@ def spheres(path: Path, subtitle: str, panels: Sequence[tuple[str, Mapping[str, 
             if sphere["weights"] is not None:
                 for label, weight in enumerate(np.array(sphere["weights"])):
                     axes.plot(*np.stack([0.0 * weight, 1.25 * weight]).T, c=colors[label], lw=1.4)
-                    axes.text(
-                        *(1.38 * weight), str(label), c=colors[label], ha="center", va="center"
-                    )
             axes.set_title(name, fontsize=10, loc="left", y=1.03)
             axes.set_box_aspect((1, 1, 1), zoom=1.2)
             axes.set_axis_off()
             axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
-        figure.subplots_adjust(left=0.0, right=1.0, bottom=0.0, top=0.89, wspace=0.0, hspace=0.12)
+        # Beside the lines the digits would hide one another.
+        keys = [
+            Line2D([], [], color=color, marker="o", ms=5, lw=1.4, label=str(digit))
+            for digit, color in enumerate(colors)
+        ]
+        figure.legend(
+            handles=keys, loc="lower center", ncols=10, frameon=False, fontsize=9.5,
+            handlelength=1.2, columnspacing=1.2,
+        )  # fmt: skip
+        figure.subplots_adjust(left=0.0, right=1.0, bottom=0.05, top=0.89, wspace=0.0, hspace=0.12)
 
 
 def _wireframe(axes: Any) -> None:
@@ -134,51 +143,49 @@ def cosines(
         )  # fmt: skip
 
 
-def accuracy_bars(
+def accuracy_dots(
     path: Path,
     title: str,
     subtitle: str,
-    bars: Sequence[tuple[str, float, float, float | None, str]],
+    dots: Sequence[tuple[str, float, float, float | None, str]],
     x_label: str,
 ) -> None:
-    """Draw horizontal bars with error bars, and the published value as a diamond.
+    """Draw dots with error bars, a line for each, and the published value as a diamond.
 
     Args:
         path: the PNG file.
         title: what is shown.
         subtitle: the settings, and what the error bars are.
-        bars: name, value, half width of the error bar, published value or None, colour.
+        dots: name, value, half width of the error bar, published value or None, colour.
         x_label: the quantity.
     """
-    height = 1.25 + 0.36 * len(bars)
+    height = 1.25 + 0.36 * len(dots)
     with picture(path, 7.6, height, title, subtitle) as figure:
         axes = figure.subplots()
-        values = [value for _, value, *_ in bars]
-        known = [published for *_, published, _ in bars if published is not None]
-        reach = [value - half for _, value, half, *_ in bars]
-        low = min([*reach, *known])
-        low -= 0.2 * (max([*values, *known]) - low)
-        for position, (_, value, half, published, color) in enumerate(bars):
-            axes.barh(position, value - low, left=low, height=0.62, color=color, alpha=0.85)
-            axes.errorbar(value, position, xerr=half, color=INK, capsize=3, lw=1.2)
+        known = [published for *_, published, _ in dots if published is not None]
+        for position, (_, value, half, published, color) in enumerate(dots):
+            axes.errorbar(
+                value, position, xerr=half, fmt="o", color=color, ms=7, capsize=3.5, lw=1.6
+            )
             axes.annotate(
-                f"{value:.2f}", (low, position), xytext=(4, 0), textcoords="offset points",
-                va="center", color="white", fontweight="bold", fontsize=8.5,
+                f"{value:.2f}", (value, position), xytext=(0, 6), textcoords="offset points",
+                ha="center", color=INK, fontsize=8.5,
             )  # fmt: skip
             if published is not None:
-                axes.plot(published, position, "D", mfc="white", mec=INK, ms=6.5)
+                axes.plot(published, position, "D", mfc="white", mec=INK, ms=6)
         if known:
-            axes.plot([], [], "D", mfc="white", mec=INK, ms=6.5, label="published (one run)")
+            axes.plot([], [], "D", mfc="white", mec=INK, ms=6, ls="", label="published (one run)")
             axes.legend(
                 loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=8.5,
                 borderaxespad=0.1,
             )  # fmt: skip
-        axes.set_yticks(range(len(bars)), [name for name, *_ in bars])
+        axes.set_yticks(range(len(dots)), [name for name, *_ in dots])
         axes.tick_params(axis="y", length=0)
-        axes.invert_yaxis()
-        axes.set_xlim(low, None)
-        axes.set_xlabel(f"{x_label} (the axis doesn't start at 0)")
-        longest = max(len(name) for name, *_ in bars)
+        axes.set_ylim(len(dots) - 0.5, -0.7)
+        axes.grid(True, axis="x", color=PALE, lw=0.7)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(x_label)
+        longest = max(len(name) for name, *_ in dots)
         left = 0.02 + 6.0 * longest / (72 * figure.get_figwidth())  # about 6 points a letter
         figure.subplots_adjust(left=left, right=0.97, top=1 - 0.78 / height, bottom=0.5 / height)
 
@@ -186,22 +193,23 @@ def accuracy_bars(
 def roc_curves(
     path: Path,
     subtitle: str,
-    panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[tuple[float, float]], str]]]],
+    panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[tuple[float, float]], str, bool]]]],
 ) -> None:
     """Draw true accept rate against false accept rate, the latter logarithmic.
 
     Args:
         path: the PNG file.
         subtitle: settings, and what was averaged.
-        panels: title, and for each loss its name, points as fractions, and colour.
+        panels: title, and for each loss its name, points as fractions, colour, and whether it is
+            dotted.
     """
     title = "Verification of classes never seen in training: true against false accept rate"
-    with picture(path, 7.6, 3.9, title, subtitle) as figure:
+    with picture(path, 7.6, 4.8, title, subtitle) as figure:
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (name, curves) in zip(grid, panels, strict=True):
-            for label, points, color in curves:
+            for label, points, color, dotted in curves:
                 far, tar = np.array(points).T
-                style = "--" if color == GREY else "-"
+                style = ":" if dotted else "--" if color == GREY else "-"
                 axes.plot(100 * far, 100 * tar, style, color=color, lw=1.7, label=label)
             axes.set_xscale("log")
             axes.set_title(name, fontsize=10)
@@ -210,9 +218,14 @@ def roc_curves(
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.grid(True, which="major", color=PALE, lw=0.7)
             axes.set_ylim(None, 100)
-            axes.legend(frameon=False, fontsize=8.5, loc="lower right")
+        names = {  # of all panels
+            line.get_label(): line for axes in grid for line in axes.get_lines()
+        }
+        figure.legend(
+            handles=[*names.values()], loc="lower center", ncols=4, frameon=False, fontsize=8.5
+        )
         grid[0].set_ylabel("true accept rate, %")
-        figure.subplots_adjust(left=0.085, right=0.985, top=0.79, bottom=0.13, wspace=0.18)
+        figure.subplots_adjust(left=0.085, right=0.985, top=0.83, bottom=0.22, wspace=0.18)
 
 
 def sweeps(
@@ -221,6 +234,8 @@ def sweeps(
     subtitle: str,
     panels: Sequence[tuple[str, float, Mapping[float, Mapping[float, Sequence[float]]]]],
     y_label: str,
+    *,
+    label_at_top: bool = False,
 ) -> None:
     """Draw a metric against the scale, a line for each margin, and Fixed AdaCos's scale.
 
@@ -230,6 +245,7 @@ def sweeps(
         subtitle: the settings, and what the error bars are.
         panels: title, Fixed AdaCos's scale, and the values of all seeds by margin and scale.
         y_label: the metric.
+        label_at_top: where the lines leave room for what Fixed AdaCos's scale is.
     """
     palette = (BLUE, ORANGE, VERMILION, PURPLE, GREEN, SKY)
     margins = sorted({margin for *_, by_margin in panels for margin in by_margin})
@@ -253,7 +269,7 @@ def sweeps(
                     scales, means, yerr=(means - low, high - means), color=colors[margin], lw=1.5,
                     marker="o", ms=3.5, capsize=2, label=f"m = {margin:g}",
                 )  # fmt: skip
-            _mark_scale(axes, fixed)
+            _mark_scale(axes, fixed, at_top=label_at_top)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.set_title(name, fontsize=10, loc="left")
@@ -267,10 +283,10 @@ def sweeps(
         )  # fmt: skip
 
 
-def _mark_scale(axes: Axes, fixed: float) -> None:
+def _mark_scale(axes: Axes, fixed: float, *, at_top: bool) -> None:
     axes.axvline(fixed, color=INK, lw=1, ls=":")
     axes.annotate(
-        f"√2·ln(C−1) = {fixed:.3g}", (fixed, 0), xycoords=("data", "axes fraction"),
-        xytext=(-2, 4), textcoords="offset points", fontsize=8, ha="right", va="bottom",
-        rotation=90,
+        f"√2·ln(C−1) = {fixed:.3g}", (fixed, float(at_top)), xycoords=("data", "axes fraction"),
+        xytext=(-2, -4 if at_top else 4), textcoords="offset points", fontsize=8, ha="right",
+        va="top" if at_top else "bottom", rotation=90,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers import ROOT
 
-from benchmarks import harness, report
+from benchmarks import charts, harness, report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,6 +100,15 @@ def results(cpu_result, tmp_path: Path) -> Path:
     for name, result in everything.items():
         harness.write_json(tmp_path / "results" / f"{name}.json", result)
     return tmp_path / "results"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.5, "0.5"), (512, "512"), (1000, "1 k"), (1024, "1,024"), (30_000, "30 k"),
+     (85_742, "85,742"), (1e6, "1 M"), (1_500_000, "1,500 k")],
+)  # fmt: skip
+def test_numbers_on_axes(value: float, text: str) -> None:
+    assert charts._plain(value) == text
 
 
 def test_report_has_tables_and_charts_of_every_kind(

@@ -109,10 +109,13 @@ def test_end_to_end(people: Path, tmp_path: Path) -> None:
 
 def test_every_loss_learns(people: Path, tmp_path: Path) -> None:
     path = tmp_path / "faces.json"
-    arguments = ["--losses", *LOSSES, "--epochs", "5", "--batch-size", "30", "--lr", "0.003"]
+    every = [*LOSSES, "adacos", "adaface"]
+    arguments = ["--losses", *every, "--epochs", "5", "--batch-size", "30", "--lr", "0.003"]
     assert run_main(people, *arguments, "--no-flip", "--json", str(path)) == 0
     runs = read_runs(path)
-    assert len(runs) == 2 * len(LOSSES)
+    assert len(runs) == 2 * len(every)
+    adacos = [run["scale"] for run in runs if run["loss"] == "adacos"]
+    assert all(0 < scale != pytest.approx(math.sqrt(2) * math.log(5)) for scale in adacos)
     for run in runs:
         assert run["test_nearest"] >= 80, run  # chance is 17
         assert run["train_nearest"] >= 80, run

@@ -46,11 +46,12 @@ def test_end_to_end(mnist: Path, tmp_path: Path) -> None:
     assert len(content["settings"]["images_sha256"]) == 64
     assert content["versions"]["torch"] == torch.__version__
     names = [run["loss"] for run in content["runs"]]
-    plain = ["arcface", "cosface", "fixed_adacos", "cross_entropy"]
+    plain = ["arcface", "cosface", "fixed_adacos", "adacos", "adaface", "cross_entropy"]
     assert names == plain + [f"{name}+center_invariant" for name in plain]
     for run in content["runs"]:
         assert run["seed"] == 4
         assert len(run["losses"]) == len(run["seconds"]) == 2
+        assert run["threads"] == 1
         for key in ("test_nearest", "test_nearest_euclidean", "test_arg_max", "train_nearest"):
             assert 0 <= run[key] <= 100
         assert run["train_nearest_itself"] == 100  # each image is its own neighbour
@@ -61,6 +62,8 @@ def test_end_to_end(mnist: Path, tmp_path: Path) -> None:
     assert by_loss["fixed_adacos"]["scale"] == pytest.approx(math.sqrt(2) * math.log(9))
     assert by_loss["arcface"]["margin"] == pytest.approx(math.radians(28.6))
     assert by_loss["cross_entropy"]["scale"] is None
+    assert 0 < by_loss["adacos"]["scale"] != by_loss["fixed_adacos"]["scale"]  # it has moved
+    assert by_loss["adaface"]["margin"] == 0.4
     assert "Fixed AdaCos + CenterInvariant" in done.stdout
     assert f"{by_loss['arcface']['test_nearest']:.2f}" in done.stdout
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]

@@ -13,7 +13,9 @@ import scale_sweep
 import torch
 from mnist_files import write_mnist
 from PIL import Image
-from study import synthetic, training
+from study import runner, synthetic, training
+
+import fused_margin as fm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
@@ -27,9 +29,9 @@ def run_main(path: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def write_folder(root: Path) -> None:
+def write_folder(root: Path, names: str = "abcde") -> None:
     generator = np.random.default_rng(0)
-    for name in "abcde":
+    for name in names:
         (root / name).mkdir()
         for index in range(6):
             pixels = generator.integers(0, 255, (32, 32), dtype=np.uint8)
@@ -59,6 +61,7 @@ def test_every_point_of_the_grid(tmp_path: Path, data: str, classes: int) -> Non
         assert 0 <= run["nearest"] <= 100
         assert 0 <= run["arg_max"] <= 100
         assert 0 <= run["eer"] <= 100
+        assert run["threads"] == 1
     first_losses = [run["losses"][0] for run in content["runs"]]
     assert len(set(first_losses)) == len(points)  # scale and margin reach the loss
 
@@ -143,6 +146,14 @@ def test_the_best_points_are_trained_again_with_other_seeds(tmp_path: Path) -> N
     found = [(run["scale"], run["margin"], run["seed"]) for run in runs[len(grid) :]]
     assert sorted(found) == sorted((*point, seed) for point in points for seed in (7, 8))
     assert all(run["confirms"] for run in runs[len(grid) :])
+    # A point that is named has them too, and the others keep theirs.
+    named = run_main(path, *confirm, "--confirm-points", "3,0.1", "2,0")["runs"]
+    assert named[: len(runs)] == runs
+    added = {(run["scale"], run["margin"], run["seed"]) for run in named[len(runs) :]}
+    asked = {(3.0, 0.1), (2.0, 0.0)} - points
+    assert added == {(*point, seed) for point in asked for seed in (7, 8)}
+    assert all(run["confirms"] for run in named[len(grid) :])
+    runs = named
     # More seeds for the grid are none of these runs: they chose nothing.
     more = run_main(path, *options, "--resume", "--seeds", "0", "1")["runs"][len(runs) :]
     assert {run["seed"] for run in more} == {1}
@@ -150,20 +161,103 @@ def test_the_best_points_are_trained_again_with_other_seeds(tmp_path: Path) -> N
 
 
 def test_points_are_chosen_by_the_seeds_of_the_grid_only() -> None:
-    def run(scale: float, margin: float, seed: int, nearest: float, **more: bool) -> dict[str, Any]:
-        return {"scale": scale, "margin": margin, "seed": seed, "nearest": nearest, **more}
+    def run(point: tuple[float, float], seed: int, nearest: float, eer: float) -> dict[str, Any]:
+        scale, margin = point
+        return {"scale": scale, "margin": margin, "seed": seed, "nearest": nearest, "eer": eer}
 
     runs = [
-        run(2.0, 0.0, 0, 50.0), run(2.0, 0.0, 1, 60.0),
-        run(4.0, 0.0, 0, 58.0), run(4.0, 0.0, 1, 50.0),
-        run(4.0, 0.5, 0, 70.0), run(4.0, 0.5, 1, 70.0),
-        run(8.0, 0.5, 0, 99.0),  # seed 1 has diverged
-        run(4.0, 0.0, 2, 99.0, confirms=True),
+        run((2.0, 0.0), 0, 50.0, 4.0), run((2.0, 0.0), 1, 60.0, 5.0),
+        run((4.0, 0.0), 0, 58.0, 6.0), run((4.0, 0.0), 1, 50.0, 6.0),
+        run((4.0, 0.5), 0, 70.0, 7.0), run((4.0, 0.5), 1, 70.0, 7.0),
+        run((2.0, 0.5), 0, 40.0, 2.0), run((2.0, 0.5), 1, 40.0, 3.0),
+        run((8.0, 0.5), 0, 99.0, 0.1),  # seed 1 has diverged
+        {**run((4.0, 0.0), 2, 99.0, 0.1), "confirms": True},
     ]  # fmt: skip
     chosen = scale_sweep.Chosen.by(runs, 3.1)
     assert chosen.points == [(3.1, 0.0), (2.0, 0.0), (4.0, 0.5), (64.0, 0.5)]
+    chosen = scale_sweep.Chosen.by(runs, 3.1, hold_out=True)  # then EER is of classes never seen
+    assert chosen.points == [(3.1, 0.0), (2.0, 0.0), (4.0, 0.5), (2.0, 0.5), (64.0, 0.5)]
+    assert chosen.best_verified == (2.0, 0.5)
     with pytest.raises(ValueError, match="no point without a margin"):
         scale_sweep.Chosen.by(runs[4:], 3.1)
+
+
+def test_classes_held_out_are_verified_and_never_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    write_folder(root, "abcdefg")
+    options = ["--data", "folder", "--root", str(root), "--image-size", "32"]
+    options += ["--hold-out", "classes", "--folds", "2"]
+    trained, pairs = [], []
+    fit, pair_scores = runner.fit, scale_sweep.pair_scores
+
+    def watched(network: Any, criterion: Any, *others: Any, **named: Any) -> Any:
+        trained.append((criterion.num_classes, len(others[1])))
+        return fit(network, criterion, *others, **named)
+
+    def paired(embeddings: torch.Tensor, labels: torch.Tensor) -> Any:
+        pairs.append(labels.bincount().tolist())
+        return pair_scores(embeddings, labels)
+
+    monkeypatch.setattr(runner, "fit", watched)
+    monkeypatch.setattr(scale_sweep, "pair_scores", paired)
+    path = tmp_path / "open.json"
+    content = run_main(path, *options)
+    folds = content["settings"]["folds"]
+    assert sorted(name for fold in folds for name in fold) == list("abcdefg")
+    sizes = [len(fold) for fold in folds]
+    assert sorted(sizes) == [3, 4]
+    assert [run["fold"] for run in content["runs"]] == [0] * 6 + [1] * 6
+    assert trained == [(7 - sizes[run["fold"]], 5 * (7 - sizes[run["fold"]]))
+                       for run in content["runs"]]  # fmt: skip
+    assert pairs == [[6] * sizes[run["fold"]] for run in content["runs"]]
+    scales = [fm.functional.fixed_adacos_scale(7 - size) for size in sizes]
+    for run in content["runs"]:
+        assert run["fixed"] == (run["scale"] == pytest.approx(scales[run["fold"]], abs=1e-4))
+    mean = round(sum(round(scale, 4) for scale in scales) / 2, 4)
+    assert content["settings"]["fixed_adacos_scale"] == mean
+
+    again = run_main(path, *options, "--resume", "--confirm-seeds", "7")["runs"]
+    confirming = scale_sweep.confirming(again)
+    assert {run["seed"] for run in confirming} == {7}
+    assert {run["fold"] for run in confirming} == {0, 1}
+    points = scale_sweep.Chosen.by(scale_sweep.averaged(again), mean, hold_out=True).points
+    assert len(confirming) == 2 * len(points)
+
+
+def test_a_fold_that_leaves_two_classes_to_train_on_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path)
+    options = ["--data", "folder", "--root", str(tmp_path), "--hold-out", "classes"]
+    with pytest.raises(SystemExit, match="2"):
+        scale_sweep.main([*SMALL, *options, "--folds", "2"])
+    assert "needs 3 classes or more, got 2" in capsys.readouterr().err
+
+
+def test_runs_of_folds_are_averaged_as_one() -> None:
+    def run(scale: float, seed: int, fold: int, eer: float, **more: bool) -> dict[str, Any]:
+        return {
+            "scale": scale, "margin": 0.0, "seed": seed, "fold": fold, "fixed": scale < 4,
+            "nearest": 90.0, "arg_max": 80.0, "eer": eer, **more,
+        }  # fmt: skip
+
+    runs = [
+        run(3.0, 0, 0, 4.0), run(3.2, 0, 1, 6.0), run(3.0, 1, 0, 5.0), run(3.2, 1, 1, 9.0),
+        run(8.0, 0, 0, 1.0), run(8.0, 0, 1, 2.0), run(8.0, 1, 0, 3.0),  # seed 1 lacks a fold
+        run(3.0, 7, 0, 2.0, confirms=True), run(3.2, 7, 1, 3.0, confirms=True),
+    ]  # fmt: skip
+    whole = [(r["scale"], r["seed"], r["eer"]) for r in scale_sweep.averaged(runs)]
+    assert whole == [(3.1, 0, 5.0), (3.1, 1, 7.0), (8.0, 0, 1.5), (3.1, 7, 2.5)]
+    assert [bool(r.get("confirms")) for r in scale_sweep.averaged(runs)] == [False] * 3 + [True]
+    by_fold = scale_sweep.averaged(runs, over="seed")
+    assert [(r["scale"], r["fold"], r["eer"]) for r in by_fold] == [
+        (3.1, 0, 4.5), (3.1, 1, 7.5), (8.0, 0, 2.0), (3.1, 0, 2.0), (3.1, 1, 3.0)
+    ]  # fmt: skip
+    plain = [{"scale": 2.0, "margin": 0.0, "seed": 0, "nearest": 1.0}]
+    assert scale_sweep.averaged(plain) == plain
 
 
 def test_nothing_is_confirmed_if_no_scale_without_a_margin_has_every_seed(
@@ -247,6 +341,12 @@ def test_synthetic_identities() -> None:
             "--confirm-seeds compares with the best scale without a margin",
         ),
         (["--data", "synthetic", "--confirm-seeds", "9", "9"], "--confirm-seeds: each only once"),
+        (["--data", "synthetic", "--confirm-points", "4,0"], "needs --confirm-seeds"),
+        (["--data", "synthetic", "--confirm-points", "4"], "expected SCALE,MARGIN such as 16,0.5"),
+        (["--data", "synthetic", "--confirm-points", "4,4"], "expected radians from 0 to pi"),
+        (["--data", "synthetic", "--confirm-points", "0,0.5"], "above 0"),
+        (["--data", "synthetic", "--hold-out", "classes"], "--hold-out is not for --data synth"),
+        (["--data", "folder", "--root", ".", "--folds", "3"], "--folds is for --hold-out"),
     ],
 )
 def test_bad_arguments_end_before_training(
