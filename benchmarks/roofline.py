@@ -372,7 +372,7 @@ def _work_cpu(shape: Shape, dtypes: Dtypes, budget: int, *, backward: bool) -> W
     is_single = single.fits(num_rows, num_classes, dim)
     num_bytes = int(_cpu.kept_bytes(x, w, budget))
     kept = _cpu.kept_classes(x, w, dtypes.compute, num_bytes) if backward else 0
-    block = num_classes if is_single else sweep.block_size(num_rows, num_classes, dim, a)
+    block = num_classes if is_single else sweep.block_size((num_rows, num_classes, dim), a)
     lent, labels = 0, torch.empty(num_rows, dtype=torch.int64, device="meta")
     rows = labels, _cpu.Targets(labels, None), None
     problem = _cpu.Problem(x, w, *rows, SCALE, dtypes.compute, dtypes.accumulate)

@@ -9,7 +9,7 @@ import dense_formulas as dense
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ahead, device_of, in_blocks
+from helpers import SHAPED_BACKENDS, device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_other_classes import compare
@@ -21,11 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 Tensor = torch.Tensor
 SETTINGS = settings(max_examples=30, derandomize=True, deadline=None, database=None)
-BACKENDS = (
-    "reference",
-    pytest.param("cpu", marks=in_blocks, id="cpu-blocks"),
-    pytest.param("cpu", marks=ahead, id="cpu-ahead"),
-)
+BACKENDS = SHAPED_BACKENDS[:3]  # interpreted, as many examples would take minutes
 
 
 def _softmax(psi: Any, shape: Any = None) -> Callable[..., Any]:

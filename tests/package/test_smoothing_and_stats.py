@@ -10,7 +10,7 @@ import dense_formulas as dense
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ahead, device_of, in_blocks, problem
+from helpers import SHAPED_BACKENDS, device_of, in_blocks, problem
 from test_other_classes import compare
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -21,12 +21,7 @@ from fused_margin import metrics, negatives
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Tensor = torch.Tensor
-BACKENDS = (
-    "reference",
-    "cpu",
-    pytest.param("cpu", marks=in_blocks, id="cpu-blocks"),
-    pytest.param("cpu", marks=ahead, id="cpu-ahead"),
-)
+BACKENDS = SHAPED_BACKENDS
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 ROWS, CLASSES, DIM = 12, 30, 5
 

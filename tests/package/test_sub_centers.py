@@ -10,7 +10,7 @@ import dense_formulas as dense
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ahead, device_of, in_blocks
+from helpers import SHAPED_BACKENDS, device_of
 from test_other_classes import compare
 
 import fused_margin as fm
@@ -20,11 +20,7 @@ from fused_margin import metrics
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Tensor = torch.Tensor
-BACKENDS = (
-    "reference",
-    pytest.param("cpu", marks=in_blocks, id="cpu-blocks"),
-    pytest.param("cpu", marks=ahead, id="cpu-ahead"),
-)
+BACKENDS = SHAPED_BACKENDS
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 ROWS, CLASSES, CENTERS, DIM = 14, 20, 3, 4
 
