@@ -64,8 +64,8 @@ class Others:
         Args:
             z: (B, N). targets: rows of W, as rows of the block, (T,). rows: of the batch, (T,).
         """
-        if self.centers > 1:
-            self._keep_nearest(z.view(-1, self.centers, z.shape[1]))
+        if self.centers > 1 and z.numel():
+            self._keep_nearest(self._by_class(z))
         self._set_own(z, targets, rows, LEFT_OUT if self.phi is None else -self.far)
 
     def shape(
@@ -118,7 +118,11 @@ class Others:
         if self.centers == 1:
             z[targets, rows] = value
         else:
-            z.view(-1, self.centers, z.shape[1])[targets // self.centers, :, rows] = value
+            self._by_class(z)[targets // self.centers, :, rows] = value
+
+    def _by_class(self, z: torch.Tensor) -> torch.Tensor:
+        """(B / K, K, N)."""
+        return z.view(z.shape[0] // self.centers, self.centers, z.shape[1])
 
     def _keep_nearest(self, z: torch.Tensor) -> None:
         """Lower z of each class, (B / K, K, N), where it isn't the first of the largest."""

@@ -8,6 +8,7 @@ classes run along the outer dimension. Elementwise work is in place on that bloc
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -197,7 +198,12 @@ def forward(problem: Problem, num_kept: int, num_bytes: int) -> tuple[Swept, Fou
             partial[index] = total.log_().add_(shift, alpha=1.0 / LOG2_E)
         else:
             partial[index] = z.exp2_().sum(dim=0)
-    lse = partial.logsumexp(dim=0) if shifts else partial.sum(dim=0).log_()
+    if shifts:
+        lse = partial.logsumexp(dim=0)
+        if problem.extras.reshapes:  # of a row of which all other classes are left out
+            lse.masked_fill_(lse * LOG2_E < -0.5 * sweep.others.far, -math.inf)
+    else:
+        lse = partial.sum(dim=0).log_()
     u = target_cosines(x, problem.w, problem.targets)
     return Swept(lse, u, x.inverse, inv_w, kept), nearest.result()
 

@@ -105,7 +105,8 @@ def _shaped_gradient_tile(
         threshold = s * tl.load(others.threshold + offs_n, mask=mask_n, other=0.0)
         z, slope = shaped(z, threshold[None, :], others, s)
     is_in = z != -float("inf")
-    z = z - lse[None, :]
+    # without any other class lse is -inf, and nothing is in
+    z = tl.where(is_in, z, 0.0) - tl.where(lse == -float("inf"), 0.0, lse)[None, :]
     e = tl.exp(tl.where(is_in & ~(z > 0.0), z, 0.0))
     g = (g_lse * s)[None, :] * e * slope
     if others.slope_total is not None:

@@ -285,8 +285,10 @@ def _merge(partial_ptr, offs_n, mask_n, N, num_splits, ACC: tl.constexpr,
         z_sum = z_sum * tl.exp(z_max - shift[None, :])
         run_sum = run_sum * tl.exp(run_max - shift) + tl.sum(z_sum, axis=0)
         run_max = new_max
-    run_sum = tl.where(mask_n, run_sum, 1.0)
-    return run_max.to(tl.float64) + tl.log(run_sum.to(tl.float64))
+    is_empty = run_sum == 0.0  # all other classes are left out, or there is none
+    run_sum = tl.where(mask_n & ~is_empty, run_sum, 1.0)
+    lse = run_max.to(tl.float64) + tl.log(run_sum.to(tl.float64))
+    return tl.where(is_empty, -float("inf"), lse)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import FUSED_BACKENDS, device_of
+from helpers import FUSED_BACKENDS, device_of, needs_triton
 
 from fused_margin import _ops, _reference
 from fused_margin._arguments import Extras
@@ -103,7 +103,7 @@ def test_all_that_the_cpu_is_asked(monkeypatch: pytest.MonkeyPatch, phi: str, ce
         _compare(case, "cpu", scale, is_learnt)
 
 
-@pytest.mark.skipif("triton" not in FUSED_BACKENDS, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize(
     ("phi", "centers", "has_total", "has_stats", "is_learnt"),
     [
