@@ -44,8 +44,7 @@ def of_labels_dtype(labels: torch.Tensor) -> str:
         return "turn one-hot targets into indices with .int().argmax(1)"
     return (
         "turn one-hot targets into indices with .argmax(1); for mixtures (mixup, cutmix) of labels"
-        " a and b pass each row twice, torch.cat([x, x]) with torch.cat([a, b]), of sample_weight"
-        " lam and 1 - lam"
+        " a and b weigh two losses, lam * criterion(x, a) + (1 - lam) * criterion(x, b)"
     )
 
 

@@ -169,6 +169,10 @@ def test_curricularface_takes_the_nearest_of_sub_centres() -> None:
     nearest = both.amax(dim=0)[kept].gather(1, labels[kept][:, None])
     found = fmf.curricularface_t(x, w, labels, 0.2, 0.5, sub_centers=2)
     torch.testing.assert_close(found, 0.1 + 0.5 * nearest.mean())
+    criterion = fm.CurricularFaceLoss(CLASSES, DIM, momentum=0.5, sub_centers=2)
+    criterion.weight.data.copy_(w)
+    criterion(x, labels)
+    torch.testing.assert_close(criterion.t, 0.5 * nearest.mean())
 
 
 # --- what all have -------------------------------------------------------------------------------
