@@ -5,7 +5,15 @@ ArcFace, CosFace, AdaCos, AdaFace, MagFace and their kin as drop-in modules
 and as Triton kernels on a GPU. Importing the package never imports Triton.
 """
 
-from fused_margin import _flops, functional, margins, metrics, regularizers, schedules
+from fused_margin import (
+    _flops,
+    distributed,
+    functional,
+    margins,
+    metrics,
+    regularizers,
+    schedules,
+)
 from fused_margin._cpu import empty_cache
 from fused_margin._setup import (
     UnsynchronizedWeightsWarning,
@@ -44,6 +52,7 @@ __all__ = [
     "WeightDecayWarning",
     "__version__",
     "check_setup",
+    "distributed",
     "empty_cache",
     "functional",
     "margins",

@@ -86,6 +86,7 @@ def predict(embeddings: Tensor, weight: Tensor, k: int = 1) -> Prediction:
         ValueError: k is more than C, or less than 1.
     """
     _validate.matrices(embeddings, weight)
+    _validate.plain("weight", weight)
     k = _validate.at_most("k", _validate.size("k", k, 1), weight.shape[0], "the number of classes")
     with torch.autocast(embeddings.device.type, enabled=False):
         classes = torch.empty(embeddings.shape[0], 0, dtype=torch.int64, device=embeddings.device)
@@ -119,6 +120,7 @@ def evaluate(
         ValueError: a label is out of range; that is read from the device.
     """
     _validate.tensors(embeddings, weight, labels)
+    _validate.plain("weight", weight)
     ignore_index, labels = _validate.ignore_index(ignore_index), labels.long()
     _validate.label_range(labels, weight.shape[0], ignore_index)
     rows = (labels != ignore_index).nonzero()[:, 0]

@@ -63,6 +63,7 @@ def losses(
         centers: K.
     """
     _validate.tensors(embeddings, weight, labels)
+    _validate.plain("weight", weight)
     scale = _validate_settings.number_scale(scale)
     num_classes = weight.shape[0] // centers
     labels = _ops.check_labels(labels, num_classes, -100)
@@ -99,6 +100,7 @@ def logits(
 ) -> Tensor:
     """s a_n b_k c_nk without a margin, (N, C), for those who want the whole matrix."""
     _validate.matrices(embeddings, weight)
+    _validate.plain("weight", weight)
     dtype = accumulation_dtype(embeddings, weight)
     with torch.autocast(embeddings.device.type, enabled=False):
         x, w = embeddings.to(dtype), weight.to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,8 @@ from fused_margin import (
     margins,
 )
 from fused_margin._numerics import accumulation_dtype, requested_dtype
+from fused_margin.distributed import _logits as _sharded_logits
+from fused_margin.distributed import _sweep as _sharded
 from fused_margin.functional.options import CallOptions, Options, choose, loss
 
 # Of class weights that are normalised at a time for logits without gradients.
@@ -46,6 +49,8 @@ def margin_loss(
     reduction = "none" if is_weighed else options.reduction
     ignore_index = options.ignore_index
     built_in = psi if isinstance(psi, margins.Margin) and not psi.is_tensor else None
+    if _validate.is_class_sharded(weight):  # of which the operator would see one rank's classes
+        built_in, scale = None, _sharded.shared_scale(scale, weight)
     if built_in is not None and not isinstance(scale, torch.Tensor) and backend != "reference":
         compute_dtype = _compute_dtype(embeddings, weight, backend)
         rows = _ops.margin_ce(
@@ -127,6 +132,9 @@ def sweep(
     memory_budget: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """lse and u (eq. 1, 2), (N,), of checked arguments."""
+    if _validate.is_class_sharded(weight):
+        of_shard = functools.partial(sweep, backend=backend, memory_budget=memory_budget)
+        return _sharded.sweep(of_shard, embeddings, weight, labels, scale)
     if backend == "reference":
         return _reference.cosine_lse(embeddings, weight, labels, scale)
     compute_dtype = _compute_dtype(embeddings, weight, backend)
@@ -223,6 +231,8 @@ def cosine_lse(
     memory_budget = _validate.memory_budget(memory_budget)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
+    if _validate.is_class_sharded(weight):
+        scale = _sharded.shared_scale(scale, weight)
     lse, u = sweep(embeddings, weight, labels, scale, backend, memory_budget)
     dtype = accumulation_dtype(embeddings, weight)
     return lse.to(dtype), u.to(dtype)
@@ -239,10 +249,20 @@ def cosine_logits(
         scale: s > 0; float, or 0-d floating tensor.
 
     Returns:
-        (N, C), by plain eager PyTorch on any device, differentiable.
+        (N, C), by plain eager PyTorch on any device, differentiable. Of a weight that is sharded on
+        classes, the logits of this rank's rows for all of them.
     """
     _validate.matrices(embeddings, weight)
     scale = _validate.scale(scale, embeddings.device)
+    if _validate.is_class_sharded(weight):
+        return _sharded_logits.logits(_logits, embeddings, weight, scale)
+    return _logits(embeddings, weight, scale)
+
+
+def _logits(
+    embeddings: torch.Tensor, weight: torch.Tensor, scale: float | torch.Tensor
+) -> torch.Tensor:
+    """The same of checked arguments; C may be 0."""
     dtype = accumulation_dtype(embeddings, weight)
     with torch.autocast(embeddings.device.type, enabled=False):
         x = _reference.normalize(embeddings, dtype)
