@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed-
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two runs of pip must not share an environment
-.PHONY: help venv demo test lint format bench bench-report kernels clean
+.PHONY: help venv demo demo-sharded test lint format bench bench-report kernels clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [VARIABLE=VALUE ...]"
@@ -35,6 +35,11 @@ venv: $(INSTALLED)dev  ## make the virtual environment with everything for devel
 
 demo: $(INSTALLED)examples  ## train with ArcFace, CosFace, Fixed AdaCos and cross-entropy on digits
 	$(RUN) examples/train_digits.py $(DEMO_ARGS)
+
+demo-sharded: $(INSTALLED)examples  ## train with the classes split over two processes
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && OMP_NUM_THREADS=1 \
+		$(RUN) -m torch.distributed.run --standalone --nproc-per-node 2 \
+		examples/train_sharded.py --checkpoints "$$folder" $(DEMO_ARGS)
 
 test: $(INSTALLED)dev  ## run every test
 	$(RUN) -m pytest $(PYTEST_ARGS)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fused_margin import (
     _flops,
+    distributed,
     functional,
     margins,
     metrics,
@@ -67,6 +68,7 @@ __all__ = [
     "WeightDecayWarning",
     "__version__",
     "check_setup",
+    "distributed",
     "empty_cache",
     "functional",
     "margins",

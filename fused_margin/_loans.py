@@ -9,7 +9,10 @@ take what is saved, as activation checkpointing's do, a loan would pass them by.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,11 +21,22 @@ from fused_margin._arguments import TAKEN, Loan
 
 # by the address of W: the memory of loans that no backward has taken
 _outstanding: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+_is_refused = contextvars.ContextVar("_is_refused", default=False)
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """Lend nothing: W is a part of a tensor that has a gradient, which can't be seen from W."""
+    token = _is_refused.set(True)
+    try:
+        yield
+    finally:
+        _is_refused.reset(token)
 
 
 def may_lend(w: torch.Tensor) -> bool:
     """Whether a gradient of W that is allocated now takes no memory on top."""
-    has_gradient = w.is_leaf and w.grad is not None
+    has_gradient = (w.is_leaf and w.grad is not None) or _is_refused.get()
     autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
     hooks = autograd._top_saved_tensors_default_hooks(True)
     return not has_gradient and hooks is None and w.data_ptr() not in _outstanding

@@ -112,9 +112,8 @@ def of_dtensor(name: str) -> str:
     """What to pass in place of a DTensor."""
     if name == "weight":
         return (
-            "if fully_shard() made it one, call the module itself, criterion(embeddings, labels),"
-            " which gathers it; its other methods gather it after"
-            ' torch.distributed.fsdp.register_fsdp_forward_method(criterion, "logits"); a function'
+            "losses and logits take one that is sharded on classes, Shard(0) over one dimension of"
+            " its mesh, as fused_margin.distributed.shard_classes(criterion) makes it; all else"
             " takes weight.full_tensor()"
         )
     if name == "scale":

@@ -99,8 +99,8 @@ def warn_if_unsynchronized(criterion: nn.Module, weight: Any = None) -> None:
     weight = criterion.weight if weight is None else weight
     # FSDP1 and torch.func.functional_call put in a tensor that is no parameter
     is_trained = isinstance(weight, nn.Parameter) and weight.requires_grad
-    if not (is_trained and torch.is_grad_enabled()):
-        return
+    if not (is_trained and torch.is_grad_enabled()) or _validate.is_dtensor(weight):
+        return  # shards of classes get the gradients of all ranks' rows
     calls = _calls.get(criterion, 0)
     if calls == _DECIDED:
         return
@@ -197,7 +197,8 @@ def check_setup(
     ``optimizer.step()`` and before ``optimizer.zero_grad()``, so that the gradients can be compared
     too. Before the first backward it can't tell what will be averaged. Ranks are compared bit for
     bit, as sums over the bits of each parameter and gradient. Shards (DTensors) are not compared:
-    FSDP2 itself reduces their gradients. Ranks that were given the same batches pass in any case.
+    FSDP2 itself reduces their gradients, and those of `shard_classes` are of all ranks' rows. Ranks
+    that were given the same batches pass in any case.
 
     Args:
         criterion: a loss of this package, wrapped or not, or any module with parameters.

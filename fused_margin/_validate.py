@@ -140,6 +140,13 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
+def is_class_sharded(tensor: Any) -> bool:
+    """Whether the tensor is a DTensor (C, D) of which ranks hold classes, or copies of these."""
+    placements = tensor.placements if is_dtensor(tensor) else ()
+    shards = [placement for placement in placements if not placement.is_replicate()]
+    return len(shards) == 1 and type(shards[0]).__name__ == "Shard" and shards[0].dim == 0
+
+
 def plain(name: str, tensor: torch.Tensor) -> None:
     """Refuse a DTensor, whose shards the kernels can't address."""
     if not is_dtensor(tensor):
@@ -220,10 +227,14 @@ def _dense(name: str, tensor: torch.Tensor) -> None:
 
 
 def matrices(embeddings: torch.Tensor, weight: torch.Tensor, min_classes: int = 2) -> None:
-    """Check types, dtypes, shapes and devices of embeddings (N, D) and weight (C, D)."""
+    """Check types, dtypes, shapes and devices of embeddings (N, D) and weight (C, D).
+
+    The weight may be a DTensor that is sharded on classes.
+    """
     for name, tensor in (("embeddings", embeddings), ("weight", weight)):
         _tensor(name, tensor)
-        plain(name, tensor)
+        if name == "embeddings" or not is_class_sharded(tensor):
+            plain(name, tensor)
         _dense(name, tensor)
         if tensor.ndim != 2:
             is_weight = name == "weight"

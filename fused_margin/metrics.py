@@ -107,6 +107,7 @@ def predict(embeddings: Tensor, weight: Tensor, k: int = 1, *, sub_centers: int 
         ValueError: k is more than C, or less than 1.
     """
     _validate.matrices(embeddings, weight)
+    _validate.plain("weight", weight)
     sub_centers = _validate.size("sub_centers", sub_centers, 1)
     num_classes = _validate.centers(weight.shape[0], sub_centers)
     k = _validate.at_most("k", _validate.size("k", k, 1), num_classes, "the number of classes")

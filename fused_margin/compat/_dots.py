@@ -60,6 +60,7 @@ def losses(
         keep_w: whether b_k is the norm of the weight, not 1.
     """
     _validate.tensors(embeddings, weight, labels)
+    _validate.plain("weight", weight)
     scale = _validate_settings.number_scale(scale)
     labels = _ops.check_labels(labels, weight.shape[0], -100)
     ignored = labels == _ops.IGNORED
@@ -92,6 +93,7 @@ def logits(
 ) -> Tensor:
     """s a_n b_k c_nk without a margin, (N, C), for those who want the whole matrix."""
     _validate.matrices(embeddings, weight)
+    _validate.plain("weight", weight)
     dtype = accumulation_dtype(embeddings, weight)
     with torch.autocast(embeddings.device.type, enabled=False):
         x, w = embeddings.to(dtype), weight.to(dtype)

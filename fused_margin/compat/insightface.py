@@ -33,7 +33,7 @@ from fused_margin import (
     negatives,
 )
 from fused_margin.compat import _refusals
-from fused_margin.losses import MarginSoftmaxLoss
+from fused_margin.losses.base import MarginSoftmaxLoss, draw_normal
 
 __all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2"]
 
@@ -202,7 +202,7 @@ class PartialFC_V2(MarginSoftmaxLoss):
 
     def reset_parameters(self) -> None:
         """Draw the class weights anew from normal(0, 0.01²)."""
-        nn.init.normal_(self.weight, std=0.01)
+        draw_normal(self.weight, 0.01)
 
     @property
     def scale(self) -> float:

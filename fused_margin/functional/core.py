@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ from fused_margin import (
 )
 from fused_margin._arguments import Found
 from fused_margin._numerics import accumulation_dtype
+from fused_margin.distributed import _logits as _sharded_logits
+from fused_margin.distributed import _sweep as _sharded
 from fused_margin.functional.options import CallOptions, Options, choose, loss
 from fused_margin.functional.sweeps import compute_dtype, sweep
 from fused_margin.metrics import Evaluation
@@ -55,9 +58,17 @@ def margin_loss(
     if asked.has_total and asked.negatives is not None:
         _validate_others.smoothed(asked.negatives)
     built_in = psi if isinstance(psi, margins.Margin) and not psi.is_tensor else None
-    is_fused = built_in is not None and asked.is_nothing and backend != "reference"
+    is_sharded = _validate.is_class_sharded(weight)
+    if is_sharded:  # of which the operator would see one rank's classes
+        scale = _sharded.shared_scale(scale, weight)
+    is_fused = built_in is not None and asked.is_nothing and not is_sharded
     hard = stats = None
-    if is_fused and built_in is not None and not isinstance(scale, torch.Tensor):
+    if (
+        is_fused
+        and built_in is not None
+        and not isinstance(scale, torch.Tensor)
+        and backend != "reference"
+    ):
         dtype = compute_dtype(embeddings, weight, backend)
         rows = _ops.margin_ce(
             embeddings, weight, labels, scale, built_in, reduction, ignore_index, dtype, backend,
@@ -238,6 +249,8 @@ def cosine_lse(
     memory_budget = _validate.memory_budget(memory_budget)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
+    if _validate.is_class_sharded(weight):
+        scale = _sharded.shared_scale(scale, weight)
     lse, u, _ = sweep(embeddings, weight, labels, scale, backend, memory_budget)
     dtype = accumulation_dtype(embeddings, weight)
     return lse.to(dtype), u.to(dtype)
@@ -259,12 +272,24 @@ def cosine_logits(
         sub_centers: K rows of weights for each class, of which the nearest counts.
 
     Returns:
-        (N, C), by plain eager PyTorch on any device, differentiable.
+        (N, C), by plain eager PyTorch on any device, differentiable. Of a weight that is sharded on
+        classes, the logits of this rank's rows for all of them.
     """
     _validate.matrices(embeddings, weight)
     scale = _validate.scale(scale, embeddings.device)
     sub_centers = _validate.size("sub_centers", sub_centers, 1)
     num_classes = _validate.centers(weight.shape[0], sub_centers)
+    if _validate.is_class_sharded(weight):
+        of_shard = functools.partial(_logits, sub_centers=sub_centers)
+        return _sharded_logits.logits(of_shard, embeddings, weight, scale)
+    return _logits(embeddings, weight, scale, sub_centers)
+
+
+def _logits(
+    embeddings: torch.Tensor, weight: torch.Tensor, scale: float | torch.Tensor, sub_centers: int
+) -> torch.Tensor:
+    """The same of checked arguments; C may be 0."""
+    num_classes = weight.shape[0] // sub_centers
     dtype = accumulation_dtype(embeddings, weight)
     with torch.autocast(embeddings.device.type, enabled=False):
         x = _reference.normalize(embeddings, dtype)

@@ -10,6 +10,7 @@ from fused_margin import _ops, _reference, _validate
 from fused_margin._arguments import PLAIN, Extras, Found
 from fused_margin._centers import nearest_centers
 from fused_margin._numerics import accumulation_dtype, requested_dtype
+from fused_margin.distributed import _sweep as _sharded
 from fused_margin.metrics import ROUNDINGS
 from fused_margin.negatives import Negatives
 
@@ -58,17 +59,22 @@ def sweep(
     asked: Asked = NOTHING,
 ) -> Sums:
     """lse and u of checked arguments; a label outside [0, C) means no target."""
-    rows, extras = labels, PLAIN
-    if not asked.is_nothing:
-        rows, extras = _extras(embeddings, weight, labels, asked)
-    if backend == "reference":
-        return Sums(*_reference.cosine_lse(embeddings, weight, rows, scale, extras))
-    dtype = compute_dtype(embeddings, weight, backend)
-    return Sums(
-        *_ops.cosine_lse(
-            embeddings, weight, rows, scale, dtype, backend, memory_budget, extras
-        )
-    )  # fmt: skip
+
+    def of_classes(
+        x: Tensor, w: Tensor, targets: Tensor, s: float | Tensor, rows: _sharded.Rows | None
+    ) -> Sums:
+        extras = PLAIN
+        if not asked.is_nothing:
+            targets, extras = _extras(x, w, targets, asked, rows)
+        if backend == "reference":
+            return Sums(*_reference.cosine_lse(x, w, targets, s, extras))
+        dtype = compute_dtype(x, w, backend)
+        return Sums(*_ops.cosine_lse(x, w, targets, s, dtype, backend, memory_budget, extras))
+
+    if _validate.is_class_sharded(weight):
+        found = _sharded.sweep(of_classes, embeddings, weight, labels, scale, asked.sub_centers)
+        return Sums(*found)
+    return of_classes(embeddings, weight, labels, scale, None)
 
 
 def compute_dtype(embeddings: Tensor, weight: Tensor, backend: str) -> torch.dtype:
@@ -84,18 +90,26 @@ def compute_dtype(embeddings: Tensor, weight: Tensor, backend: str) -> torch.dty
 
 @torch.no_grad()
 def _extras(
-    embeddings: Tensor, weight: Tensor, labels: Tensor, asked: Asked
+    embeddings: Tensor, weight: Tensor, labels: Tensor, asked: Asked, ranks: _sharded.Rows | None
 ) -> tuple[Tensor, Extras]:
-    """The targets as rows of W, (N,), and what the sweep is told."""
+    """The targets as rows of W, (N,), and what the sweep is told.
+
+    Where classes are split over ranks, ``weight`` has this one's, and the rows are of all: each
+    rank knows what is asked of its own.
+    """
     dtype = accumulation_dtype(embeddings, weight)
     threshold = phi = nearer = None
     rows = labels
     if asked.sub_centers > 1 or asked.negatives is not None or asked.has_stats:
         with torch.autocast(embeddings.device.type, enabled=False):
             rows, u = nearest_centers(embeddings, weight, labels, asked.sub_centers)
+            if ranks is not None:
+                u = ranks.added(u)
             if asked.negatives is not None:
                 threshold = asked.negatives.thresholds(u, dtype)
                 phi = asked.negatives.coefficients(embeddings.device)
             if asked.has_stats:
                 nearer = (u + ROUNDINGS * torch.finfo(dtype).eps).to(dtype)
+            if ranks is not None:
+                threshold, nearer = ranks.gathered(threshold), ranks.gathered(nearer)
     return rows, Extras(threshold, phi, nearer, asked.sub_centers, asked.has_total)

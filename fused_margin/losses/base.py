@@ -10,6 +10,7 @@ from torch import nn
 from typing_extensions import TypedDict, Unpack
 
 from fused_margin import _compiled, _ops, _setup, _validate, _validate_settings, functional
+from fused_margin.distributed import _shards
 from fused_margin.functional.core import margin_loss
 from fused_margin.functional.options import Options, expanded
 from fused_margin.negatives import Negatives
@@ -197,9 +198,21 @@ class MarginSoftmaxLoss(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the class weights anew from normal(0, 1/D), and forget statistics."""
-        nn.init.normal_(self.weight, std=self.embedding_size**-0.5)
+        draw_normal(self.weight, self.embedding_size**-0.5)
         for name, value in self.initial_statistics().items():
             getattr(self, name).fill_(value)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """As for any module, but weights may be whole or sharded, whichever these are."""
+        name = f"{prefix}weight"
+        if isinstance(state_dict.get(name), torch.Tensor):
+            state_dict[name] = _shards.fitted(state_dict[name], self.weight)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     @property
     def num_classes(self) -> int:
@@ -331,6 +344,14 @@ class MarginSoftmaxLoss(nn.Module):
             names.remove("label_smoothing")
         shown = ((name, getattr(self, name)) for name in names)
         return ", ".join(f"{name}={_shown(value)}" for name, value in shown if value is not None)
+
+
+def draw_normal(weight: torch.Tensor, std: float) -> None:
+    """Fill class weights from normal(0, std^2); of shards each rank its own."""
+    if _validate.is_dtensor(weight):
+        _shards.draw_normal(weight, std)
+    else:
+        nn.init.normal_(weight, std=std)
 
 
 _init: Any = MarginSoftmaxLoss.__init__

@@ -153,8 +153,8 @@ def logits_of(setup: str) -> tuple[bool, list[str], str]:
         actual = criterion.module.criterion.logits(embeddings)
     else:
         fully_shard(criterion)
-        with pytest.raises(TypeError, match=r"weight is a DTensor.*register_fsdp_forward_method"):
-            criterion.logits(embeddings)
+        by_shards = criterion.logits(embeddings)  # of classes on both ranks
+        assert torch.allclose(by_shards, expected, rtol=0, atol=1e-6)
         register_fsdp_forward_method(criterion, "logits")
         actual = criterion.logits(embeddings)
     is_equal = torch.allclose(actual, expected, rtol=0, atol=1e-6)
@@ -191,7 +191,7 @@ def dtensors() -> dict[str, str]:
     }
     messages = {}
     for name, value in given.items():
-        placement = Replicate() if name == "scale" else Shard(0)
+        placement = {"scale": Replicate(), "weight": Shard(1)}.get(name, Shard(0))
         wrong: dict[str, Any] = given | {name: distribute_tensor(value, mesh, [placement])}
         with pytest.raises(TypeError, match="is a DTensor") as caught:
             fmf.arcface(**wrong)
@@ -202,7 +202,7 @@ def dtensors() -> dict[str, str]:
     compatible = pml.ArcFaceLoss(CLASSES, DIM)
     with pytest.raises(NotImplementedError, match="non-contiguous"):
         fully_shard(compatible)
-    columns = distribute_tensor(w.t().contiguous(), mesh, [Shard(0)])
+    columns = distribute_tensor(w.t().contiguous(), mesh, [Shard(0)])  # .t() is sharded on D
     compatible.W = nn.Parameter(columns)
     with torch.no_grad(), pytest.raises(TypeError, match="weight is a DTensor"):
         compatible(x, labels)  # without a gradient there is nothing to synchronise
@@ -220,8 +220,7 @@ ROWWISE = ("embeddings", "labels", "margin")
 
 def test_messages_for_dtensors(pair: Pair) -> None:
     for messages in pair.run(dtensors):
-        assert "criterion(embeddings, labels)" in messages["weight"]
-        assert 'register_fsdp_forward_method(criterion, "logits")' in messages["weight"]
+        assert "fused_margin.distributed.shard_classes(criterion)" in messages["weight"]
         for name in ROWWISE:
             assert messages[name].startswith(f"{name} is a DTensor")
             assert f"{name}.to_local() if rows are sharded" in messages[name]

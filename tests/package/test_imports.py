@@ -72,14 +72,17 @@ LAYERS = (
     {"_version", "_arguments", "_numerics"},
     {"_transforms", "_remedies", "_compiled"},
     {"_validate"},
-    {"_validate_margins", "_validate_settings", "_validate_schedules", "_validate_others"},
+    {
+        "_validate_margins", "_validate_settings", "_validate_schedules", "_validate_others",
+        "_validate_shards",
+    },
     {"margins"},
     {"negatives"},
     {"_cpu", "_triton", "_reference", "_loans", "_total"},
     {"_schemas"},
     {"_ops", "_weight_sweeps", "_centers"},
-    {"_flops", "tuning", "_setup", "_collectives"},
-    {"functional", "regularizers", "metrics", "config"},
+    {"_flops", "tuning", "_setup", "_collectives", "distributed"},
+    {"functional", "regularizers", "metrics", "config", "optim", "plan", "sampling"},
     {"losses"},
     {"compat", "schedules"},
     {"convert"},
@@ -148,7 +151,7 @@ def _raised(path: Path) -> set[str]:
     "path",
     [
         path
-        for folder in (".", "_cpu", "compat", "functional", "losses")
+        for folder in (".", "_cpu", "compat", "distributed", "functional", "losses")
         for path in (PACKAGE / folder).glob("*.py")
         if not path.name.startswith("_validate") and path.name not in ("_refusals.py", "tuning.py")
     ],

@@ -37,7 +37,7 @@ SECONDS = 120  # for one test, the start of the workers included
 Arrays = dict[str, np.ndarray]
 
 
-def _serve(rank: int, folder: str, tasks: Connection) -> None:
+def _serve(rank: int, ranks: int, folder: str, tasks: Connection) -> None:
     """What a worker does: calls of functions, one after the other, until the pipe is closed."""
     log = os.open(f"{folder}/{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
@@ -45,8 +45,8 @@ def _serve(rank: int, folder: str, tasks: Connection) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's own name may not resolve
     # as torchrun sets them, for Accelerate; nothing listens at the address
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}  # its launcher's --cpu
     torch.set_num_threads(1)
     # a store in a file needs no port
@@ -54,7 +54,7 @@ def _serve(rank: int, folder: str, tasks: Connection) -> None:
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=RANKS,
+        world_size=ranks,
         timeout=timedelta(seconds=SECONDS / 4),
     )
     while True:
@@ -68,27 +68,30 @@ def _serve(rank: int, folder: str, tasks: Connection) -> None:
 
 
 class Pair:
-    """Two processes of one process group."""
+    """Two processes of one process group, or as many as are asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ranks: int = RANKS) -> None:
+        self.ranks = ranks
         context = multiprocessing.get_context("spawn")
         self.folder = folder
         self.pipes: list[Connection] = []
         self.processes = []
-        for rank in range(RANKS):
+        for rank in range(ranks):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, str(folder), there), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, ranks, str(folder), there), daemon=True
+            )
             process.start()
             there.close()
             self.pipes.append(here)
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """``function(*arguments)`` in both, at the same time; each rank's result."""
+        """``function(*arguments)`` in each, at the same time; each rank's result."""
         for pipe in self.pipes:
             pipe.send((function, arguments))
         try:
-            return [self._result(rank) for rank in range(RANKS)]
+            return [self._result(rank) for rank in range(self.ranks)]
         except BaseException:
             self.stop()
             raise
@@ -101,12 +104,12 @@ class Pair:
         except (EOFError, ConnectionResetError):
             what = "died"
         self.stop()
-        logs = [(self.folder / f"{r}.log").read_text(errors="replace") for r in range(RANKS)]
+        logs = [(self.folder / f"{r}.log").read_text(errors="replace") for r in range(self.ranks)]
         parts = [f"--- rank {r} ---\n{log[-4000:]}" for r, log in enumerate(logs)]
         raise AssertionError("\n".join([f"rank {rank} {what}", *parts]))
 
     def stop(self) -> None:
-        """End both; they have nothing to save."""
+        """End all; they have nothing to save."""
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:

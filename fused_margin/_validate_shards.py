@@ -1,0 +1,59 @@
+"""Errors of classes that are split over ranks, with the remedy in the message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_margin import _validate
+
+
+def criterion(value: Any) -> None:
+    """Check that a module has class weights (C, D) of its own that are whole."""
+    weight = value._parameters.get("weight") if isinstance(value, nn.Module) else None
+    if weight is None or not callable(getattr(value, "psi", None)):
+        raise TypeError(
+            f"criterion must be a loss of fused_margin with its weight (C, D), got"
+            f" {type(value).__name__}; one that is wrapped, or part of a model, is given itself, as"
+            " model.criterion"
+        )
+    if _validate.is_dtensor(weight):
+        raise ValueError(
+            f"the weight of this {type(value).__name__} is a DTensor already; call shard_classes"
+            " once, and neither fully_shard(criterion) nor fully_shard of a module that contains it"
+        )
+
+
+def mesh(value: Any, weight: torch.Tensor) -> None:
+    """Check that this rank is in the mesh, whose devices are the weight's."""
+    if not all(hasattr(value, name) for name in ("get_group", "get_coordinate", "device_type")):
+        raise TypeError(
+            f"mesh must be a torch.distributed.device_mesh.DeviceMesh, got {type(value).__name__};"
+            ' init_device_mesh("cuda", (num_ranks,)) makes one'
+        )
+    if value.get_coordinate() is None:
+        raise ValueError(
+            f"this rank is not in the mesh {value}; call shard_classes on its ranks only"
+        )
+    if not weight.is_meta and weight.device.type != value.device_type:
+        raise ValueError(
+            f"the weight is on {weight.device}, the mesh of {value.device_type!r} devices; move the"
+            f" criterion first, criterion.to({value.device_type!r})"
+        )
+
+
+def weight(value: Any) -> None:
+    """Check that a DTensor is sharded on classes, and nothing else."""
+    if not _validate.is_class_sharded(value):
+        _validate.plain("weight", value)
+
+
+def same_dtypes(dtypes: list[torch.dtype]) -> None:
+    """Check that all ranks' embeddings have one dtype; every rank raises the same error."""
+    if len(set(dtypes)) > 1:
+        raise TypeError(
+            f"embeddings have different dtypes on different ranks, {', '.join(map(str, dtypes))} by"
+            " rank; give a rank without rows embeddings of the same dtype too"
+        )

@@ -1,0 +1,183 @@
+"""The sweep over classes that are split over ranks: lse and target cosines of this rank's rows.
+
+Each rank sweeps its classes with the rows of all of them. Around that are three autograd functions:
+rows are gathered, and their gradients reduced and scattered; partial sums (eq. 3) are merged, and
+the slopes of all rows gathered; the shard is taken out of the DTensor.
+
+The gradients are those of the mean over R ranks of their losses. Slopes are divided by R, so that
+those of the class weights need no pass of their own; those of the embeddings, which are this rank's
+alone, are multiplied by it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from fused_margin import _loans, _validate_shards
+from fused_margin.distributed import _collectives
+from fused_margin.distributed._shards import ClassShard
+
+Tensor = torch.Tensor
+# of embeddings, weight, labels and scale: lse and u, (N,)
+LocalSweep = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+
+NO_TARGET = -1  # label of rows that only fill up
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Rows(NamedTuple):
+    """How many rows the ranks have: each sends ``most``, of which ``mine`` are this rank's own."""
+
+    mine: int
+    most: int
+    shard: ClassShard
+
+
+def sweep(
+    local_sweep: LocalSweep, x: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """lse and u (eq. 1, 2), (N,), of this rank's rows over the classes of all ranks."""
+    shard = ClassShard.of(weight)
+    rows, x_all, labels_all = gather_rows(x, labels, shard)
+    scale, w = scaled(scale, shard), local_classes(weight, shard)
+    # d_w may not be made ahead while there is one of the step before
+    keeps_gradient = weight.grad is not None
+    with _loans.refused() if keeps_gradient else contextlib.nullcontext():
+        if shard.start < shard.stop:
+            lse, u = local_sweep(x_all, w, labels_all - shard.start, scale)
+        else:
+            lse, u = _NoClasses.apply(x_all, w)
+    return _Merged.apply(lse, u, rows)
+
+
+def gather_rows(x: Tensor, labels: Tensor, shard: ClassShard) -> tuple[Rows, Tensor, Tensor]:
+    """Embeddings (R n, D) and labels (R n,) of all ranks, n of the rank with most rows.
+
+    Those of the others are filled up by rows of zeros without a target.
+    """
+    asks = torch.is_grad_enabled() and x.requires_grad
+    told = _collectives.numbers(
+        [x.shape[0], int(asks), DTYPES.index(x.dtype)], x.device, shard.group
+    )
+    counts, asking, dtypes = zip(*told, strict=True)
+    _validate_shards.same_dtypes([DTYPES[index] for index in dtypes])
+    rows = Rows(x.shape[0], max(counts), shard)
+    if any(asking) and not asks:  # the others' backward waits for this rank's
+        x = x.detach().requires_grad_()
+    filled = torch.nn.functional.pad(labels.long(), (0, rows.most - rows.mine), value=NO_TARGET)
+    return rows, _GatheredRows.apply(x, rows), _collectives.gather(filled, shard.group)
+
+
+def _filled(x: Tensor, rows: Rows) -> Tensor:
+    """Rows of zeros after those of x (n, ...), for as many as the others have."""
+    if rows.mine == rows.most:
+        return x
+    return torch.cat([x, x.new_zeros(rows.most - rows.mine, *x.shape[1:])])
+
+
+class _GatheredRows(torch.autograd.Function):
+    """x (n, D) of each rank, (R n, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return _collectives.gather(_filled(x, rows), rows.shard.group)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        rows = ctx.rows
+        mine = _collectives.reduce_scatter(grad_outputs[0], rows.shard.group)[: rows.mine]
+        return mine.mul_(rows.shard.ranks), None
+
+
+class _Scaled(torch.autograd.Function):
+    """A tensor scale, whose gradient takes the factor 1 / R of the slopes back."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return scale.view_as(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return grad_outputs[0] * ctx.factor, None
+
+
+class _NoClasses(torch.autograd.Function):
+    """The sweep over no class: it adds nothing to the others, and takes no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, w)
+        lse = x.new_full(x.shape[:1], -float("inf"), dtype=torch.float64)
+        return lse, torch.zeros_like(lse)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return tuple(torch.zeros_like(one) for one in ctx.saved_tensors)
+
+
+class _Merged(torch.autograd.Function):
+    """lse and u of this rank's rows, (n,), of every rank's sweep over all rows (R n,)."""
+
+    @staticmethod
+    def forward(ctx: Any, lse: Tensor, u: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        shard = rows.shard
+        top = _collectives.largest(lse.to(torch.float64, copy=True), shard.group)
+        top = top.masked_fill(top == -float("inf"), 0.0)  # a row that has no other class at all
+        part = (lse - top).exp()
+        sums, cosines = _collectives.total(torch.stack([part, u.double()]), shard.group)
+        ctx.rows, ctx.dtypes = rows, (lse.dtype, u.dtype)
+        ctx.save_for_backward(part / sums.masked_fill(sums == 0.0, 1.0))
+        mine = slice(shard.rank * rows.most, shard.rank * rows.most + rows.mine)
+        return (top + sums.log())[mine].to(lse.dtype), cosines[mine].to(u.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        rows, (share,) = ctx.rows, ctx.saved_tensors
+        shard = rows.shard
+        mine = torch.stack([grad.double() for grad in grad_outputs], dim=1)  # (n, 2)
+        slopes = _collectives.gather(_filled(mine, rows), shard.group) / shard.ranks
+        of_lse, of_u = slopes.unbind(dim=1)
+        lse_dtype, u_dtype = ctx.dtypes
+        return (of_lse * share).to(lse_dtype), of_u.to(u_dtype), None
+
+
+class _AveragedOver(torch.autograd.Function):
+    """A tensor of which ranks hold copies: its gradient is the mean of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, groups: tuple[Any, ...]) -> Tensor:
+        ctx.groups = groups
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        grad = grad_outputs[0].clone()
+        for group in ctx.groups:
+            _collectives.total(grad, group)
+            grad /= torch.distributed.get_world_size(group)
+        return grad, None
+
+
+def scaled(scale: float | Tensor, shard: ClassShard) -> float | Tensor:
+    """The scale of a local sweep."""
+    return _Scaled.apply(scale, shard.ranks) if isinstance(scale, Tensor) else scale
+
+
+def local_classes(weight: Any, shard: ClassShard) -> Tensor:
+    """This rank's rows of the weight, (C_local, D)."""
+    local = weight.to_local(grad_placements=weight.placements)
+    return _AveragedOver.apply(local, shard.replicas) if shard.replicas else local
+
+
+def shared_scale(scale: float | Tensor, weight: Tensor) -> float | Tensor:
+    """A scale that is learnt, of which each rank has a copy: gradients are averaged."""
+    if not isinstance(scale, Tensor) or not scale.requires_grad:
+        return scale
+    shard = ClassShard.of(weight)
+    return _AveragedOver.apply(scale, (shard.group, *shard.replicas))

@@ -1,0 +1,119 @@
+"""The example of sharded training: the same on any number of ranks, and after a rank is killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("this build of PyTorch has no gloo", allow_module_level=True)
+
+TIMEOUT = 20  # seconds until a lost rank is an error
+SMALL = [
+    "--identities", "61", "--dim", "16", "--batch", "50", "--steps", "60", "--every", "20",
+    "--report", "10", "--timeout", str(TIMEOUT),
+]  # fmt: skip
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def launch(folder: Path, ranks: int, *arguments: str) -> list[subprocess.Popen[str]]:
+    """The example in as many processes, as torchrun starts it, or by itself."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", "examples/train_sharded.py", *SMALL, *arguments]
+    started = []
+    port = _free_port()
+    for rank in range(ranks):
+        if ranks > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            environment |= {"LOCAL_WORLD_SIZE": str(ranks)}
+            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        started.append(
+            subprocess.Popen(
+                [*command, "--checkpoints", str(folder)], cwd=ROOT, env=environment,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    return started
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What rank 0 has said; every rank has ended well, and the others said nothing."""
+    outputs = []
+    for process in processes:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        outputs.append(output)
+    assert not any(outputs[1:])
+    return outputs[0].splitlines()
+
+
+def numbers(lines: list[str]) -> dict[str, str]:
+    """Losses by step, and the accuracy, without times."""
+    found = {}
+    for line in lines:
+        match = re.match(r"(step +\d+|accuracy) .*?([0-9.]+)(?: %|  .*)$", line)
+        if match:
+            found[match[1]] = match[2]
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One process from the first step to the last."""
+    found = numbers(finish(launch(tmp_path_factory.mktemp("alone"), 1)))
+    assert float(found["accuracy"]) > 90.0
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_rank_and_a_resumed_run(tmp_path: Path, alone: dict[str, str]) -> None:
+    """Killed while it may be saving: the others end with an error, and two ranks go on."""
+    processes = launch(tmp_path, 3)
+    assert processes[0].stdout is not None
+    for line in processes[0].stdout:
+        if line.startswith("step    40"):
+            break
+    processes[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    for process in (processes[0], processes[2]):
+        _, errors = process.communicate(timeout=TIMEOUT + 10)
+        assert process.returncode not in (0, None)
+        assert "Error" in errors
+    assert time.monotonic() - killed < TIMEOUT + 10
+    processes[1].communicate()
+
+    cut_short = tmp_path / "step-00000050.part"
+    cut_short.mkdir()
+    (cut_short / "__0_0.distcp").write_bytes(b"a part of it")
+    lines = finish(launch(tmp_path, 2))
+    assert re.fullmatch(r"2 ranks, cpu, from step-000000(20|40)", lines[0])
+    assert not cut_short.exists()
+    found = numbers(lines)
+    assert found.items() <= alone.items()
+    assert len(found) >= 3
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00000040", "step-00000060"]
+
+
+def test_help() -> None:
+    command = [sys.executable, "examples/train_sharded.py", "--help"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "torchrun" in done.stdout

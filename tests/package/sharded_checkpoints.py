@@ -1,0 +1,110 @@
+"""What ranks do in tests of checkpoints: train, save, and load at another number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from sharded_cases import DIM, FP64
+from torch import nn
+
+# Not imported at all where torch has no gloo: two_processes skips the file.
+# isort: split
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+
+import fused_margin as fm
+from fused_margin import _setup
+
+CLASSES, STEPS, ROWS = 11, 4, 12
+
+
+class Training:
+    """AdaFace, which has statistics, and a backbone; whole, or sharded over a mesh."""
+
+    def __init__(self, optimizer: str, mesh: Any = None, *, is_sharded: bool = True) -> None:
+        torch.manual_seed(4)
+        backbone = nn.Linear(5, DIM, dtype=FP64)
+        criterion = fm.AdaFaceLoss(CLASSES, DIM, dtype=FP64)
+        _setup._calls[criterion] = _setup._DECIDED
+        with torch.no_grad():
+            criterion.weight.normal_()
+        if is_sharded:
+            fm.distributed.shard_classes(criterion, mesh)
+        self.modules = nn.ModuleDict({"backbone": backbone, "criterion": criterion})
+        groups = [{"params": backbone.parameters()}, {"params": criterion.parameters()}]
+        kinds: dict[str, Any] = {
+            "sgd": lambda: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
+            "adam": lambda: torch.optim.Adam(groups, lr=0.01, foreach=False),
+        }
+        self.optimizer = kinds[optimizer]()
+        self.is_sharded = is_sharded
+
+    def train(self, first: int) -> None:
+        """The same steps, of which each rank takes its part of the rows."""
+        ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        generator = torch.Generator().manual_seed(first)
+        for _ in range(STEPS):
+            rows = torch.randn(ROWS, 5, generator=generator, dtype=FP64)
+            labels = torch.randint(CLASSES, (ROWS,), generator=generator)
+            rows, labels = rows.chunk(ranks)[rank], labels.chunk(ranks)[rank]
+            self.modules["criterion"](self.modules["backbone"](rows), labels).backward()
+            for parameter in self.modules["backbone"].parameters() if ranks > 1 else ():
+                assert parameter.grad is not None
+                dist.all_reduce(parameter.grad.div_(ranks))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def state(self) -> dict[str, Any]:
+        modules, optimizer = get_state_dict(self.modules, self.optimizer)
+        return {"modules": modules, "optimizer": optimizer}
+
+    def load(self, folder: Path) -> None:
+        state = self.state()
+        load(state, checkpoint_id=folder)
+        set_state_dict(
+            self.modules,
+            self.optimizer,
+            model_state_dict=state["modules"],
+            optim_state_dict=state["optimizer"],
+        )
+
+    def numbers(self) -> dict[str, Any]:
+        """All that is trained or kept, whole."""
+        found = dict(self.modules.state_dict())
+        for index, parameter in enumerate(self.modules.parameters()):
+            for name, value in self.optimizer.state[parameter].items():
+                found[f"{index}.{name}"] = value
+        return {
+            name: (value.full_tensor() if isinstance(value, DTensor) else value)
+            .detach().numpy().copy()
+            for name, value in found.items()
+        }  # fmt: skip
+
+
+def saved(optimizer: str, folder: Path) -> dict[str, Any]:
+    """Train, save, train on: what comes of it."""
+    training = Training(optimizer)
+    training.train(1)
+    save(training.state(), checkpoint_id=folder)
+    training.train(2)
+    return training.numbers()
+
+
+def resumed(optimizer: str, folder: Path, is_sharded: bool = True) -> dict[str, Any]:
+    """Load, and train on."""
+    training = Training(optimizer, is_sharded=is_sharded)
+    training.load(folder)
+    training.train(2)
+    return training.numbers()
+
+
+def loaded(folder: Path) -> dict[str, Any]:
+    """What is in a checkpoint, in shards."""
+    training = Training("sgd")
+    training.load(folder)
+    return training.numbers()

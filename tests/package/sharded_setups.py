@@ -1,0 +1,259 @@
+"""What ranks do in tests of how sharded criteria are made, saved, trained and measured."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sharded_cases import DIM, FP64, batch, built, measured
+from torch import nn
+
+# Not imported at all where torch has no gloo: two_processes skips the file.
+# isort: split
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+import fused_margin as fm
+from fused_margin import _setup
+from fused_margin.distributed import ClassShard, _shards, count_traffic, shard_classes
+
+SEED = 17
+
+
+def _largest_difference(found: Any, expected: torch.Tensor) -> float:
+    found = found.full_tensor() if isinstance(found, DTensor) else found
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+
+
+def from_meta(num_classes: int) -> np.ndarray:
+    """The whole weight of a criterion of which no rank ever had more than its shard."""
+    with torch.device("meta"):
+        criterion = fm.AdaCosLoss(num_classes, DIM)
+    shard_classes(criterion)
+    weight: Any = criterion.weight
+    assert weight.is_meta
+    shard = ClassShard.of(weight)
+    criterion.to_empty(device="cpu")
+    torch.manual_seed(SEED)
+    criterion.reset_parameters()
+    weight = criterion.weight
+    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, DTensor)
+    assert weight.to_local().shape == (shard.stop - shard.start, DIM)
+    assert criterion.scale == fm.AdaCosLoss(num_classes, DIM).scale
+    shape, offset = compute_local_shape_and_global_offset(
+        weight.shape, weight.device_mesh, weight.placements
+    )
+    assert shape == weight.to_local().shape
+    assert offset[0] == shard.start or shape[0] == 0
+    return weight.full_tensor().detach().numpy()
+
+
+def states(num_classes: int) -> None:
+    """Whole and sharded states fit whole and sharded criteria."""
+    plain = built("adaface", num_classes)
+    sharded = shard_classes(copy.deepcopy(plain))
+    assert repr(sharded) == repr(plain)
+    assert sharded.num_classes == num_classes
+    assert sharded.embedding_size == DIM
+    state = sharded.state_dict()
+    assert list(state) == list(plain.state_dict())
+    assert isinstance(state["weight"], DTensor)
+    other = fm.AdaFaceLoss(num_classes, DIM, dtype=FP64)
+    other.load_state_dict(state)  # whole from sharded
+    torch.testing.assert_close(other.weight, plain.weight, rtol=0, atol=0)
+    again: Any = shard_classes(fm.AdaFaceLoss(num_classes, DIM, dtype=FP64))
+    again.load_state_dict(plain.state_dict())  # sharded from whole
+    torch.testing.assert_close(again.weight.full_tensor(), plain.weight, rtol=0, atol=0)
+    again.load_state_dict(state, assign=True)
+    assert isinstance(again.weight, nn.Parameter)
+    wrong = {**plain.state_dict(), "weight": torch.zeros(num_classes + 1, DIM)}
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        again.load_state_dict(wrong)
+    double = copy.deepcopy(sharded).float()
+    assert isinstance(double.weight, DTensor)
+    assert double.weight.dtype is torch.float32
+
+
+def traffic(counts: list[int], dtype: torch.dtype) -> tuple[int, dict[str, int]]:
+    """Bytes that the model says a rank sends in a step, and those that were counted."""
+    ranks = dist.get_world_size()
+    criterion = shard_classes(fm.ArcFaceLoss(13, DIM))
+    count = counts[dist.get_rank()]
+    x = torch.randn(count, DIM, dtype=dtype, requires_grad=True)
+    with count_traffic() as counted:
+        criterion(x, torch.zeros(count, dtype=torch.int64)).backward()
+    expected = fm.distributed.bytes_per_step(max(counts), DIM, ranks, dtype)
+    return expected, dict(counted)
+
+
+def refusals() -> None:
+    """Errors of what can't be sharded, and of what sharded classes can't do."""
+    criterion = fm.ArcFaceLoss(7, DIM)
+    with pytest.raises(TypeError, match="criterion must be a loss of fused_margin"):
+        shard_classes(nn.Linear(3, 4))
+    with pytest.raises(TypeError, match=r"mesh must be a .*DeviceMesh, got int"):
+        shard_classes(criterion, 3)
+    shard_classes(criterion)
+    with pytest.raises(ValueError, match="is a DTensor already"):
+        shard_classes(criterion)
+    x, labels = torch.randn(2, DIM), torch.tensor([0, 1])
+    with pytest.raises(TypeError, match=r"weight is a DTensor.*weight.full_tensor\(\)"):
+        fm.metrics.predict(x, criterion.weight)
+    with pytest.raises(TypeError, match="weight is a DTensor"):
+        fm.metrics.evaluate(x, criterion.weight, labels)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 7\)"):
+        criterion(x, labels + 6)
+    mixed = x.bfloat16() if dist.get_rank() else x
+    with pytest.raises(TypeError, match=r"different dtypes on different ranks, torch.float32, "):
+        criterion(mixed, labels)
+    columns = DTensor.from_local(torch.randn(7, 3), init_device_mesh("cpu", (2,)), [Shard(1)])
+    with pytest.raises(TypeError, match="sharded on classes"):
+        fm.functional.cosface(x, columns, labels)
+    mesh = init_device_mesh("cpu", (2,))
+    other = fm.ArcFaceLoss(7, DIM, device="meta")
+    assert shard_classes(other, mesh) is other
+
+
+def odd_calls() -> dict[str, float]:
+    """Embeddings that need no gradient on one rank, frozen weights, graphs used twice, no grad."""
+    part = batch([4, 3, 2, 5][: dist.get_world_size()], 9)[dist.get_rank()]
+    plain = built("arcface", 9)
+    criterion = shard_classes(copy.deepcopy(plain))
+    expected = measured(plain, "arcface", part)
+    dist.all_reduce(expected["d_weight"])
+    expected["d_weight"] /= dist.get_world_size()
+    found = {}
+
+    x = part.x.clone().requires_grad_(dist.get_rank() != 0)
+    criterion(x, part.labels).backward()
+    found["one rank frozen"] = _largest_difference(criterion.weight.grad, expected["d_weight"])
+    assert (x.grad is None) == (dist.get_rank() == 0)
+    criterion.weight.grad = None
+
+    criterion(part.x, part.labels).backward()
+    found["all frozen"] = _largest_difference(criterion.weight.grad, expected["d_weight"])
+    criterion(part.x, part.labels).backward()
+    found["accumulated"] = _largest_difference(criterion.weight.grad, 2 * expected["d_weight"])
+    criterion.weight.grad = None
+
+    x = part.x.clone().requires_grad_()
+    loss = criterion(x, part.labels)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    found["twice"] = _largest_difference(criterion.weight.grad, 2 * expected["d_weight"])
+    criterion.weight.grad = None
+
+    criterion.weight.requires_grad_(False)
+    x = part.x.clone().requires_grad_()
+    criterion(x, part.labels).backward()
+    assert x.grad is not None
+    found["weights frozen"] = _largest_difference(x.grad, expected["d_x"])
+    with torch.no_grad():
+        loss = criterion(part.x, part.labels)
+    assert not loss.requires_grad
+    found["no grad"] = _largest_difference(loss, expected["loss"])
+    weights = criterion.weight, plain.weight.detach()
+    (lse, u), (lse_of_all, u_of_all) = (
+        fm.functional.cosine_lse(part.x, weight, part.labels, 7.0) for weight in weights
+    )
+    found["lse"] = _largest_difference(lse, lse_of_all)
+    found["u"] = _largest_difference(u, u_of_all)
+    return found
+
+
+def meshes() -> dict[str, float]:
+    """A mesh of data x classes, on 4 ranks: copies of shards, of which gradients are averaged."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
+    part = batch([4, 3, 2, 5], 9)[dist.get_rank()]
+    found = {}
+    for name in ("arcface, learnt scale", "adaface"):
+        plain = built(name, 9)
+        criterion = shard_classes(copy.deepcopy(plain), mesh)
+        expected, actual = (measured(one, name, part) for one in (plain, criterion))
+        for key, value in expected.items():
+            if key in ("d_weight", "d_scale"):
+                dist.all_reduce(value)
+                value /= 4
+            found[f"{name}, {key}"] = _largest_difference(actual[key], value)
+        assert criterion.weight.to_local().shape[0] in (5, 4)
+    criterion = shard_classes(built("cosface", 9), mesh["classes"])
+    assert ClassShard.of(criterion.weight).replicas == ()
+    return found
+
+
+def mixed_precision() -> dict[str, float]:
+    """Autocast, accumulation, a GradScaler and clipping, with a backbone in DDP or FSDP2."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    found = {}
+    for wrapper in ("ddp", "fsdp"):
+        torch.manual_seed(3)
+        backbone = nn.Linear(5, DIM)
+        plain = fm.ArcFaceLoss(9, DIM, scale=16.0)
+        _setup._calls[plain] = _setup._DECIDED  # it is trained on all rows of all ranks
+        sharded = shard_classes(copy.deepcopy(plain))
+        model: Any = copy.deepcopy(backbone)
+        model = nn.parallel.DistributedDataParallel(model) if wrapper == "ddp" else model
+        if wrapper == "fsdp":
+            fully_shard(model)
+        rows = torch.randn(8 * ranks, 5)
+        labels = torch.randint(9, (8 * ranks,))
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        parameters = [*model.parameters(), *sharded.parameters()]
+        # a GradScaler takes one kind of tensors for each optimiser
+        optimizers = [torch.optim.SGD(one.parameters(), lr=0.5) for one in (model, sharded)]
+        others = torch.optim.SGD([*backbone.parameters(), *plain.parameters()], lr=0.5)
+        for half in (slice(0, 4), slice(4, 8)):
+            with torch.autocast("cpu", torch.bfloat16):
+                mine = slice(8 * rank, 8 * rank + 8)
+                x, y = rows[mine][half], labels[mine][half]
+                loss = sharded(model(x), y)
+                chosen = [8 * r + i for r in range(ranks) for i in range(8)[half]]
+                whole = plain(backbone(rows[chosen]), labels[chosen])
+            scaler.scale(loss).backward()
+            whole.backward()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = fm.distributed.clip_grad_norm_(parameters, 0.1)
+        expected = nn.utils.clip_grad_norm_([*backbone.parameters(), *plain.parameters()], 0.1)
+        found[f"{wrapper}, norm"] = _largest_difference(norm, expected)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        others.step()
+        found[f"{wrapper}, weight"] = _largest_difference(sharded.weight, plain.weight)
+        first = next(iter(model.parameters()))
+        found[f"{wrapper}, backbone"] = _largest_difference(first, backbone.weight)
+    return found
+
+
+def same_draws(num_classes: int, cuts: list[int]) -> bool:
+    """Whether weights that are drawn in pieces are those drawn at once."""
+    whole = torch.empty(num_classes, 3)
+    _shards.draw_rows(whole, 0, 0.5, SEED)
+    pieces = torch.empty(num_classes, 3)
+    for start, stop in zip([0, *cuts], [*cuts, num_classes], strict=True):
+        _shards.draw_rows(pieces[start:stop], start, 0.5, SEED)
+    return torch.equal(whole, pieces)
+
+
+def compiled() -> dict[str, float]:
+    """A compiled criterion, with breaks of the graph where ranks talk."""
+    part = batch([4, 3, 2, 5][: dist.get_world_size()], 9)[dist.get_rank()]
+    criterion = shard_classes(built("arcface", 9))
+    expected = measured(criterion, "arcface", part)
+    criterion.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = measured(torch.compile(criterion, backend="aot_eager"), "arcface", part)
+    return {
+        key: _largest_difference(found[key.replace("d_weight", "d__orig_mod.weight")], value)
+        for key, value in expected.items()
+    }
