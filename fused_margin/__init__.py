@@ -11,7 +11,9 @@ from fused_margin import (
     functional,
     margins,
     metrics,
+    optim,
     regularizers,
+    sampling,
     schedules,
 )
 from fused_margin._cpu import empty_cache
@@ -57,7 +59,9 @@ __all__ = [
     "functional",
     "margins",
     "metrics",
+    "optim",
     "regularizers",
+    "sampling",
     "schedules",
     "show_config",
 ]

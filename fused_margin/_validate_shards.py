@@ -57,3 +57,22 @@ def same_dtypes(dtypes: list[torch.dtype]) -> None:
             f"embeddings have different dtypes on different ranks, {', '.join(map(str, dtypes))} by"
             " rank; give a rank without rows embeddings of the same dtype too"
         )
+
+
+def no_copies(replicas: tuple[Any, ...]) -> None:
+    """Check that sampled classes are held by one rank, whose gradient has rows of its own."""
+    if replicas:
+        raise ValueError(
+            "sampled negatives need each class on one rank, but this mesh of several dimensions has"
+            " copies, which would sample other rows; split the classes over all ranks, or set"
+            " criterion.sampler.rate = 1.0"
+        )
+
+
+def sampled(value: Any) -> None:
+    """Check that it is a loss that can have a sampler."""
+    if not isinstance(value, nn.Module) or not hasattr(value, "sampler"):
+        raise TypeError(
+            f"criterion must be a loss of fused_margin, got {type(value).__name__}; one that is"
+            " wrapped, or part of a model, is given itself, as model.criterion"
+        )

@@ -24,6 +24,8 @@ from fused_margin.distributed._shards import ClassShard
 Tensor = torch.Tensor
 # of embeddings, weight, labels and scale: lse and u, (N,)
 LocalSweep = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+# of class weights, labels and the first class: both of the classes that take part
+Sampler = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 NO_TARGET = -1  # label of rows that only fill up
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,19 +40,27 @@ class Rows(NamedTuple):
 
 
 def sweep(
-    local_sweep: LocalSweep, x: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor
+    local_sweep: LocalSweep,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    sampler: Sampler | None = None,
 ) -> tuple[Tensor, Tensor]:
     """lse and u (eq. 1, 2), (N,), of this rank's rows over the classes of all ranks."""
     shard = ClassShard.of(weight)
     rows, x_all, labels_all = gather_rows(x, labels, shard)
     scale, w = scaled(scale, shard), local_classes(weight, shard)
+    labels_here = labels_all - shard.start
+    if shard.start == shard.stop:
+        return _Merged.apply(*_NoClasses.apply(x_all, w), rows)
+    if sampler is not None:
+        _validate_shards.no_copies(shard.replicas)
+        w, labels_here = sampler(w, labels_here, shard.start)
     # d_w may not be made ahead while there is one of the step before
-    keeps_gradient = weight.grad is not None
+    keeps_gradient = weight.grad is not None and sampler is None
     with _loans.refused() if keeps_gradient else contextlib.nullcontext():
-        if shard.start < shard.stop:
-            lse, u = local_sweep(x_all, w, labels_all - shard.start, scale)
-        else:
-            lse, u = _NoClasses.apply(x_all, w)
+        lse, u = local_sweep(x_all, w, labels_here, scale)
     return _Merged.apply(lse, u, rows)
 
 
@@ -147,6 +157,37 @@ class _Merged(torch.autograd.Function):
         return (of_lse * share).to(lse_dtype), of_u.to(u_dtype), None
 
 
+class _Local(torch.autograd.Function):
+    """This rank's part of a DTensor, whose gradient may be sparse, as to_local()'s may not.
+
+    A sparse one is added to ``weight.grad`` here, as FSDP2 does with its own: what autograd calls
+    for that knows no sparse DTensors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Any) -> Tensor:
+        ctx.weight = weight
+        local = weight.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        from torch.distributed.tensor import DTensor
+
+        weight, (grad,) = ctx.weight, grad_outputs
+        if grad.layout is torch.strided:
+            return DTensor.from_local(
+                grad, weight.device_mesh, weight.placements, run_check=False,
+                shape=weight.shape, stride=weight.stride(),
+            )  # fmt: skip
+        if weight.grad is not None:
+            grad = weight.grad._local_tensor + grad
+        # from_local() takes views, which sparse tensors don't have
+        make: Any = DTensor
+        weight.grad = make(grad, weight._spec, requires_grad=False)
+        return None
+
+
 class _AveragedOver(torch.autograd.Function):
     """A tensor of which ranks hold copies: its gradient is the mean of theirs."""
 
@@ -171,7 +212,7 @@ def scaled(scale: float | Tensor, shard: ClassShard) -> float | Tensor:
 
 def local_classes(weight: Any, shard: ClassShard) -> Tensor:
     """This rank's rows of the weight, (C_local, D)."""
-    local = weight.to_local(grad_placements=weight.placements)
+    local = _Local.apply(weight)
     return _AveragedOver.apply(local, shard.replicas) if shard.replicas else local
 
 

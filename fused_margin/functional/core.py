@@ -26,6 +26,8 @@ from fused_margin.functional.options import CallOptions, Options, choose, loss
 # Of class weights that are normalised at a time for logits without gradients.
 LOGITS_BLOCK_BYTES = 4 << 20
 
+# of class weights, labels and, of a shard, its first class: both of the classes that take part
+Sampler = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Psi = margins.Margin | Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -37,10 +39,11 @@ def margin_loss(
     scale: float | torch.Tensor,
     options: Options,
     penalty: torch.Tensor | None = None,
+    sampler: Sampler | None = None,
 ) -> torch.Tensor:
     """`margin_softmax` of checked tensors: the fused operator, or autograd over N numbers.
 
-    ``penalty``: what is added to each row's loss, (N,).
+    ``penalty``: what is added to each row's loss, (N,). ``sampler``: which classes take part.
     """
     _validate_margins.psi(psi)
     scale = _validate.scale(scale, embeddings.device)
@@ -51,6 +54,8 @@ def margin_loss(
     built_in = psi if isinstance(psi, margins.Margin) and not psi.is_tensor else None
     if _validate.is_class_sharded(weight):  # of which the operator would see one rank's classes
         built_in, scale = None, _sharded.shared_scale(scale, weight)
+    if sampler is not None:  # which knows classes by their number among all
+        built_in = None
     if built_in is not None and not isinstance(scale, torch.Tensor) and backend != "reference":
         compute_dtype = _compute_dtype(embeddings, weight, backend)
         rows = _ops.margin_ce(
@@ -65,7 +70,7 @@ def margin_loss(
         ignored = targets == _ops.IGNORED
         # nothing of an ignored row, NaN or infinite as it may be, reaches anything
         embeddings = embeddings.masked_fill(ignored[:, None], 0.0)
-        lse, u = sweep(embeddings, weight, targets, scale, backend, options.memory_budget)
+        lse, u = sweep(embeddings, weight, targets, scale, backend, options.memory_budget, sampler)
         with torch.autocast(embeddings.device.type, enabled=False):
             # -log sigmoid(t - lse) is the cross-entropy without cancellation (eq. 4)
             rows = -F.logsigmoid(scale * _target(psi, u) - lse)
@@ -130,11 +135,14 @@ def sweep(
     scale: float | torch.Tensor,
     backend: str,
     memory_budget: int | None,
+    sampler: Sampler | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """lse and u (eq. 1, 2), (N,), of checked arguments."""
     if _validate.is_class_sharded(weight):
         of_shard = functools.partial(sweep, backend=backend, memory_budget=memory_budget)
-        return _sharded.sweep(of_shard, embeddings, weight, labels, scale)
+        return _sharded.sweep(of_shard, embeddings, weight, labels, scale, sampler)
+    if sampler is not None:
+        weight, labels = sampler(weight, labels)
     if backend == "reference":
         return _reference.cosine_lse(embeddings, weight, labels, scale)
     compute_dtype = _compute_dtype(embeddings, weight, backend)
