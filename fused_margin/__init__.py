@@ -15,7 +15,9 @@ from fused_margin import (
     margins,
     metrics,
     negatives,
+    optim,
     regularizers,
+    sampling,
     schedules,
 )
 from fused_margin._cpu import empty_cache
@@ -74,7 +76,9 @@ __all__ = [
     "margins",
     "metrics",
     "negatives",
+    "optim",
     "regularizers",
+    "sampling",
     "schedules",
     "show_config",
 ]

@@ -18,7 +18,7 @@ def nearest_centers(
 ) -> tuple[Tensor, Tensor]:
     """The row of W of each target that is nearest (eq. 24), the first of several; its cosine; (N,).
 
-    Labels outside [0, C) stay as they are, with the cosine 0. A row that isn't finite has NaN.
+    Labels outside [0, C) become -1, with the cosine 0. A row that isn't finite has NaN.
 
     Args:
         embeddings: (N, D). weight: (C K, D), K rows for each class. labels: (N,).
@@ -35,7 +35,7 @@ def nearest_centers(
         is_nearer = found > cosine
         best = torch.where(is_nearer, first + center, best)
         cosine = torch.where(is_nearer, found, cosine)
-    return best.where(has_target, labels), cosine.clamp(-1.0, 1.0).where(has_target, 0.0)
+    return best.where(has_target, -1), cosine.clamp(-1.0, 1.0).where(has_target, 0.0)
 
 
 def normalized(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -446,8 +446,24 @@ class _Backward(torch.autograd.Function):
         )
 
 
-_lib.impl("cosine_lse", _transforms.refusing(_CosineLse.apply), "Autograd")
-_lib.impl("margin_ce", _transforms.refusing(_MarginCe.apply), "Autograd")
+def _recorded(function: Any, operator: Any) -> Any:
+    """The "Autograd" implementation of an operator: its function where autograd records.
+
+    A compiled graph calls it with inputs that require gradients and autograd off, and has a
+    backward of its own: what it returns has to be as the fake says, and nothing may be lent.
+    """
+
+    def called(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    return _transforms.refusing(called)
+
+
+_lib.impl("cosine_lse", _recorded(_CosineLse, _ops.cosine_lse.default), "Autograd")
+_lib.impl("margin_ce", _recorded(_MarginCe, _ops.margin_ce.default), "Autograd")
 _lib.impl("cosine_lse_backward", _transforms.refusing(_Backward.apply), "Autograd")
 
 

@@ -57,3 +57,47 @@ def same_dtypes(dtypes: list[torch.dtype]) -> None:
             f"embeddings have different dtypes on different ranks, {', '.join(map(str, dtypes))} by"
             " rank; give a rank without rows embeddings of the same dtype too"
         )
+
+
+def no_copies(replicas: tuple[Any, ...]) -> None:
+    """Check that sampled classes are held by one rank, whose gradient has rows of its own."""
+    if replicas:
+        raise ValueError(
+            "sampled negatives need each class on one rank, but this mesh of several dimensions has"
+            " copies, which would sample other rows; split the classes over all ranks, or set"
+            " criterion.sampler.rate = 1.0"
+        )
+
+
+def sampled(value: Any) -> None:
+    """Check that it is a loss that can have a sampler."""
+    if not isinstance(value, nn.Module) or not hasattr(value, "sampler"):
+        raise TypeError(
+            f"criterion must be a loss of fused_margin, got {type(value).__name__}; one that is"
+            " wrapped, or part of a model, is given itself, as model.criterion"
+        )
+
+
+def whole_classes(num_rows: int, ranks: int, sub_centers: int) -> None:
+    """Check that no class has its sub-centres on two ranks."""
+    if sub_centers > 1 and -(-num_rows // ranks) % sub_centers:
+        raise ValueError(
+            f"{num_rows // sub_centers} classes of sub_centers = {sub_centers} rows can't be split"
+            f" over {ranks} ranks without cutting one; use a number of classes that is a multiple"
+            f" of {ranks}"
+        )
+
+
+def asked_of_a_sample(sub_centers: int, has_total: bool, has_stats: bool) -> None:
+    """Check that nothing is asked of classes which a sampler leaves out."""
+    asked = {
+        "sub_centers": sub_centers > 1,
+        "label_smoothing": has_total,
+        "return_stats": has_stats,
+    }
+    given = [name for name, is_given in asked.items() if is_given]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} can't be had with sampled negatives, which leave classes out;"
+            " set criterion.sampler.rate = 1.0, or do without"
+        )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fused_margin import _validate_shards
 from fused_margin.distributed import _collectives
 from fused_margin.distributed._shards import ClassShard, bounds
 from fused_margin.distributed._sweep import Rows, gather_rows, local_classes, scaled, shared_scale
@@ -15,8 +16,9 @@ Tensor = torch.Tensor
 
 
 def logits(
-    local_logits: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, weight: Tensor, scale: Any
-) -> Tensor:
+    local_logits: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, weight: Tensor, scale: Any,
+    sub_centers: int,
+) -> Tensor:  # fmt: skip
     """(N, C), of ``local_logits(embeddings, weight, scale)`` of each shard.
 
     Every rank is sent its rows' logits by each other rank.
@@ -24,17 +26,17 @@ def logits(
     shard, scale = ClassShard.of(weight), shared_scale(scale, weight)
     rows, x_all, _ = gather_rows(x, x.new_zeros(x.shape[0], dtype=torch.int64), shard)
     found = local_logits(x_all, local_classes(weight, shard), scaled(scale, shard))
-    return _Transposed.apply(found, rows, weight.shape[0])
+    widths = _widths(weight.shape[0], shard.ranks, sub_centers)
+    return _Transposed.apply(found, rows, widths)
 
 
 class _Transposed(torch.autograd.Function):
     """(R n, C_local), all rows for some classes, to (n, C), some rows for all classes."""
 
     @staticmethod
-    def forward(ctx: Any, found: Tensor, rows: Rows, num_classes: int) -> Tensor:
-        ctx.rows, ctx.num_classes, ctx.columns = rows, num_classes, found.shape[1]
+    def forward(ctx: Any, found: Tensor, rows: Rows, widths: list[int]) -> Tensor:
+        ctx.rows, ctx.widths, ctx.columns = rows, widths, found.shape[1]
         shard = rows.shard
-        widths = _widths(num_classes, shard.ranks)
         shapes = [torch.Size((rows.most, width)) for width in widths]
         parts = list(found.chunk(shard.ranks)) if rows.most else [found] * shard.ranks
         whole = torch.cat(_collectives.exchange(parts, shapes, shard.group), dim=1)
@@ -47,11 +49,12 @@ class _Transposed(torch.autograd.Function):
         padding = (0, 0, 0, rows.most - rows.mine)
         grad = torch.nn.functional.pad(grad_outputs[0], padding) / shard.ranks
         shapes = [torch.Size((rows.most, ctx.columns))] * shard.ranks
-        parts = list(grad.split(_widths(ctx.num_classes, shard.ranks), dim=1))
+        parts = list(grad.split(ctx.widths, dim=1))
         return torch.cat(_collectives.exchange(parts, shapes, shard.group)), None, None
 
 
-def _widths(num_classes: int, ranks: int) -> list[int]:
+def _widths(num_rows: int, ranks: int, sub_centers: int) -> list[int]:
     """How many classes each rank has."""
-    limits = (bounds(num_classes, rank, ranks) for rank in range(ranks))
-    return [stop - start for start, stop in limits]
+    _validate_shards.whole_classes(num_rows, ranks, sub_centers)
+    limits = (bounds(num_rows, rank, ranks) for rank in range(ranks))
+    return [(stop - start) // sub_centers for start, stop in limits]

@@ -18,12 +18,15 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_margin import _loans, _validate_shards
+from fused_margin._arguments import Found
 from fused_margin.distributed import _collectives
 from fused_margin.distributed._shards import ClassShard
 
 Tensor = torch.Tensor
-# of embeddings, weight, labels and scale: lse and u, (N,)
-LocalSweep = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+# of embeddings, weight, labels, scale and `Rows`: lse and u, (N,), and what else was found
+LocalSweep = Callable[[Tensor, Tensor, Tensor, Any, Any], tuple[Tensor, Tensor, Found]]
+# of class weights, labels and the first class: both of the classes that take part
+Sampler = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 NO_TARGET = -1  # label of rows that only fill up
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -36,22 +39,100 @@ class Rows(NamedTuple):
     most: int
     shard: ClassShard
 
+    @property
+    def here(self) -> slice:
+        """This rank's among those of all."""
+        start = self.shard.rank * self.most
+        return slice(start, start + self.mine)
+
+    def added(self, values: Tensor) -> Tensor:
+        """The sum over ranks of numbers of all rows (R n,), of this rank's rows."""
+        return _collectives.total(values.clone(), self.shard.group)[self.here]
+
+    def gathered(self, values: Tensor | None) -> Tensor | None:
+        """Numbers of the ranks' own rows as those of all, (R n,)."""
+        if values is None:
+            return None
+        return _collectives.gather(_filled(values, self), self.shard.group)
+
 
 def sweep(
-    local_sweep: LocalSweep, x: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """lse and u (eq. 1, 2), (N,), of this rank's rows over the classes of all ranks."""
+    local_sweep: LocalSweep,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    sub_centers: int = 1,
+    sampler: Sampler | None = None,
+) -> tuple[Tensor, Tensor, Found]:
+    """lse and u (eq. 1, 2), (N,), of this rank's rows over the classes of all ranks.
+
+    And what else the local sweeps find out about classes of ``sub_centers`` rows of the weight.
+    """
     shard = ClassShard.of(weight)
+    _validate_shards.whole_classes(weight.shape[0], shard.ranks, sub_centers)
     rows, x_all, labels_all = gather_rows(x, labels, shard)
     scale, w = scaled(scale, shard), local_classes(weight, shard)
+    first_class = shard.start // sub_centers
+    labels_here = labels_all - first_class
+    if shard.start == shard.stop:
+        # one class that counts for nothing finds what the others find, and asks what they ask
+        nobody = w.new_zeros(sub_centers, w.shape[1]).detach()
+        no_targets = torch.full_like(labels_here, NO_TARGET)
+        _, _, found = local_sweep(x_all.detach(), nobody, no_targets, 1.0, rows)
+        lse, u = _NoClasses.apply(x_all, w)
+        found = Found(
+            torch.zeros_like(found.total), found.class_sum, found.hardest,
+            found.hardest_cosine.fill_(-float("inf")), found.rank.zero_(),
+        )  # fmt: skip
+        return _merged(lse, u, found, rows, first_class)
+    if sampler is not None:
+        _validate_shards.no_copies(shard.replicas)
+        w, labels_here = sampler(w, labels_here, shard.start)
     # d_w may not be made ahead while there is one of the step before
-    keeps_gradient = weight.grad is not None
+    keeps_gradient = weight.grad is not None and sampler is None
     with _loans.refused() if keeps_gradient else contextlib.nullcontext():
-        if shard.start < shard.stop:
-            lse, u = local_sweep(x_all, w, labels_all - shard.start, scale)
-        else:
-            lse, u = _NoClasses.apply(x_all, w)
-    return _Merged.apply(lse, u, rows)
+        lse, u, found = local_sweep(x_all, w, labels_here, scale, rows)
+    return _merged(lse, u, found, rows, first_class)
+
+
+def _merged(
+    lse: Tensor, u: Tensor, found: Found, rows: Rows, first_class: int
+) -> tuple[Tensor, Tensor, Found]:
+    """What all ranks find of this rank's rows."""
+    has_total = found.total.numel() > 0
+    total = found.total if has_total else torch.zeros_like(u)
+    lse, u, total = _Merged.apply(lse, u, total, has_total, rows)
+    group = rows.shard.group
+    hardest, cosine, rank = found.hardest, found.hardest_cosine, found.rank
+    if hardest.numel():
+        largest = _collectives.largest(cosine.clone(), group)
+        # the first class of those that are as near
+        none = torch.iinfo(torch.int64).max
+        first = torch.where(cosine == largest, hardest + first_class, none)
+        hardest = -_collectives.largest(-first, group)[rows.here]
+        cosine, rank = largest[rows.here], rows.added(rank)
+    return lse, u, Found(total if has_total else u[:0], found.class_sum, hardest, cosine, rank)
+
+
+def target_cosines(
+    of_shard: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sub_centers: int,
+) -> Tensor:
+    """Cosines of this rank's rows with their targets, (n,), without gradients.
+
+    ``of_shard``: the same of embeddings, weights and labels, 0 where a label is outside.
+    """
+    shard = ClassShard.of(weight)
+    _validate_shards.whole_classes(weight.shape[0], shard.ranks, sub_centers)
+    rows, x_all, labels_all = gather_rows(x.detach(), labels, shard)
+    w = local_classes(weight, shard).detach()
+    if shard.start == shard.stop:
+        w, labels_all = w.new_zeros(sub_centers, w.shape[1]), torch.full_like(labels_all, NO_TARGET)
+    return rows.added(of_shard(x_all, w, labels_all - shard.start // sub_centers))
 
 
 def gather_rows(x: Tensor, labels: Tensor, shard: ClassShard) -> tuple[Rows, Tensor, Tensor]:
@@ -122,29 +203,66 @@ class _NoClasses(torch.autograd.Function):
 
 
 class _Merged(torch.autograd.Function):
-    """lse and u of this rank's rows, (n,), of every rank's sweep over all rows (R n,)."""
+    """lse, u and the total of this rank's rows, (n,), of every rank's sweep over all (R n,)."""
 
     @staticmethod
-    def forward(ctx: Any, lse: Tensor, u: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, lse: Tensor, u: Tensor, total: Tensor, has_total: bool, rows: Rows
+    ) -> tuple[Tensor, Tensor, Tensor]:
         shard = rows.shard
         top = _collectives.largest(lse.to(torch.float64, copy=True), shard.group)
         top = top.masked_fill(top == -float("inf"), 0.0)  # a row that has no other class at all
         part = (lse - top).exp()
-        sums, cosines = _collectives.total(torch.stack([part, u.double()]), shard.group)
-        ctx.rows, ctx.dtypes = rows, (lse.dtype, u.dtype)
+        added = [part, u.double(), *([total.double()] if has_total else [])]
+        sums, cosines, *totals = _collectives.total(torch.stack(added), shard.group)
+        ctx.rows, ctx.has_total, ctx.dtypes = rows, has_total, (lse.dtype, u.dtype, total.dtype)
         ctx.save_for_backward(part / sums.masked_fill(sums == 0.0, 1.0))
-        mine = slice(shard.rank * rows.most, shard.rank * rows.most + rows.mine)
-        return (top + sums.log())[mine].to(lse.dtype), cosines[mine].to(u.dtype)
+        merged = (top + sums.log())[rows.here].to(lse.dtype)
+        of_others = totals[0][rows.here].to(total.dtype) if has_total else total.new_empty(0)
+        return merged, cosines[rows.here].to(u.dtype), of_others
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         rows, (share,) = ctx.rows, ctx.saved_tensors
         shard = rows.shard
-        mine = torch.stack([grad.double() for grad in grad_outputs], dim=1)  # (n, 2)
+        wanted = grad_outputs if ctx.has_total else grad_outputs[:2]
+        mine = torch.stack([grad.double() for grad in wanted], dim=1)  # (n, 2 or 3)
         slopes = _collectives.gather(_filled(mine, rows), shard.group) / shard.ranks
-        of_lse, of_u = slopes.unbind(dim=1)
-        lse_dtype, u_dtype = ctx.dtypes
-        return (of_lse * share).to(lse_dtype), of_u.to(u_dtype), None
+        of_lse, of_u, *of_total = slopes.unbind(dim=1)
+        lse_dtype, u_dtype, total_dtype = ctx.dtypes
+        d_total = of_total[0].to(total_dtype) if of_total else None
+        return (of_lse * share).to(lse_dtype), of_u.to(u_dtype), d_total, None, None
+
+
+class _Local(torch.autograd.Function):
+    """This rank's part of a DTensor, whose gradient may be sparse, as to_local()'s may not.
+
+    A sparse one is added to ``weight.grad`` here, as FSDP2 does with its own: what autograd calls
+    for that knows no sparse DTensors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Any) -> Tensor:
+        ctx.weight = weight
+        local = weight.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        from torch.distributed.tensor import DTensor
+
+        weight, (grad,) = ctx.weight, grad_outputs
+        if grad.layout is torch.strided:
+            return DTensor.from_local(
+                grad, weight.device_mesh, weight.placements, run_check=False,
+                shape=weight.shape, stride=weight.stride(),
+            )  # fmt: skip
+        if weight.grad is not None:
+            grad = weight.grad._local_tensor + grad
+        # from_local() takes views, which sparse tensors don't have
+        make: Any = DTensor
+        weight.grad = make(grad, weight._spec, requires_grad=False)
+        return None
 
 
 class _AveragedOver(torch.autograd.Function):
@@ -171,7 +289,7 @@ def scaled(scale: float | Tensor, shard: ClassShard) -> float | Tensor:
 
 def local_classes(weight: Any, shard: ClassShard) -> Tensor:
     """This rank's rows of the weight, (C_local, D)."""
-    local = weight.to_local(grad_placements=weight.placements)
+    local = _Local.apply(weight)
     return _AveragedOver.apply(local, shard.replicas) if shard.replicas else local
 
 

@@ -31,6 +31,8 @@ from fused_margin.metrics import Evaluation
 # Of class weights that are normalised at a time for logits without gradients.
 LOGITS_BLOCK_BYTES = 4 << 20
 
+# of class weights, labels and, of a shard, its first class: both of the classes that take part
+Sampler = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Psi = margins.Margin | Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -42,10 +44,11 @@ def margin_loss(
     scale: float | torch.Tensor,
     options: Options,
     penalty: torch.Tensor | None = None,
+    sampler: Sampler | None = None,
 ) -> Any:
     """`margin_softmax` of checked tensors: the fused operator, or autograd over N numbers.
 
-    ``penalty``: what is added to each row's loss, (N,).
+    ``penalty``: what is added to each row's loss, (N,). ``sampler``: which classes take part.
     """
     _validate_margins.psi(psi)
     scale = _validate.scale(scale, embeddings.device)
@@ -59,12 +62,13 @@ def margin_loss(
         _validate_others.smoothed(asked.negatives)
     built_in = psi if isinstance(psi, margins.Margin) and not psi.is_tensor else None
     is_sharded = _validate.is_class_sharded(weight)
-    if is_sharded:  # of which the operator would see one rank's classes
+    if is_sharded:
         scale = _sharded.shared_scale(scale, weight)
-    is_fused = built_in is not None and asked.is_nothing and not is_sharded
+    # the operator would see one rank's classes; a sampler knows classes by their number among all
+    sees_all = not is_sharded and sampler is None and asked.is_nothing
     hard = stats = None
     if (
-        is_fused
+        sees_all
         and built_in is not None
         and not isinstance(scale, torch.Tensor)
         and backend != "reference"
@@ -83,7 +87,7 @@ def margin_loss(
         # nothing of an ignored row, NaN or infinite as it may be, reaches anything
         embeddings = embeddings.masked_fill(ignored[:, None], 0.0)
         lse, u, found = sweep(
-            embeddings, weight, targets, scale, backend, options.memory_budget, asked
+            embeddings, weight, targets, scale, backend, options.memory_budget, asked, sampler
         )
         with torch.autocast(embeddings.device.type, enabled=False):
             target = _target(psi, u)
@@ -278,10 +282,10 @@ def cosine_logits(
     _validate.matrices(embeddings, weight)
     scale = _validate.scale(scale, embeddings.device)
     sub_centers = _validate.size("sub_centers", sub_centers, 1)
-    num_classes = _validate.centers(weight.shape[0], sub_centers)
+    _validate.centers(weight.shape[0], sub_centers)
     if _validate.is_class_sharded(weight):
         of_shard = functools.partial(_logits, sub_centers=sub_centers)
-        return _sharded_logits.logits(of_shard, embeddings, weight, scale)
+        return _sharded_logits.logits(of_shard, embeddings, weight, scale, sub_centers)
     return _logits(embeddings, weight, scale, sub_centers)
 
 

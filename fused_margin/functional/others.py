@@ -19,10 +19,10 @@ from fused_margin import (
     metrics,
     negatives,
 )
-from fused_margin._centers import nearest_centers
 from fused_margin._numerics import accumulation_dtype
 from fused_margin.functional.core import margin_loss
 from fused_margin.functional.options import CallOptions, Options, choose, loss
+from fused_margin.functional.sweeps import target_cosines
 from fused_margin.negatives import Negatives
 
 Tensor = torch.Tensor
@@ -75,7 +75,7 @@ def curricularface_t(
     num_classes = _validate.centers(weight.shape[0], sub_centers)
     targets = _ops.check_labels(labels, num_classes, ignore_index)
     with torch.autocast(embeddings.device.type, enabled=False):
-        u = nearest_centers(embeddings, weight, targets, sub_centers)[1]
+        u = target_cosines(embeddings, weight, targets, sub_centers)
         # a batch that overflowed, which a gradient scaler drops, must not stay in the mean
         counted = (targets >= 0) & u.isfinite()
         local = torch.stack([counted.sum().to(u.dtype), u.masked_fill(~counted, 0.0).sum()])

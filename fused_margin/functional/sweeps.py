@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from fused_margin import _ops, _reference, _validate
+from fused_margin import _ops, _reference, _validate, _validate_shards
 from fused_margin._arguments import PLAIN, Extras, Found
 from fused_margin._centers import nearest_centers
 from fused_margin._numerics import accumulation_dtype, requested_dtype
@@ -57,24 +58,47 @@ def sweep(
     backend: str,
     memory_budget: int | None,
     asked: Asked = NOTHING,
+    sampler: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Sums:
-    """lse and u of checked arguments; a label outside [0, C) means no target."""
+    """lse and u of checked arguments; a label outside [0, C) means no target.
+
+    ``sampler``: which classes take part, see `sampling`.
+    """
+    if sampler is not None:
+        _validate_shards.asked_of_a_sample(asked.sub_centers, asked.has_total, asked.has_stats)
 
     def of_classes(
-        x: Tensor, w: Tensor, targets: Tensor, s: float | Tensor, rows: _sharded.Rows | None
+        x: Tensor, w: Tensor, targets: Tensor, s: float | Tensor, ranks: _sharded.Rows | None
     ) -> Sums:
         extras = PLAIN
         if not asked.is_nothing:
-            targets, extras = _extras(x, w, targets, asked, rows)
+            targets, extras = _extras(x, w, targets, asked, ranks)
         if backend == "reference":
             return Sums(*_reference.cosine_lse(x, w, targets, s, extras))
         dtype = compute_dtype(x, w, backend)
         return Sums(*_ops.cosine_lse(x, w, targets, s, dtype, backend, memory_budget, extras))
 
     if _validate.is_class_sharded(weight):
-        found = _sharded.sweep(of_classes, embeddings, weight, labels, scale, asked.sub_centers)
-        return Sums(*found)
+        return Sums(
+            *_sharded.sweep(
+                of_classes, embeddings, weight, labels, scale, asked.sub_centers, sampler
+            )
+        )
+    if sampler is not None:
+        weight, labels = sampler(weight, labels)
     return of_classes(embeddings, weight, labels, scale, None)
+
+
+@torch.no_grad()
+def target_cosines(embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers: int) -> Tensor:
+    """u (eq. 1), (N,) in `sum_dtype`, without gradients; 0 for a label outside [0, C)."""
+
+    def of_classes(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+        return nearest_centers(x, w, targets, sub_centers)[1]
+
+    if _validate.is_class_sharded(weight):
+        return _sharded.target_cosines(of_classes, embeddings, weight, labels, sub_centers)
+    return of_classes(embeddings, weight, labels)
 
 
 def compute_dtype(embeddings: Tensor, weight: Tensor, backend: str) -> torch.dtype:

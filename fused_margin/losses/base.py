@@ -100,6 +100,7 @@ class MarginSoftmaxLoss(nn.Module):
             normal(0, 1/D) so that rows start with norm about 1.
         settings: what may be assigned, in the order of ``repr``, with the function that checks a
             value and returns what is kept. A subclass may add its own.
+        sampler: what `sampling.sample_negatives` sets, else None: all classes take part.
     """
 
     settings: ClassVar[dict[str, Callable[[Any], Any]]] = {
@@ -124,6 +125,7 @@ class MarginSoftmaxLoss(nn.Module):
     focal_alpha: float | None
     label_smoothing: float
     sub_centers: int
+    sampler: Any  # of `fused_margin.sampling`, or None
 
     def __init__(
         self, num_classes: int, embedding_size: int, scale: float | nn.Parameter | None = 64.0,
@@ -148,6 +150,7 @@ class MarginSoftmaxLoss(nn.Module):
             self.scale = scale
         for name, value in chosen.items():
             setattr(self, name, value)
+        self.sampler = None
         self.reset_parameters()
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -201,6 +204,8 @@ class MarginSoftmaxLoss(nn.Module):
         draw_normal(self.weight, self.embedding_size**-0.5)
         for name, value in self.initial_statistics().items():
             getattr(self, name).fill_(value)
+        if self.sampler is not None:
+            self.sampler.reset_parameters()
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
@@ -293,6 +298,7 @@ class MarginSoftmaxLoss(nn.Module):
             _ops.check_labels(labels, self.num_classes, ignore_index)  # before they change anything
             with torch.no_grad():
                 self.update_statistics(embeddings, labels)
+        sampler = self.sampler.begin() if self.training and self.sampler is not None else None
         options = Options(
             reduction=self.reduction, ignore_index=ignore_index, backend=self.backend,
             memory_budget=memory_budget, class_weight=self.class_weight,
@@ -303,7 +309,7 @@ class MarginSoftmaxLoss(nn.Module):
         )  # fmt: skip
         return margin_loss(
             embeddings, weight, labels, self.psi(embeddings, labels), self._current_scale(),
-            options, self.penalty(embeddings, labels),
+            options, self.penalty(embeddings, labels), sampler,
         )  # fmt: skip
 
     def _current_scale(self) -> float | torch.Tensor:

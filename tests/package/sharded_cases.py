@@ -79,7 +79,26 @@ CRITERIA: dict[str, Callable[..., Any]] = {
     "magface": lambda C, **kw: fm.MagFaceLoss(C, DIM, **kw),
     "elasticface": _elastic,
     "own": lambda C, **kw: Own(C, DIM, 12.0, **kw),
+    "curricularface": lambda C, **kw: fm.CurricularFaceLoss(C, DIM, 0.3, 9.0, **kw),
+    "mv-softmax, a margin a class": lambda C, **kw: fm.MVSoftmaxLoss(
+        C, DIM, _per_class(C), 9.0, **kw
+    ),
+    "circle softmax": lambda C, **kw: fm.CircleSoftmaxLoss(C, DIM, scale=9.0, **kw),
+    "smoothed, learnt scale": lambda C, **kw: fm.ArcFaceLoss(
+        C, DIM, 0.2, _learnt(), label_smoothing=0.1, **kw
+    ),
+    "curricularface, smoothed": lambda C, **kw: fm.CurricularFaceLoss(
+        C, DIM, 0.3, 9.0, label_smoothing=0.2, **kw
+    ),
+    "sub-centres": lambda C, **kw: fm.CosFaceLoss(
+        C, DIM, 0.2, 9.0, sub_centers=2, label_smoothing=0.1, **kw
+    ),
+    "sub-centres, reference": lambda C, **kw: fm.CosFaceLoss(
+        C, DIM, 0.2, 9.0, sub_centers=2, backend="reference", **kw
+    ),
 }
+# which are asked for statistics of the batch, too
+WITH_STATS = ("cosface", "curricularface", "sub-centres", "sub-centres, reference")
 TRITON: dict[str, Callable[..., Any]] = {
     "arcface, triton": lambda C, **kw: fm.ArcFaceLoss(C, DIM, backend="triton", **kw),
 }
@@ -119,9 +138,16 @@ def built(name: str, num_classes: int) -> Any:
 
 def call(criterion: Any, name: str, part: Part, x: Tensor) -> Tensor:
     """The loss, as a scalar of which to take gradients."""
-    keywords = {"sample_weight": part.weights} if name in ROW_WEIGHTS else {}
+    keywords: dict[str, Any] = {}
+    if name in ROW_WEIGHTS:
+        keywords["sample_weight"] = part.weights
     labels = part.labels.masked_fill(part.labels == -100, criterion.ignore_index)
+    if name in WITH_STATS:
+        keywords["return_stats"] = True
     loss = criterion(x, labels, **keywords)
+    if name in WITH_STATS:
+        loss, stats = loss
+        criterion.stats = {f"stats: {key}": value for key, value in stats._asdict().items()}
     return (loss * torch.linspace(0.3, 1.0, len(loss), dtype=FP64)).sum() if loss.ndim else loss
 
 
@@ -135,6 +161,8 @@ def measured(criterion: Any, name: str, part: Part) -> dict[str, Tensor]:
     for parameter_name, parameter in criterion.named_parameters():
         grad = parameter.grad
         found[f"d_{parameter_name}"] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    for key, value in getattr(criterion, "stats", {}).items():
+        found[key] = value.double().nan_to_num(-2.0)
     return found | {buffer: value.clone() for buffer, value in criterion.named_buffers()}
 
 
@@ -168,8 +196,20 @@ def differences(names: list[str], counts: list[int], num_classes: int) -> dict[s
     return {
         name: difference(name, counts, num_classes)
         for name in names
-        if num_classes >= TOO_FEW.get(name, 2)
+        if num_classes >= TOO_FEW.get(name, 2) and not _is_cut(name, num_classes)
     }
+
+
+def _is_cut(name: str, num_classes: int) -> bool:
+    """Whether the two rows of a class would come to lie on two ranks: it is refused."""
+    if "sub-centres" not in name or -(-2 * num_classes // dist.get_world_size()) % 2 == 0:
+        return False
+    sharded = fm.distributed.shard_classes(built(name, num_classes))
+    try:
+        sharded(torch.zeros(2, DIM, dtype=FP64), torch.zeros(2, dtype=torch.int64))
+    except ValueError as error:
+        return "without cutting one" in str(error)
+    return False
 
 
 def whole_batch(name: str, count: int, num_classes: int) -> dict[str, float]:
@@ -189,6 +229,7 @@ def whole_batch(name: str, count: int, num_classes: int) -> dict[str, float]:
     return {
         key: float((found[key] - value).abs().max() / value.abs().max())
         for key, value in expected.items()
+        if not key.startswith("stats")  # which are of this rank's rows
     }
 
 

@@ -224,6 +224,22 @@ def _arguments(backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
     return x, w, torch.tensor([3, 0, -1, 10], device=device)
 
 
+@pytest.mark.cpu_ahead
+@pytest.mark.parametrize("name", ["arcface", "margin_softmax"])
+def test_steps_of_compiled_code_that_could_lend(name: str) -> None:
+    """From the second on it has inputs that require gradients, and autograd is off."""
+
+    def eager(x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if name == "arcface":
+            return fmf.arcface(x, w, labels)
+        return fmf.margin_softmax(x, w, labels, lambda u: u - 0.2, 16.0)
+
+    w = torch.randn(CLASSES, DIM, requires_grad=True)
+    compiled = torch.compile(eager, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        _check(compiled, eager, w, 4)
+
+
 @pytest.mark.usefixtures("poison")  # bytes of `kept` beyond what is used are the same each time
 @pytest.mark.parametrize("budget", [0, -1, 1 << 20])
 @pytest.mark.parametrize("with_tensor_scale", [False, True])

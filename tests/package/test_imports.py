@@ -73,7 +73,10 @@ LAYERS = (
     {"_transforms", "_remedies", "_compiled"},
     {"_validate"},
     {
-        "_validate_margins", "_validate_settings", "_validate_schedules", "_validate_others",
+        "_validate_margins",
+        "_validate_settings",
+        "_validate_schedules",
+        "_validate_others",
         "_validate_shards",
     },
     {"margins"},

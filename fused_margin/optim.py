@@ -1,0 +1,190 @@
+r"""Optimisers for gradients of a few rows: those of class weights with sampled negatives.
+
+A step costs what the rows in the gradient cost, in time and in memory traffic, whatever the number
+of classes. It is **lazy**: a row that is not in the gradient stays as it is, with all its state.
+Momentum doesn't move it, moments don't decay, weight decay doesn't shrink it: time stands still for
+it until it is sampled again. With gradients of all rows at each step, these are `torch.optim.SGD`
+and `torch.optim.Adam`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import Optimizer
+
+from fused_margin import _validate
+
+__all__ = ["RowSparseAdam", "RowSparseSGD"]
+
+Tensor = torch.Tensor
+
+
+def _local(tensor: Any) -> Tensor:
+    """The part of this rank, in the same memory."""
+    return tensor.to_local() if _validate.is_dtensor(tensor) else tensor
+
+
+class _Rows(NamedTuple):
+    """A gradient: rows of a parameter, or all of it where ``chosen`` is None.
+
+    Attributes:
+        chosen: (k,) int64, each row once. values: (k, ...).
+    """
+
+    chosen: Tensor | None
+    values: Tensor
+
+    @classmethod
+    def of(cls, grad: Any) -> _Rows:
+        grad = grad._local_tensor if _validate.is_dtensor(grad) else grad
+        if grad.layout is not torch.sparse_coo:
+            return cls(None, grad)
+        index, values = grad._indices()[0], grad._values()
+        if not bool((index[1:] > index[:-1]).all()):  # of several backwards
+            grad = grad.coalesce()
+            index, values = grad.indices()[0], grad.values()
+        return cls(index, values)
+
+    def taken(self, tensor: Tensor) -> Tensor:
+        """These rows of another tensor, as a copy; all of it is no copy."""
+        return tensor if self.chosen is None else tensor.index_select(0, self.chosen)
+
+    def put(self, tensor: Tensor, rows: Tensor) -> None:
+        """Write them back."""
+        if self.chosen is not None:
+            tensor.index_copy_(0, self.chosen, rows)
+
+
+class _RowSparse(Optimizer):
+    """What both share: each parameter with a gradient, its rows, its settings."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the rows that have a gradient.
+
+        Args:
+            closure: evaluates the loss again, and returns it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, _Rows.of(parameter.grad), group)
+        return loss
+
+    def _update(self, parameter: Any, grad: _Rows, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def _decayed(rows: Tensor, grad: Tensor, weight_decay: float) -> Tensor:
+    return grad.add(rows, alpha=weight_decay) if weight_decay else grad
+
+
+class RowSparseSGD(_RowSparse):
+    r"""SGD with momentum and weight decay on the rows that have a gradient.
+
+    .. math:: g \leftarrow g + \lambda w, \qquad v \leftarrow \mu v + g, \qquad
+        w \leftarrow w - \eta\, v
+
+    for these rows; the others' w and v stay.
+
+    Args:
+        params: parameters or groups. Sparse gradients (COO, of the first dimension), dense ones and
+            those of DTensors that are sharded on it.
+        lr: eta > 0.
+        momentum: mu.
+        weight_decay: lambda.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        settings = {
+            "lr": _validate.between("lr", lr, 0.0, _validate.LARGEST_SCALE),
+            "momentum": _validate.between("momentum", momentum, 0.0, 1.0),
+            "weight_decay": _validate.between(
+                "weight_decay", weight_decay, 0.0, _validate.LARGEST_SCALE
+            ),
+        }
+        super().__init__(params, settings)
+
+    def _update(self, parameter: Any, grad: _Rows, group: dict[str, Any]) -> None:
+        w = _local(parameter)
+        d = _decayed(grad.taken(w), grad.values, group["weight_decay"])
+        if group["momentum"]:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            velocity = _local(state["momentum_buffer"])
+            d = grad.taken(velocity).mul_(group["momentum"]).add_(d)
+            grad.put(velocity, d)
+        if grad.chosen is None:
+            w.add_(d, alpha=-group["lr"])
+        else:
+            w.index_add_(0, grad.chosen, d.to(w.dtype), alpha=-group["lr"])
+
+
+class RowSparseAdam(_RowSparse):
+    r"""Adam on the rows that have a gradient.
+
+    .. math:: m \leftarrow \beta_1 m + (1 - \beta_1)\, g, \qquad
+        v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2, \qquad
+        w \leftarrow w - \eta\,
+        \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    with g + lambda w for g. t counts the updates of each row, not the steps (as `torch.optim.\
+SparseAdam` does, whose first update of a late row is too long): a row behaves as if nothing but its
+    own updates had ever been.
+
+    Args:
+        params: see `RowSparseSGD`.
+        lr: eta > 0.
+        betas: beta_1 and beta_2, in [0, 1).
+        eps: epsilon.
+        weight_decay: lambda, as in `torch.optim.Adam`.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        largest = _validate.LARGEST_SCALE
+        settings = {
+            "lr": _validate.between("lr", lr, 0.0, largest),
+            "betas": tuple(_validate.between("betas", beta, 0.0, 1.0) for beta in betas),
+            "eps": _validate.between("eps", eps, 0.0, 1.0),
+            "weight_decay": _validate.between("weight_decay", weight_decay, 0.0, largest),
+        }
+        super().__init__(params, settings)
+
+    def _update(self, parameter: Any, grad: _Rows, group: dict[str, Any]) -> None:
+        state, w = self.state[parameter], _local(parameter)
+        if not state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["updates"] = torch.zeros_like(parameter[..., :1], dtype=torch.float32)
+        first, second, updates = (
+            _local(state[name]) for name in ("exp_avg", "exp_avg_sq", "updates")
+        )
+        beta_1, beta_2 = group["betas"]
+        d = _decayed(grad.taken(w), grad.values, group["weight_decay"])
+        count = grad.taken(updates).add_(1.0)  # (k, 1)
+        mean = grad.taken(first).lerp_(d, 1.0 - beta_1)
+        square = grad.taken(second).mul_(beta_2).addcmul_(d, d, value=1.0 - beta_2)
+        for whole, rows in ((updates, count), (first, mean), (second, square)):
+            grad.put(whole, rows)
+        count = count.double()
+        length = (group["lr"] / (1.0 - beta_1**count)).to(w.dtype)
+        root = (1.0 - beta_2**count).sqrt().to(w.dtype)
+        step = mean * length / (square.sqrt().div_(root).add_(group["eps"]))
+        if grad.chosen is None:
+            w.sub_(step)
+        else:
+            w.index_add_(0, grad.chosen, step, alpha=-1.0)

@@ -1,0 +1,156 @@
+r"""Sampled negatives: a step over the classes of the batch and a random part of the others.
+
+`sample_negatives` gives a loss a sampler. While it trains, the softmax of each step then runs over
+the positives, the classes of the whole batch (of all ranks), and a random subset of the others, so
+that a step costs the rate of a full one. The gradient of the class weights is sparse: it has the
+rows that were taken, which `fused_margin.optim.RowSparseSGD` and `RowSparseAdam` update alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fused_margin import _validate, _validate_shards
+
+__all__ = ["NegativeSampler", "sample_negatives"]
+
+Tensor = torch.Tensor
+Criterion = TypeVar("Criterion", bound=nn.Module)
+
+NOT_TAKEN = -1  # label of a row whose class isn't here
+
+
+class NegativeSampler(nn.Module):
+    r"""Which classes take part in a step.
+
+    Of C classes (of a shard: its own) those with a row in the batch, and a random subset of the
+    others that fills up to C times the rate, rounded down; none if there are as many positives. A
+    rate of 0 is the positives alone (or one class, where a shard has none); at 1 nothing is
+    sampled. Subsets depend on the seed, the step and the shard alone: the buffer ``step``, part of
+    ``state_dict()``, counts the training forwards, so that a run that is resumed, on as many ranks,
+    goes on with the same ones. On a GPU a step synchronises, to know how many classes it has.
+
+    Args:
+        rate: of the classes, in [0, 1]; may be assigned between any two steps, so that the last
+            epochs train with all classes: ``criterion.sampler.rate = 1.0``.
+        seed: of the subsets, >= 0.
+    """
+
+    step: Tensor
+
+    def __init__(self, rate: float, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = _validate.size("seed", seed, 0)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self.rate = rate
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module, but the rate is checked."""
+        if name == "rate":
+            value = _validate.between("rate", value, 0.0, 1.0)
+        super().__setattr__(name, value)
+
+    def reset_parameters(self) -> None:
+        """Begin with the first step again."""
+        self.step.zero_()
+
+    def begin(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """`take` of the next step; None if all classes take part."""
+        step = int(self.step)
+        self.step += 1
+        return None if self.rate >= 1.0 else functools.partial(self.take, step=step)
+
+    def take(
+        self, weight: Tensor, labels: Tensor, first: int = 0, *, step: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Weights of the classes that take part, and labels among them.
+
+        Args:
+            weight: (C, D), of the classes from ``first`` on.
+            labels: (N,) int64, less ``first``; outside [0, C) for no target.
+            first: the first class of a shard.
+            step: number of the step.
+
+        Returns:
+            (k, D) and (N,); the gradient of the first is sparse in ``weight``.
+        """
+        num_classes = weight.shape[0]
+        index = self.draw(labels, num_classes, first, step)
+        is_inside = (labels >= 0) & (labels < num_classes)
+        place = torch.searchsorted(index, labels.clamp(0, num_classes - 1))
+        return _TakenRows.apply(weight, index), place.masked_fill(~is_inside, NOT_TAKEN)
+
+    @torch.no_grad()
+    def draw(self, labels: Tensor, num_classes: int, first: int, step: int) -> Tensor:
+        """Classes that take part, (k,) int64 in ascending order; at least one."""
+        positives = labels[(labels >= 0) & (labels < num_classes)].unique()
+        count = max(int(self.rate * num_classes), positives.shape[0], 1)
+        generator = torch.Generator(labels.device)
+        generator.manual_seed(_mixed(self.seed, step, first))
+        taken = torch.zeros(num_classes, dtype=torch.bool, device=labels.device)
+        taken[positives] = True
+        missing = count - positives.shape[0]
+        if missing:
+            # of a permutation of all, as many as suffice whichever of them are positives
+            order = torch.randperm(num_classes, generator=generator, device=labels.device)
+            others = order[:count]
+            taken[others[~taken[others]][:missing]] = True
+        return taken.nonzero()[:, 0]
+
+    def extra_repr(self) -> str:
+        """Rate and seed."""
+        return f"rate={self.rate:g}, seed={self.seed}"
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed of 63 bits from several numbers, by multiplications and shifts (SplitMix64)."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed + number + 0x9E3779B97F4A7C15) % (1 << 64)
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % (1 << 64)
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % (1 << 64)
+        mixed ^= mixed >> 31
+    return mixed >> 1
+
+
+class _TakenRows(torch.autograd.Function):
+    """Rows of a matrix, whose gradient is sparse."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = weight.shape
+        return weight.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (index,) = ctx.saved_tensors
+        return torch.sparse_coo_tensor(
+            index[None], grad_outputs[0], ctx.shape, is_coalesced=True, check_invariants=False
+        ), None
+
+
+def sample_negatives(criterion: Criterion, rate: float = 0.1, seed: int = 0) -> Criterion:
+    """Give a loss a `NegativeSampler`, before or after `shard_classes`, in place.
+
+    In training mode its softmax then runs over a part of the classes, which makes the loss smaller
+    than the full one: it is not corrected for. AdaCos adapts its scale by all classes still, in a
+    sweep over all of them.
+
+    Args:
+        criterion: a loss of this package, or a subclass of `MarginSoftmaxLoss`.
+        rate: see `NegativeSampler`.
+        seed: see `NegativeSampler`.
+
+    Returns:
+        The criterion, with ``criterion.sampler``.
+    """
+    _validate_shards.sampled(criterion)
+    sampled: Any = criterion
+    sampled.sampler = NegativeSampler(rate, seed)
+    return criterion

@@ -1,0 +1,268 @@
+"""Sampled negatives, and the optimisers for their sparse gradients, whole and sharded."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from two_processes import Pair
+
+# Not imported at all where torch has no gloo: two_processes skips the file.
+# isort: split
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+import fused_margin as fm
+import fused_margin.functional as fmf
+from fused_margin import _setup
+from fused_margin.distributed import ClassShard
+from fused_margin.distributed._shards import bounds
+from fused_margin.optim import RowSparseAdam, RowSparseSGD
+from fused_margin.sampling import NegativeSampler, sample_negatives
+
+CLASSES, DIM, RATE = 40, 6, 0.3
+Tensor = torch.Tensor
+
+
+def _problem(seed: int = 0) -> tuple[Any, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    criterion = fm.ArcFaceLoss(CLASSES, DIM, scale=8.0, dtype=torch.float64)
+    with torch.no_grad():
+        criterion.weight.normal_(generator=generator)
+    x = torch.randn(12, DIM, generator=generator, dtype=torch.float64)
+    labels = torch.randint(CLASSES, (12,), generator=generator)
+    labels[3] = -100
+    return criterion, x, labels
+
+
+def _expected(weight: Tensor, index: Tensor, x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Loss, d_x and the dense d_w of a softmax over some classes."""
+    x, weight = (one.detach().clone().requires_grad_() for one in (x, weight))
+    place = torch.full((CLASSES,), -1)
+    place[index] = torch.arange(len(index))
+    inside = torch.where(labels >= 0, place[labels.clamp_min(0)], -100)
+    loss = fmf.arcface(x, weight[index], inside, 0.5, 8.0)
+    loss.backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    return loss.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("rate", [0.0, 0.1, RATE, 0.999])
+def test_the_softmax_is_over_the_classes_taken(rate: float, backend: str) -> None:
+    criterion, x, labels = _problem()
+    criterion.backend = backend
+    sample_negatives(criterion, rate, seed=5)
+    targets = labels.masked_fill(labels < 0, -1)
+    index = NegativeSampler(rate, 5).draw(targets, CLASSES, 0, 0)
+    positives = set(labels[labels >= 0].tolist())
+    assert positives <= set(index.tolist())
+    assert len(index) == max(int(rate * CLASSES), len(positives))
+    x.requires_grad_()
+    loss = criterion(x, labels)
+    loss.backward()
+    grad = criterion.weight.grad
+    assert grad.layout is torch.sparse_coo
+    assert grad._nnz() == len(index)
+    expected = _expected(criterion.weight, index, x, labels)
+    for found, one in zip((loss, x.grad, grad.to_dense()), expected, strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-10, atol=1e-12)
+
+
+def test_full_softmax_at_rate_one_and_in_evaluation() -> None:
+    criterion, x, labels = _problem()
+    expected = criterion(x, labels)
+    sample_negatives(criterion, RATE)
+    assert criterion(x, labels) < expected
+    criterion.sampler.rate = 1.0
+    loss = criterion(x, labels)
+    assert loss == expected
+    loss.backward()
+    assert criterion.weight.grad.layout is torch.strided
+    criterion.sampler.rate = RATE
+    assert criterion.eval()(x, labels) == expected
+
+
+def test_steps_differ_and_come_again_after_a_restart() -> None:
+    criterion, x, labels = _problem()
+    sample_negatives(criterion, RATE, seed=3)
+    losses = [criterion(x, labels).item() for _ in range(6)]
+    assert len(set(losses)) == 6
+    other, x, labels = _problem()
+    sample_negatives(other, RATE, seed=3)
+    assert [other(x, labels).item() for _ in range(3)] == losses[:3]
+    state = other.state_dict()
+    assert state["sampler.step"] == 3
+    resumed, x, labels = _problem()
+    sample_negatives(resumed, RATE, seed=3)
+    resumed.load_state_dict(state)
+    assert [resumed(x, labels).item() for _ in range(3)] == losses[3:]
+    resumed.reset_parameters()
+    assert resumed.sampler.step == 0
+    sample_negatives(resumed, RATE, seed=4)
+    resumed.load_state_dict({**state, "sampler.step": torch.tensor(0)})
+    assert [resumed(x, labels).item() for _ in range(3)] != losses[:3]
+
+
+def test_every_class_is_taken_as_often() -> None:
+    sampler, counts = NegativeSampler(RATE), torch.zeros(CLASSES)
+    labels = torch.tensor([4, 4, -1])
+    for step in range(2000):
+        counts[sampler.draw(labels, CLASSES, 0, step)] += 1
+    assert counts[4] == 2000
+    others = counts[torch.arange(CLASSES) != 4]
+    share = (int(RATE * CLASSES) - 1) / (CLASSES - 1)
+    # six standard deviations of a binomial count
+    assert (others - 2000 * share).abs().max() < 6 * (2000 * share * (1 - share)) ** 0.5
+
+
+def test_no_class_but_the_target() -> None:
+    """A row whose target is the only class taken has a loss of 0; no row at all likewise."""
+    criterion, x, labels = _problem()
+    sample_negatives(criterion, 0.0)
+    for rows in (slice(0, 1), slice(0, 0), slice(3, 4)):
+        loss = criterion(x[rows], labels[rows])
+        loss.backward()
+        assert loss == 0.0
+        assert not criterion.weight.grad.to_dense().any()
+
+
+def test_refusals() -> None:
+    with pytest.raises(TypeError, match="criterion must be a loss of fused_margin, got Linear"):
+        sample_negatives(torch.nn.Linear(2, 3))
+    criterion, _, _ = _problem()
+    with pytest.raises(ValueError, match=r"rate must be in \[0, 1\], got 1.5"):
+        sample_negatives(criterion, 1.5)
+    sample_negatives(criterion)
+    with pytest.raises(ValueError, match="rate must be in"):
+        criterion.sampler.rate = -1.0
+    with pytest.raises(ValueError, match="lr must be in"):
+        RowSparseSGD(criterion.parameters(), lr=-1.0)
+
+
+OPTIMIZERS: dict[str, tuple[Any, Any]] = {
+    "sgd": (
+        lambda p: RowSparseSGD(p, 0.1, 0.9, 0.01),
+        lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.01),
+    ),
+    "sgd without momentum": (lambda p: RowSparseSGD(p, 0.1), lambda p: torch.optim.SGD(p, 0.1)),
+    "adam": (
+        lambda p: RowSparseAdam(p, 0.1, weight_decay=0.01),
+        lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.01),
+    ),
+}
+
+
+def _gradients(is_sparse: bool, index: Tensor, steps: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    values = torch.randn(steps, len(index), DIM, generator=generator, dtype=torch.float64)
+    if not is_sparse:
+        return list(values)
+    shape = (CLASSES, DIM)
+    return [
+        torch.sparse_coo_tensor(index[None], one, shape, check_invariants=True) for one in values
+    ]
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_with_all_rows_they_are_torchs(name: str, is_sparse: bool) -> None:
+    criterion, _, _ = _problem()
+    other = copy.deepcopy(criterion)
+    ours, theirs = OPTIMIZERS[name]
+    ours, theirs = ours(criterion.parameters()), theirs(other.parameters())
+    for grad in _gradients(is_sparse, torch.arange(CLASSES), 5):
+        criterion.weight.grad, other.weight.grad = grad, grad.to_dense()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(criterion.weight, other.weight, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_without_a_gradient_stand_still(name: str) -> None:
+    """Each row is where torch's optimiser leaves it after the steps in which it was sampled."""
+    criterion, _, _ = _problem()
+    before = criterion.weight.detach().clone()
+    ours, theirs = OPTIMIZERS[name]
+    optimizer = ours(criterion.parameters())
+    often, seldom = torch.tensor([2, 7, 30]), torch.tensor([7, 11])
+    plan = [often, seldom, often, often, seldom]
+    grads = [_gradients(True, index, step + 1)[step] for step, index in enumerate(plan)]
+    for grad in grads:
+        criterion.weight.grad = grad
+        optimizer.step()
+    moved = (criterion.weight != before).any(dim=1).nonzero()[:, 0].tolist()
+    assert moved == [2, 7, 11, 30]
+    for row in moved:
+        alone = torch.nn.Parameter(before[row].clone())
+        optimizer = theirs([alone])
+        for grad in grads:
+            if row in grad._indices()[0]:
+                alone.grad = grad.to_dense()[row]
+                optimizer.step()
+        torch.testing.assert_close(criterion.weight[row], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_several_backwards_add_up() -> None:
+    criterion, x, labels = _problem()
+    other = copy.deepcopy(criterion)
+    optimizer = RowSparseSGD(sample_negatives(criterion, RATE).parameters(), 1.0)
+    index = [NegativeSampler(RATE).draw(labels.clamp_min(-1), CLASSES, 0, step) for step in (0, 1)]
+    expected = sum(_expected(other.weight, one, x, labels)[2] for one in index)
+    for _ in range(2):
+        criterion(x, labels).backward()
+    optimizer.step()
+    torch.testing.assert_close(criterion.weight, other.weight - expected, rtol=1e-10, atol=1e-10)
+
+
+def sharded(rate: float) -> list[float]:
+    """Loss, gradient and a step over sampled classes of all shards, beside all of them at once."""
+    plain, x, labels = _problem()
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    _setup._calls[plain] = _setup._DECIDED
+    criterion = sample_negatives(fm.distributed.shard_classes(copy.deepcopy(plain)), rate, seed=2)
+    rows = slice(rank * len(x) // ranks, (rank + 1) * len(x) // ranks)
+    sampler, taken = NegativeSampler(rate, 2), []
+    for one in range(ranks):
+        start, stop = bounds(CLASSES, one, ranks)
+        targets = torch.where(labels >= 0, labels, -1) - start
+        taken.append(start + sampler.draw(targets, stop - start, start, 0))
+    loss, d_x, d_w = _expected(plain.weight, torch.cat(taken), x[rows], labels[rows])
+    dist.all_reduce(d_w)
+    d_w /= ranks
+    mine = x[rows].clone().requires_grad_()
+    optimizer = RowSparseSGD(criterion.parameters(), 0.5, 0.9)
+    found = criterion(mine, labels[rows])
+    found.backward()
+    weight: Any = criterion.weight
+    assert isinstance(weight.grad, DTensor)
+    shard = ClassShard.of(weight)
+    here = weight.grad._local_tensor
+    assert here.layout is torch.sparse_coo
+    assert here._nnz() == len(taken[rank])
+    optimizer.step()
+    buffer: Any = optimizer.state[weight]["momentum_buffer"]
+    assert isinstance(buffer, DTensor)
+    assert mine.grad is not None
+    part = slice(shard.start, shard.stop)
+    pairs = [
+        (found, loss),
+        (mine.grad.clone(), d_x),
+        (here.to_dense(), d_w[part]),
+        (weight.to_local().detach().clone(), plain.weight[part] - 0.5 * d_w[part]),
+    ]
+    criterion.sampler.rate = 1.0  # and on with all classes
+    optimizer.zero_grad()
+    criterion(mine, labels[rows]).backward()
+    optimizer.step()
+    assert weight.grad.layout is torch.strided
+    return [float((a - b).detach().abs().max()) for a, b in pairs]
+
+
+@pytest.mark.parametrize("rate", [0.0, RATE])
+def test_shards_sample_their_own_classes(ranks: Pair, rate: float) -> None:
+    for differences in ranks.run(sharded, rate):
+        assert max(differences) < 1e-11
