@@ -231,7 +231,7 @@ def test_steps_of_compiled_code_that_could_lend(name: str) -> None:
 
     def eager(x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if name == "arcface":
-            return fmf.arcface(x, w, labels)
+            return fmf.arcface(x, w, labels, scale=16.0)
         return fmf.margin_softmax(x, w, labels, lambda u: u - 0.2, 16.0)
 
     w = torch.randn(CLASSES, DIM, requires_grad=True)
