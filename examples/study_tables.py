@@ -459,6 +459,7 @@ TABLES: dict[str, Callable[[], Table]] = {  # in the order of their numbers in d
     "sweep": sweep,
     "sweep_margin": sweep_margin,
     "sweep_longer": sweep_longer,
+    "sweep_open": sweep_open,
 }
 COUNTS = "intervals"  # the table that counts the intervals of all others
 
