@@ -130,9 +130,12 @@ class _TakenRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (index,) = ctx.saved_tensors
-        return torch.sparse_coo_tensor(
-            index[None], grad_outputs[0], ctx.shape, is_coalesced=True, check_invariants=False
-        ), None
+        # said in this way too, since torch 2.11 warns of checks that nobody has declined
+        with torch.sparse.check_sparse_tensor_invariants(False):
+            grad = torch.sparse_coo_tensor(
+                index[None], grad_outputs[0], ctx.shape, is_coalesced=True, check_invariants=False
+            )
+        return grad, None
 
 
 def sample_negatives(criterion: Criterion, rate: float = 0.1, seed: int = 0) -> Criterion:

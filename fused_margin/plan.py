@@ -1,0 +1,243 @@
+"""Memory, communication and time of a step with classes split over GPUs, before renting them.
+
+    python -m fused_margin.plan --classes 1e8 --dim 512 --gpus 64 --gpu-memory 80
+
+Formulas of `docs/scaling.md`: memory and bytes are checked against what ranks on CPUs measure;
+times follow from the rates that are given, whose defaults are an H100's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from typing import NamedTuple
+
+import torch
+
+from fused_margin.distributed import bytes_per_step
+
+STATES = {"sgd": 0, "momentum": 1, "adam": 2}  # numbers for each weight
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WEIGHT_BYTES = 4  # class weights, their gradient and the optimiser's state are fp32
+WORKSPACE = 128 << 20  # of the kernels: probabilities of a chunk, and partial sums of d_x
+COLLECTIVES = 7  # of a step: two gathers, sizes, two all-reduces, slopes, a reduce-scatter
+PASSES = {"sgd": 3, "momentum": 5, "adam": 7}  # over the weights, of an optimiser's step
+SAMPLED = 0.1  # the rate that is suggested
+
+
+class Setting(NamedTuple):
+    """What is to be trained, and on what.
+
+    Attributes:
+        classes: C. dim: D. gpus: R. rows: of each GPU, n.
+        optimizer: of `STATES`. embeddings: of `DTYPES`.
+        rate: of the classes that take part in a step.
+        gpu_memory: bytes of a GPU, of which ``reserved`` are for the backbone.
+        network: bytes a second that a GPU sends. latency: seconds of one hop of a collective.
+        products: flops a second. memory_rate: bytes a second.
+    """
+
+    classes: int
+    dim: int
+    gpus: int
+    rows: int = 128
+    optimizer: str = "momentum"
+    embeddings: str = "bf16"
+    rate: float = 1.0
+    gpu_memory: float = 80e9
+    reserved: float = 16e9
+    network: float = 50e9
+    latency: float = 5e-6
+    products: float = 200e12
+    memory_rate: float = 2.5e12
+
+    @property
+    def shard(self) -> int:
+        """Classes of the GPU with most of them."""
+        return math.ceil(self.classes / self.gpus)
+
+    @property
+    def taken(self) -> int:
+        """Of these, those that take part in a step; the positives at least."""
+        if self.rate >= 1.0:
+            return self.shard
+        return min(self.shard, max(int(self.rate * self.shard), self.rows))
+
+
+class Plan(NamedTuple):
+    """Of one GPU: bytes by what they hold, bytes sent in a step, seconds by what takes them."""
+
+    memory: dict[str, int]
+    sent: int
+    seconds: dict[str, float]
+
+
+def plan(setting: Setting) -> Plan:
+    """What a GPU needs, by the formulas of docs/scaling.md."""
+    row = setting.dim * WEIGHT_BYTES
+    dtype = DTYPES[setting.embeddings]
+    num_rows = setting.rows * setting.gpus
+    is_sampled = setting.taken < setting.shard
+    memory = {
+        "class weights": setting.shard * row,
+        "optimiser state": setting.shard * row * STATES[setting.optimizer],
+        "gradient": setting.taken * row,
+        "sampled rows, a copy": setting.taken * row if is_sampled else 0,
+        "all embeddings, gradient": num_rows * setting.dim * (dtype.itemsize + 4),
+        "inverse norms": setting.taken * 4,
+        "kernels": WORKSPACE,
+    }
+    sent = bytes_per_step(setting.rows, setting.dim, setting.gpus, dtype)
+    flops = 8 * num_rows * setting.taken * setting.dim
+    hops = COLLECTIVES * (setting.gpus - 1)
+    seconds = {
+        "products": flops / setting.products,
+        "optimiser": PASSES[setting.optimizer] * setting.taken * row / setting.memory_rate,
+        "sampling": 3 * setting.taken * row / setting.memory_rate if is_sampled else 0.0,
+        "sending": sent / setting.network,
+        "latency": hops * setting.latency,
+    }
+    return Plan(memory, sent, seconds)
+
+
+def available(setting: Setting) -> float:
+    """Bytes that the class weights and what belongs to them may take."""
+    return setting.gpu_memory - setting.reserved
+
+
+def fits(setting: Setting) -> bool:
+    """Whether the memory suffices."""
+    return sum(plan(setting).memory.values()) <= available(setting)
+
+
+def fewest_gpus(setting: Setting) -> int | None:
+    """The least number of GPUs on which it fits; None up to 65,536."""
+    low, high = 1, 1 << 16
+    if not fits(setting._replace(gpus=high)):
+        return None
+    while low < high:  # what is sharded shrinks faster than gathered rows grow, at the sizes met
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(setting._replace(gpus=middle)) else (middle + 1, high)
+    return low
+
+
+def advice(setting: Setting) -> list[str]:
+    """What to turn on, one sentence each."""
+    found = plan(setting)
+    said = []
+    if not fits(setting):
+        said.append("It doesn't fit.")
+        count = fewest_gpus(setting)
+        if count is not None:
+            said.append(f"It fits on {count:,} GPUs.")
+        if setting.optimizer == "adam" and fits(setting._replace(optimizer="momentum")):
+            said.append("It fits with SGD and momentum, one state for each weight less.")
+        if setting.rate >= 1.0 and fits(setting._replace(rate=SAMPLED)):
+            said.append(
+                f"It fits with sampled negatives, sample_negatives(criterion, {SAMPLED}): the"
+                " gradient has the sampled rows only."
+            )
+    times = found.seconds
+    if times["products"] > 0.05 and setting.rate >= 1.0:
+        faster = sum(plan(setting._replace(rate=SAMPLED)).seconds.values())
+        said.append(
+            f"Products take {1e3 * times['products']:.0f} ms; with sampled negatives at a rate of"
+            f" {SAMPLED} the whole step would take {1e3 * faster:.0f} ms."
+        )
+    if times["sending"] + times["latency"] > 0.5 * sum(times.values()):
+        said.append(
+            "Sending takes more than half: use fewer GPUs for the classes, and a mesh of copies of"
+            " them, data x classes."
+        )
+    return said or ["It fits as it is."]
+
+
+def _size(number: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.2f} {unit}"
+    return f"{number:.0f} B"
+
+
+def report(setting: Setting) -> str:
+    """The plan as text."""
+    found = plan(setting)
+    total = sum(found.memory.values())
+    title = f"{setting.classes:,} classes x {setting.dim} on {setting.gpus:,} GPUs"
+    lines = [
+        f"{title}: {setting.shard:,} classes and {setting.rows:,} rows each",
+        "",
+        "memory of a GPU",
+        *(f"  {name:26} {_size(number):>10}" for name, number in found.memory.items() if number),
+        f"  {'total':26} {_size(total):>10}  of {_size(available(setting))}",
+        "",
+        f"sent by a GPU in a step        {_size(found.sent):>10}",
+        "",
+        "time of a step, ms",
+        *(f"  {name:26} {1e3 * number:10.2f}" for name, number in found.seconds.items() if number),
+        f"  {'total, nothing overlapped':26} {1e3 * sum(found.seconds.values()):10.2f}",
+        "",
+        *advice(setting),
+    ]
+    return "\n".join(lines)
+
+
+def _count(text: str) -> int:
+    """A whole number, as 100000000 or 1e8."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value >= 1 and value == int(value)):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, as 1e8, got {text!r}")
+    return int(value)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def parse_arguments(arguments: list[str] | None) -> Setting:
+    """The setting that a command line asks for."""
+    default = Setting(2, 1, 1)
+    parser = argparse.ArgumentParser(
+        prog="python -m fused_margin.plan", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--classes", type=_count, required=True, help="C, as 1e8")
+    parser.add_argument("--dim", type=_count, required=True, help="D, the embedding size")
+    parser.add_argument("--gpus", type=_count, required=True, help="R")
+    parser.add_argument("--rows", type=_count, default=default.rows, help="of a GPU (%(default)s)")
+    parser.add_argument("--optimizer", choices=STATES, default=default.optimizer)
+    parser.add_argument("--embeddings", choices=DTYPES, default=default.embeddings)
+    parser.add_argument("--rate", type=_positive, default=1.0, help="of sampled classes, up to 1")
+    in_gb = "GB (%(default)s)"
+    parser.add_argument("--gpu-memory", type=_positive, default=80.0, help=in_gb)
+    parser.add_argument("--reserved", type=_positive, default=16.0, help=f"for the model, {in_gb}")
+    parser.add_argument("--network", type=_positive, default=50.0, help="GB/s (%(default)s)")
+    parser.add_argument("--latency", type=_positive, default=5.0, help="us a hop (%(default)s)")
+    parser.add_argument("--products", type=_positive, default=200.0, help="TFLOP/s (%(default)s)")
+    parser.add_argument("--memory-rate", type=_positive, default=2500.0, help="GB/s (%(default)s)")
+    given = parser.parse_args(arguments)
+    return Setting(
+        given.classes, given.dim, given.gpus, given.rows, given.optimizer, given.embeddings,
+        min(given.rate, 1.0), given.gpu_memory * 1e9, given.reserved * 1e9, given.network * 1e9,
+        given.latency * 1e-6, given.products * 1e12, given.memory_rate * 1e9,
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the plan; 1 if it doesn't fit."""
+    setting = parse_arguments(arguments)
+    print(report(setting))
+    return 0 if fits(setting) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
