@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 BENCH_JSON := .benchmarks/bench.json
@@ -41,8 +42,8 @@ demo-sharded: $(INSTALLED)examples  ## train with the classes split over two pro
 		$(RUN) -m torch.distributed.run --standalone --nproc-per-node 2 \
 		examples/train_sharded.py --checkpoints "$$folder" $(DEMO_ARGS)
 
-test: $(INSTALLED)dev  ## run every test
-	$(RUN) -m pytest $(PYTEST_ARGS)
+test: $(INSTALLED)dev  ## run every test, on as many processes as there are cores
+	$(RUN) -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 lint: $(INSTALLED)dev  ## check style, format and types
 	$(RUN) -m ruff check .

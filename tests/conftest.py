@@ -19,7 +19,10 @@ from helpers import poisoned_memory  # noqa: E402 - the environment comes first
 
 
 def pytest_configure() -> None:
-    """Refuse to pass without having checked anything."""
+    """Refuse to pass without having checked anything; share the cores among processes."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     if not __debug__:
         raise pytest.UsageError(
             "the tests are assertions, which python -O leaves out: run them without -O and with"
