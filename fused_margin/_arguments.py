@@ -16,7 +16,7 @@ class Extras(NamedTuple):
 
     Attributes:
         threshold: tau of each row (eq. 20), (N,), accumulation dtype; None: logits are s c.
-        phi: d, a, b, e, f and l of eq. 20, (6,) fp64, on the device of the rows.
+        phi: d, a, b, e, f and l of eq. 20, (6,) fp64, on the device of the rows; with h (7,).
         nearer: cosine above which another class is nearer than the target, (N,), accumulation
             dtype; None: nothing is asked about the nearest classes.
         centers: K rows of W for each class, one after the other, of which that with the largest

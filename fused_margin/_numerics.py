@@ -69,13 +69,15 @@ def logit_range(phi: torch.Tensor | None) -> Range:
     """The range of phi (eq. 20), that of c for None; what is left out has none."""
     if phi is None:
         return Range(-1.0, 1.0)
-    offset, linear, square, _, _, below = phi.tolist()
+    offset, linear, square, _, _, below, *root = phi.tolist()
     values = [-below, below]
     if not math.isinf(offset):
         ends = [-1.0, 1.0]
         if square and abs(linear) < 2.0 * abs(square):
             ends.append(-linear / (2.0 * square))
         values += [offset + linear * c + square * c * c for c in ends]
+        for number in root:  # times a sine from 0 to 1
+            values += [min(values) + min(number, 0.0), max(values) + max(number, 0.0)]
     return Range(min(values), max(values))
 
 

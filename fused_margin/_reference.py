@@ -12,7 +12,7 @@ import torch
 from fused_margin import _transforms, _validate
 from fused_margin._arguments import PLAIN, Extras, Found
 from fused_margin._numerics import NORM_EPS, accumulation_dtype, shrinkage, sum_dtype
-from fused_margin.margins import clamp_cosine
+from fused_margin.margins import SINE_SQUARED_FLOOR, clamp_cosine
 
 
 def normalize(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -88,12 +88,17 @@ def _logsumexp(logits: torch.Tensor, is_out: torch.Tensor) -> torch.Tensor:
 
 def _reshaped(cosines: torch.Tensor, threshold: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
     """phi of cosines (N, C) (eq. 20), whose gradient is its slope."""
-    offset, linear, square, slope, slope_linear, below = phi.to(cosines.dtype)
+    offset, linear, square, slope, slope_linear, below, *root = phi.to(cosines.dtype)
     is_above = cosines > threshold.to(cosines.dtype)[:, None]
     fixed = cosines.detach()
     # a parabola in c whose derivative at c is e + f c, and whose value there is phi(c)
     value = offset + fixed * (linear + square * fixed)
     tangent = slope * (cosines - fixed) + 0.5 * slope_linear * (cosines.square() - fixed.square())
+    if root:
+        sine = (1.0 - fixed.square()).clamp_min(0.0).sqrt()
+        value = value + root[0] * sine
+        floored = sine.clamp_min(SINE_SQUARED_FLOOR**0.5)
+        tangent = tangent - root[0] * fixed / floored * (cosines - fixed)
     return torch.where(is_above, value + tangent, below * cosines)
 
 

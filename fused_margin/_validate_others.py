@@ -63,6 +63,12 @@ def top(value: Any) -> int:
     return _validate.at_most("k", value, LARGEST_TOP, "as many as are used")
 
 
+def top_or_none(value: Any) -> int:
+    """The same of a setting, where 0 is none."""
+    value = _validate.size("k_top", value, 0)
+    return _validate.at_most("k_top", value, LARGEST_TOP, "as many as are used")
+
+
 def center_counts(value: Any) -> torch.Tensor:
     """Check how many rows are nearest to each centre, (C, K)."""
     _validate._tensor("counts", value)

@@ -2,8 +2,9 @@ r"""What a loss makes of the cosines of the other classes (eq. 20 of ``docs/math
 
 The logit of class :math:`k \ne y_n` is :math:`s\,\varphi(c_{nk})`,
 
-.. math:: \varphi(c) = \begin{cases} d + a c + b c^2, & c > \tau_n \\ l c, & c \le \tau_n
-    \end{cases} \qquad \text{with the slope } e + f c, \text{ or } l,
+.. math:: \varphi(c) = \begin{cases} d + a c + b c^2 + h \sqrt{1 - c^2}, & c > \tau_n \\
+    l c, & c \le \tau_n \end{cases} \qquad \text{with the slope }
+    e + f c - \frac{h c}{\sqrt{1 - c^2}}, \text{ or } l,
 
 which is the derivative unless a loss holds a part of it constant. `functional.margin_softmax` takes
 one of these as ``negatives``, beside any margin, on every backend.
@@ -32,11 +33,12 @@ class Negatives(NamedTuple):
     Attributes:
         threshold: tau, a number, (N,) numbers, or a function of the target cosines (N,) that
             returns such; nothing is differentiated through it.
-        phi: d, a, b, e, f, l: numbers, or 0-d tensors, without gradients.
+        phi: d, a, b, e, f, l and, if it isn't 0, h: numbers, or 0-d tensors, without gradients.
+            The root in the slope is at least the one that `margins.sine` has.
     """
 
     threshold: Number | Callable[[Tensor], Tensor]
-    phi: tuple[Number, Number, Number, Number, Number, Number]
+    phi: tuple[Number, ...]
 
     def thresholds(self, u: Tensor, dtype: torch.dtype) -> Tensor:
         """tau of rows with target cosines ``u``, (N,)."""
@@ -47,7 +49,7 @@ class Negatives(NamedTuple):
         return (torch.zeros_like(u) + threshold).to(dtype)
 
     def coefficients(self, device: torch.device) -> Tensor:
-        """phi, (6,) fp64."""
+        """phi, (6,) or (7,) fp64."""
         # a float in a product stays symbolic under `torch.compile`
         one = torch.ones((), dtype=torch.float64, device=device)
         return torch.stack([one * number for number in self.phi])

@@ -12,14 +12,17 @@ import torch
 
 from fused_margin._arguments import Found
 from fused_margin._cpu.products import LOG2_E
-from fused_margin._cpu.rows import Problem
+from fused_margin._cpu.rows import SINE_FLOOR, Problem
 from fused_margin._numerics import logit_range
 
 LEFT_OUT = -math.inf
 
 
 class Phi(NamedTuple):
-    """phi (eq. 20) in units of z: z times ``below``, or offset + linear z + square z^2 above."""
+    """phi (eq. 20) in units of z: z times ``below``, or offset + linear z + square z^2 above.
+
+    And there ``root`` times the sine.
+    """
 
     threshold: torch.Tensor  # (1, N)
     offset: float
@@ -28,6 +31,7 @@ class Phi(NamedTuple):
     slope: float
     slope_linear: float
     below: float
+    root: float
 
     @classmethod
     def of(cls, problem: Problem) -> Phi | None:
@@ -35,11 +39,12 @@ class Phi(NamedTuple):
         extras, unit = problem.extras, problem.scale * LOG2_E
         if extras.threshold is None or extras.phi is None:
             return None
-        offset, linear, square, slope, slope_linear, below = extras.phi.tolist()
+        offset, linear, square, slope, slope_linear, below, *root = extras.phi.tolist()
         threshold = (extras.threshold * unit)[None, :]
         return cls(
-            threshold, offset * unit, linear, square / unit, slope, slope_linear / unit, below
-        )
+            threshold, offset * unit, linear, square / unit, slope, slope_linear / unit, below,
+            root[0] * unit if root else 0.0,
+        )  # fmt: skip
 
 
 class Others:
@@ -55,8 +60,10 @@ class Others:
         self.phi = Phi.of(problem)
         self.far = 4.0 * self.unit * logit_range(problem.extras.phi).bound + 2.0**14
         self.is_above = self.slopes = self.values = None
+        self.sines = None
         if self.phi is not None:
             self.is_above, self.slopes, self.values = (torch.empty_like(like) for _ in range(3))
+            self.sines = torch.empty_like(like) if self.phi.root else None
 
     def leave_out(self, z: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> None:
         """Lower z of the rows' own classes, and that of centres that are not the nearest.
@@ -87,6 +94,12 @@ class Others:
             self._set_own(z, targets, rows, LEFT_OUT)
             return None
         _line(z, phi.slope - phi.below, phi.slope_linear, out=slopes)
+        sines = None
+        if self.sines is not None:
+            sines = torch.mul(z, z, out=self.sines[: len(z)])
+            sines.mul_(-1.0 / self.unit**2).add_(1.0).clamp_min_(0.0).sqrt_()
+            floored = sines.clamp_min(SINE_FLOOR)
+            slopes.addcdiv_(z, floored, value=-phi.root / self.unit**2)
         torch.addcmul(_number(z, phi.below), is_above, slopes, out=slopes)
         # phi(c) less what it is below
         if phi.square:
@@ -95,6 +108,8 @@ class Others:
                 values.add_(phi.offset)
         else:
             _line(z, phi.offset, phi.linear - phi.below, out=values)
+        if sines is not None:
+            values.add_(sines, alpha=phi.root)
         if phi.below != 1.0:
             is_in = torch.gt(z, -0.5 * self.far).to(z.dtype)
             z.mul_(phi.below).addcmul_(is_above, values)

@@ -67,7 +67,8 @@ class Others(NamedTuple):
     """What is made of other classes, and what is found out about them; None for what isn't.
 
     Attributes:
-        threshold: tau (eq. 20), (N,). phi: (6,) fp64. nearer: see `_arguments.Extras`, (N,).
+        threshold: tau (eq. 20), (N,). phi: (6,) fp64. root: phi again, if it is of 7.
+        nearer: see `_arguments.Extras`, (N,).
         best, best_class, count: the largest s c, its class, and how many are nearer; (splits, N).
         total, weighted: sums of phi(c), and of s phi(c) exp(s phi(c) - maximum); (splits, N).
         slope_total: gradient of the sum of phi(c), (N,).
@@ -75,6 +76,7 @@ class Others(NamedTuple):
 
     threshold: Tensor | None = None
     phi: Tensor | None = None
+    root: Tensor | None = None
     nearer: Tensor | None = None
     best: Tensor | None = None
     best_class: Tensor | None = None

@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_margin._arguments import (
     IGNORED,
     TAKEN,
+    Extras,
     Found,
     Gradients,
     Inputs,
@@ -190,9 +191,14 @@ def _others(inputs: Inputs, p: Plan, splits: int, weighs: bool) -> Others:
 
     looks, adds = extras.nearer is not None, extras.has_total and extras.reshapes
     return Others(
-        extras.threshold, extras.phi, extras.nearer, empty(looks), empty(looks, torch.int32),
-        empty(looks, torch.int32), empty(adds), empty(weighs),
+        extras.threshold, extras.phi, _root(extras), extras.nearer, empty(looks),
+        empty(looks, torch.int32), empty(looks, torch.int32), empty(adds), empty(weighs),
     )  # fmt: skip
+
+
+def _root(extras: Extras) -> Tensor | None:
+    """phi, as the flag that it has a root."""
+    return extras.phi if extras.phi is not None and extras.phi.shape[0] == 7 else None
 
 
 def _merged(inputs: Inputs, p: Plan, others: Others) -> Found:
@@ -350,7 +356,7 @@ def backward(
     )  # fmt: skip
     if extras.reshapes:
         of_total = None if slopes.total is None else slopes.total.to(p.accumulate).contiguous()
-        others = Others(threshold=extras.threshold, phi=extras.phi, slope_total=of_total)
+        others = Others(extras.threshold, extras.phi, _root(extras), slope_total=of_total)
         rows = rows._replace(others=others)
     call = _Call(p, rows, inputs, swept, Gradients(d_x, d_w, None), needs)
     with guard(x):

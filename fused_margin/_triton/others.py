@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fused_margin._triton.primitives import SINE_SQUARED_FLOOR
+
 
 @triton.jit
 def class_rows(block, num_rows, P: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -61,6 +63,8 @@ def nearest_of_rows(z, P: tl.constexpr, BLOCK_C: tl.constexpr, COLUMNS: tl.const
 def shaped(z, threshold, others, s):
     """s phi(c) and its slope (eq. 20) of z = s c; -inf stays.
 
+    With ``others.root``, a flag, phi has a seventh number.
+
     Args:
         z: a tile. threshold: s tau, broadcast to it. others: `Others`. s: (1,).
     """
@@ -71,6 +75,14 @@ def shaped(z, threshold, others, s):
     is_above = z > threshold
     finite = tl.where(z == -float("inf"), 0.0, z)
     value = s * offset + finite * (linear + square / s * finite)
+    above = slope + slope_linear / s * finite
+    if others.root is not None:
+        root = tl.load(others.phi + 6).to(ACC)
+        cos = finite / s
+        sine_squared = 1.0 - cos * cos
+        value += s * root * tl.sqrt(tl.maximum(sine_squared, tl.full([1, 1], 0.0, ACC)))
+        floor = tl.full([1, 1], SINE_SQUARED_FLOOR, ACC)
+        above -= root * cos / tl.sqrt(tl.maximum(sine_squared, floor))
     value = tl.where(is_above, value, below * finite)
     value = tl.where(z == -float("inf"), z, value)
-    return value, tl.where(is_above, slope + slope_linear / s * finite, below)
+    return value, tl.where(is_above, above, below)

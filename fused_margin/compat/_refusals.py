@@ -147,16 +147,6 @@ def ranks(number: int) -> None:
         )
 
 
-def inter_topk(penalty: float, top: int) -> None:
-    """Refuse the inter-topk penalty of an angular margin."""
-    if penalty != 0 and top != 0:
-        raise ValueError(
-            f"mp={penalty}, k_top={top} turn the {top} nearest other classes of a row by an angle,"
-            " which this package doesn't do yet; pass 0, as do_lm=True means there. With CosFace"
-            " fused_margin.functional.inter_topk adds an offset to them"
-        )
-
-
 # --- convert --------------------------------------------------------------------------------------
 
 

@@ -22,8 +22,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fused_margin import _validate, _validate_margins, functional, margins, negatives
-from fused_margin.compat import _refusals
+from fused_margin import (
+    _validate,
+    _validate_margins,
+    _validate_others,
+    functional,
+    margins,
+    negatives,
+)
 from fused_margin.losses import MarginSoftmaxLoss
 
 __all__ = ["AddMarginProduct", "ArcMarginProduct", "SpeechBrainAAM", "WeSpeakerAAM"]
@@ -186,8 +192,8 @@ class ArcMarginProduct(_ShortNames, _AngularHead):
 class WeSpeakerAAM(_AngularHead):
     """WeSpeaker's ``ArcMarginProduct``: cos(theta) - (1 - cos(m)) where theta + m > pi.
 
-    With ``K`` its ``ArcMarginProduct_subcenter``, and ``ArcMarginProduct_intertopk_subcenter`` with
-    ``do_lm=True``: the inter-topk penalty of an angular margin isn't there.
+    With ``K`` its ``ArcMarginProduct_subcenter``, with ``mp`` and ``k_top`` its
+    ``ArcMarginProduct_intertopk_subcenter``; 0 for either is that with ``do_lm=True``.
 
     Args:
         in_features: D >= 1.
@@ -196,20 +202,35 @@ class WeSpeakerAAM(_AngularHead):
         margin: m, radians; WeSpeaker's scheduler calls ``update(margin)``.
         easy_margin: cos(theta) where theta >= pi / 2.
         K: sub-centres, rows of the weight for each class, of which the nearest counts; 3 there.
-        mp: 0, the penalty of inter-topk.
-        k_top: 0, to how many other classes it goes.
+        mp: the penalty of inter-topk, radians; 0.06 there.
+        k_top: how many other classes of a row get it, 0 to 8; 5 there.
         options: ``reduction`` and what follows in `MarginSoftmaxLoss`.
     """
 
+    settings: ClassVar[dict[str, Callable[[Any], Any]]] = {
+        **_AngularHead.settings,
+        "mp": functools.partial(_validate.between, "mp", lowest=0.0, highest=1.0),
+        "k_top": _validate_others.top_or_none,
+    }
     boundary = "continuous"
 
     def __init__(
         self, in_features: int, out_features: int, scale: float = 32.0, margin: float = 0.2,
         easy_margin: bool = False, K: int = 1, mp: float = 0.0, k_top: int = 0, **options: Any,
     ) -> None:  # fmt: skip
-        _refusals.inter_topk(mp, k_top)
         options = {"sub_centers": K} | options
         super().__init__(out_features, in_features, scale, margin, easy_margin, **options)
+        self.mp, self.k_top = mp, k_top
+
+    def negatives(
+        self, embeddings: torch.Tensor, labels: torch.Tensor
+    ) -> negatives.Negatives | None:
+        """cos(theta - mp) of the nearest other classes."""
+        if not (self.mp and self.k_top):
+            return None
+        return functional.inter_topk(
+            embeddings, self.weight, labels, self.k_top, self.mp, sub_centers=self.sub_centers
+        )
 
 
 class SpeechBrainAAM(_AngularHead):

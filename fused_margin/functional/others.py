@@ -222,13 +222,15 @@ def inter_topk(
     k: int = 5,
     penalty: float = 0.06,
     *,
+    kind: str = "arc",
     sub_centers: int = 1,
 ) -> Negatives:
-    r"""The inter-topk penalty: :math:`\varphi(c) = c + m'` for a row's k nearest other classes.
+    r"""The inter-topk penalty: a row's k nearest other classes come nearer by :math:`m'`.
 
-    What it returns goes to `margin_softmax` as ``negatives``, or is what a module's method
-    ``negatives`` returns. That is the form for an additive margin, as CosFace's. For ArcFace's it
-    would be :math:`\cos(\theta - m')`, which is not of the form of eq. 20.
+    .. math:: \varphi(c) = \cos(\theta - m') \quad\text{or}\quad c + m'
+
+    What it returns goes to a loss as ``negatives``, or is what a module's method ``negatives``
+    returns. The first form goes with an angular margin, as ArcFace's, the second with CosFace's.
 
     It costs a product with the weights, without gradients, that finds the cosine midway between
     the k-th other class and the next, which is the threshold. Of classes that are equally near at
@@ -240,7 +242,8 @@ def inter_topk(
         weight: (C, D) or (C K, D).
         labels: (N,).
         k: how many other classes, from 1 to 8; all of them if there are no more.
-        penalty: m', an offset of the cosine, in [0, 1].
+        penalty: m', in [0, 1]: radians for ``"arc"``, an offset of the cosine for ``"cos"``.
+        kind: ``"arc"`` or ``"cos"``.
         sub_centers: K, see `arcface`.
 
     References:
@@ -249,10 +252,14 @@ def inter_topk(
     """
     _validate.tensors(embeddings, weight, labels)
     k, penalty = _validate_others.top(k), _validate.between("penalty", penalty, 0.0, 1.0)
+    _validate_margins.kind(kind)
     num_classes = _validate.centers(weight.shape[0], _validate.size("sub_centers", sub_centers, 1))
     found = metrics.predict(embeddings, weight, min(k + 2, num_classes), sub_centers=sub_centers)
     is_target = found.classes == labels.long()[:, None]
     others = found.cosines.masked_fill(is_target, -math.inf).sort(dim=1, descending=True).values
     every = others.new_full(labels.shape, -2.0)
     threshold = (others[:, k - 1] + others[:, k]) / 2.0 if num_classes > k + 1 else every
-    return Negatives(threshold, (penalty, 1.0, 0.0, 1.0, 0.0, 1.0))
+    if kind == "cos":
+        return Negatives(threshold, (penalty, 1.0, 0.0, 1.0, 0.0, 1.0))
+    cos = math.cos(penalty)
+    return Negatives(threshold, (0.0, cos, 0.0, cos, 0.0, 1.0, math.sin(penalty)))

@@ -82,12 +82,16 @@ def filtered(psi: Callable[[Tensor], Tensor], threshold: float, value: float) ->
     return Formula(psi, lambda c, u: c.masked_fill(c.detach() > threshold, value))
 
 
-def inter_topk(psi: Callable[[Tensor], Tensor], k: int, penalty: float) -> Formula:
-    """c + penalty for the k largest other cosines of each row."""
+def inter_topk(
+    psi: Callable[[Tensor], Tensor], k: int, penalty: float, *, turns: bool = False
+) -> Formula:
+    """c + penalty, or cos(theta - penalty), for the k largest other cosines of each row."""
 
     def other(c: Tensor, u: Tensor) -> Tensor:
         # the target is put in its place afterwards, and is not among them
         chosen = c.detach().masked_fill(c == u, -2.0).topk(k, dim=1).indices
-        return c + penalty * torch.zeros_like(c).scatter(1, chosen, 1.0)
+        is_chosen = torch.zeros_like(c).scatter(1, chosen, 1.0) > 0.0
+        inside = c.clamp(-1.0 + 1e-12, 1.0 - 1e-12)  # rows that lie on their class
+        return torch.where(is_chosen, (inside.acos() - penalty).cos() if turns else c + penalty, c)
 
     return Formula(psi, other)

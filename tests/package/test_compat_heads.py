@@ -149,6 +149,25 @@ def test_wespeaker_s_sub_centres() -> None:
     torch.testing.assert_close(head.logits(x), 32.0 * cosine)
 
 
+def test_wespeaker_s_inter_topk() -> None:
+    """The hardest other classes come nearer by an angle; without it, in fine-tuning, none does."""
+    head = heads.WeSpeakerAAM(D, C, 32.0, 0.2, K=2, mp=0.06, k_top=5).double()
+    x, labels = batch(head.weight[::2])
+    is_usual = x.norm(dim=1) > 0.0  # to a row of zeros all classes are as near
+    x, labels = x[is_usual].requires_grad_(), labels[is_usual]
+    cosine = cosines(x, head.weight).unflatten(1, (C, 2)).max(dim=2).values
+    others = cosine.detach().scatter(1, labels[:, None], -2.0)
+    is_hard = torch.zeros_like(cosine).scatter(1, others.topk(5, dim=1).indices, 1.0) > 0.0
+    turned = torch.where(is_hard, (cosine.acos() - 0.06).cos(), cosine)
+    margin = arc(0.2, 1 - math.cos(0.2))
+    for penalty, others in ((0.06, turned), (0.0, cosine)):
+        head.mp = penalty
+        logits = 32.0 * at_targets(margin(cosine.acos(), cosine), others, labels)
+        expected = results(F.cross_entropy(logits, labels), x, head.weight)
+        for got, want in zip(results(head(x, labels), x, head.weight), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
 def test_heads_take_shared_options() -> None:
     x, labels = torch.randn(6, 8), torch.randint(10, (6,))
     head = heads.ArcMarginProduct(8, 10, label_smoothing=0.1)
@@ -289,8 +308,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: heads.ArcMarginProduct(D, C, ls_eps=1.1), ValueError, r"ls_eps must be in \[0, 1\]"
     ),
     "inter-topk": (
-        lambda: heads.WeSpeakerAAM(D, C, K=3, mp=0.06, k_top=5), ValueError,
-        "mp=0.06, k_top=5 turn the 5 nearest.*functional.inter_topk",
+        lambda: heads.WeSpeakerAAM(D, C, K=3, mp=0.06, k_top=9), ValueError,
+        "k_top must be at most 8",
     ),
     "swapped sizes": (
         lambda: heads.ArcMarginProduct(C, D)(torch.randn(2, D), torch.tensor([0, 1])), ValueError,

@@ -26,6 +26,7 @@ PHI = {
     "zero": (0.0, 0.0, 0.0, 0.0, 0.0, 1.0),
     "left out": (-math.inf, 0.0, 0.0, 0.0, 0.0, 1.0),
     "circle": (-0.0625, 0.0, 1.0, 0.25, 1.0, 0.0),
+    "turned": (0.0, math.cos(0.3), 0.0, math.cos(0.3), 0.0, 1.0, math.sin(0.3)),
 }
 N, D = 6, 8
 NO_TARGET = 2  # a row
@@ -115,6 +116,7 @@ def test_all_that_the_cpu_is_asked(monkeypatch: pytest.MonkeyPatch, phi: str, ce
         ("zero", 3, True, False, False),
         ("left out", 1, True, False, True),
         ("circle", 2, True, True, True),
+        ("turned", 1, True, False, True),
     ],
 )
 def test_all_that_the_kernels_are_asked(

@@ -243,7 +243,10 @@ SIGNATURES = {
         {"ignore_index": -100, "sub_centers": 1},
     ),
     fm.functional.elasticface: ([*TENSORS, ("margin", None), ("scale", 64.0)], ELASTIC | OPTIONS),
-    fm.functional.inter_topk: ([*TENSORS, ("k", 5), ("penalty", 0.06)], {"sub_centers": 1}),
+    fm.functional.inter_topk: (
+        [*TENSORS, ("k", 5), ("penalty", 0.06)],
+        {"kind": "arc", "sub_centers": 1},
+    ),
     fm.functional.mv_softmax: ([*TENSORS, *MISCLASSIFIED], MV | OPTIONS),
     fm.functional.magface: ([*TENSORS, *MAGFACE], MAGNITUDES | OPTIONS),
     fm.functional.margin_softmax: (

@@ -71,8 +71,12 @@ CASES = {
         dense.filtered(dense.additive(0.2), 0.4, 0.0), 16.0,
     ),
     "inter_topk": Case(
-        lambda x, w, y, **kw: _with(fmf.inter_topk(x, w, y, 3, 0.1))(x, w, y, **kw),
+        lambda x, w, y, **kw: _with(fmf.inter_topk(x, w, y, 3, 0.1, kind="cos"))(x, w, y, **kw),
         dense.inter_topk(dense.additive(0.2), 3, 0.1), 16.0,
+    ),
+    "inter_topk, arc": Case(
+        lambda x, w, y, **kw: _with(fmf.inter_topk(x, w, y, 3, 0.1))(x, w, y, **kw),
+        dense.inter_topk(dense.additive(0.2), 3, 0.1, turns=True), 16.0,
     ),
     "beyond the shift": Case(
         lambda x, w, y, **kw: fmf.curricularface(x, w, y, 0.4, 300.0, t=0.9, **kw),
@@ -288,7 +292,9 @@ def test_a_subclass_with_negatives() -> None:
         penalty_of_top = 0.06
 
         def negatives(self, embeddings: Tensor, labels: Tensor) -> negatives.Negatives:
-            return fmf.inter_topk(embeddings, self.weight, labels, 5, self.penalty_of_top)
+            return fmf.inter_topk(
+                embeddings, self.weight, labels, 5, self.penalty_of_top, kind="cos"
+            )
 
     criterion = InterTopK(CLASSES, DIM, 0.2, 16.0).double()
     x, _, labels = leaves("cpu")
@@ -302,7 +308,7 @@ def test_all_other_classes_are_among_the_hardest() -> None:
     x, w, labels = leaves("cpu")
     w, labels = w[:4], labels.clamp_min(0) % 4
     for k in (3, 5, 8):
-        loss = _with(fmf.inter_topk(x, w, labels, k, 0.1))(x, w, labels)
+        loss = _with(fmf.inter_topk(x, w, labels, k, 0.1, kind="cos"))(x, w, labels)
         found = dense.logits(dense.inter_topk(dense.additive(0.2), 3, 0.1), x, w, labels, 16.0)
         torch.testing.assert_close(loss, F.cross_entropy(found, labels))
     first, second = (fmf.inter_topk(x, w, labels, 2).threshold for _ in range(2))
