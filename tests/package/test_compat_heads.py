@@ -154,7 +154,7 @@ def test_wespeaker_s_inter_topk() -> None:
     head = heads.WeSpeakerAAM(D, C, 32.0, 0.2, K=2, mp=0.06, k_top=5).double()
     x, labels = batch(head.weight[::2])
     is_usual = x.norm(dim=1) > 0.0  # to a row of zeros all classes are as near
-    x, labels = x[is_usual].requires_grad_(), labels[is_usual]
+    x, labels = x[is_usual].detach().requires_grad_(), labels[is_usual]
     cosine = cosines(x, head.weight).unflatten(1, (C, 2)).max(dim=2).values
     others = cosine.detach().scatter(1, labels[:, None], -2.0)
     is_hard = torch.zeros_like(cosine).scatter(1, others.topk(5, dim=1).indices, 1.0) > 0.0
