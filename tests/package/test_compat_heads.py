@@ -155,14 +155,14 @@ def test_wespeaker_s_inter_topk() -> None:
     x, labels = batch(head.weight[::2])
     is_usual = x.norm(dim=1) > 0.0  # to a row of zeros all classes are as near
     x, labels = x[is_usual].detach().requires_grad_(), labels[is_usual]
-    cosine = cosines(x, head.weight).unflatten(1, (C, 2)).max(dim=2).values
-    others = cosine.detach().scatter(1, labels[:, None], -2.0)
-    is_hard = torch.zeros_like(cosine).scatter(1, others.topk(5, dim=1).indices, 1.0) > 0.0
-    turned = torch.where(is_hard, (cosine.acos() - 0.06).cos(), cosine)
     margin = arc(0.2, 1 - math.cos(0.2))
-    for penalty, others in ((0.06, turned), (0.0, cosine)):
+    for penalty in (0.06, 0.0):
         head.mp = penalty
-        logits = 32.0 * at_targets(margin(cosine.acos(), cosine), others, labels)
+        cosine = cosines(x, head.weight).unflatten(1, (C, 2)).max(dim=2).values
+        others = cosine.detach().scatter(1, labels[:, None], -2.0)
+        is_hard = torch.zeros_like(cosine).scatter(1, others.topk(5, dim=1).indices, 1.0) > 0.0
+        turned = torch.where(is_hard, (cosine.acos() - penalty).cos(), cosine)
+        logits = 32.0 * at_targets(margin(cosine.acos(), cosine), turned, labels)
         expected = results(F.cross_entropy(logits, labels), x, head.weight)
         for got, want in zip(results(head(x, labels), x, head.weight), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
