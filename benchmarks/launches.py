@@ -156,7 +156,7 @@ def shaped_step(
     x = torch.empty(num_rows, dim, dtype=operands.x, device=meta)
     w = torch.empty(num_classes // centers * centers, dim, dtype=operands.w, device=meta)
     of_rows = torch.empty(num_rows, dtype=accumulate, device=meta)
-    phi = torch.empty(6, dtype=torch.float64, device=meta)
+    phi = torch.empty(7, dtype=torch.float64, device=meta)
     extras = Extras(of_rows, phi, of_rows, centers, True)
     inputs = Inputs(x, w, labels, 64.0, None, operands.compute, extras)
     swept, found, _ = launch.cosine_lse(inputs, 0, None)

@@ -191,10 +191,10 @@ _AMPERE = _DEFAULT | {
         forward=Tile(128, 128, 32, 8, 3),
         gradient=Tile(128, 128, 32, 8, 3),
         kept_rows=64,
+        asked_rows=64,
     ),
-    "fp16": replace(
-        _FP16, forward=Tile(64, 128, 64, 8, 2), shaped_rows=32
-    ),  # with 32 dimensions 8 bytes spilled
+    # with 32 dimensions 8 bytes spilled
+    "fp16": replace(_FP16, forward=Tile(64, 128, 64, 8, 2), shaped_rows=32),
 }
 _ADA = {operand: _shallow(tiles, 2) for operand, tiles in _DEFAULT.items()}
 _HOPPER = _DEFAULT | {"bf16": _HOPPER_BF16, "fp16": _HOPPER_FP16, "tf32": _HOPPER_TF32}
@@ -221,8 +221,8 @@ _TABLE: dict[str, dict[str, Tiles]] = {
             eighths=False,
         ),
         "fp16": _small_cosines(_hopper(_FP16), Tile(64, 64, 64, 8, 3)),
-        "tf32": _small_cosines(_TF32, Tile(64, 64, 64, 8, 3)),
-        "ieee": _SMALL,
+        "tf32": replace(_small_cosines(_TF32, Tile(64, 64, 64, 8, 3)), asked_rows=32),
+        "ieee": replace(_SMALL, asked_rows=64),
         # with two stages, 8 bytes spilled where cosines are kept, and 24 in the product for d_x
         "fp64": replace(_SMALL, forward=Tile(64, 64, 16, 8, 1), embeddings=Tile(64, 16, 64, 8, 1)),
     },
