@@ -132,8 +132,9 @@ def sample_rate(value: float) -> None:
     """Refuse to sample classes."""
     if value != 1.0:
         raise ValueError(
-            f"sample_rate={value} trains on a sample of the classes, which this package doesn't do"
-            " yet; pass 1.0: all classes, and no (N, C) logits to save the memory of"
+            f"sample_rate={value} trains on a sample of the classes, which a loss of this package"
+            f" does after fused_margin.sampling.sample_negatives(criterion, {value}), with"
+            " fused_margin.optim.RowSparseSGD; pass 1.0 here, all classes"
         )
 
 
@@ -142,8 +143,8 @@ def ranks(number: int) -> None:
     if number > 1:
         raise ValueError(
             f"PartialFC_V2 splits the classes over {number} ranks in insightface; here it is for"
-            " one process. On several ranks use fused_margin.ArcFaceLoss or CosFaceLoss in"
-            " DistributedDataParallel or fully_shard(), see README, Several processes"
+            " one process. On several ranks use fused_margin.ArcFaceLoss or CosFaceLoss with"
+            " fused_margin.distributed.shard_classes(criterion), see README, Several processes"
         )
 
 
