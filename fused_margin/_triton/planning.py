@@ -355,7 +355,7 @@ def is_lent(x: Tensor, w: Tensor, scale: float, p: Plan, budget: int) -> bool:
         return False
     if _override.strategy is not None:
         return _override.strategy == "lent"
-    if num_rows <= LENT_ROWS:
+    if num_rows <= LENT_ROWS or num_rows * num_classes <= LAUNCH_BOUND:  # two launches more
         return False
     block_c = _kept_block(num_classes, p)
     needed = cdiv(num_classes, block_c) * _kept_bytes(block_c, num_rows, p)

@@ -364,4 +364,5 @@ def test_a_gpu_lends_by_default_where_it_would_form_the_cosines_again() -> None:
         assert not is_lent(512, 128_256, 1024), "no tile holds rows"
         assert not is_lent(512, 128_256, 512, scale=80.0), "exponentials need a shift"
         assert not is_lent(32, 10_000_000, 512), "bound by reading the weights"
+        assert not is_lent(128, 1000, 512), "bound by its launches"
         assert not is_lent(0, 128_256, 512)
