@@ -69,6 +69,16 @@ def top_or_none(value: Any) -> int:
     return _validate.at_most("k_top", value, LARGEST_TOP, "as many as are used")
 
 
+def coefficients(phi: Any) -> None:
+    """Check that phi has all its numbers."""
+    if not isinstance(phi, tuple) or len(phi) not in (6, 7):
+        raise ValueError(
+            "phi must be a tuple of the numbers d, a, b, e, f, l and, for a multiple of the sine,"
+            f" h; got {_validate._shown(phi)}"
+            + (f" of length {len(phi)}" if isinstance(phi, tuple) else "")
+        )
+
+
 def center_counts(value: Any) -> torch.Tensor:
     """Check how many rows are nearest to each centre, (C, K)."""
     _validate._tensor("counts", value)

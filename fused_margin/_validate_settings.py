@@ -111,3 +111,19 @@ def derived_scale(value: Any) -> NoReturn:
         "the scale of Fixed AdaCos follows from the number of classes and can't be set; for a scale"
         " of your choice use NormalizedSoftmaxLoss"
     )
+
+
+def fixed(name: str, present: Any, value: Any) -> NoReturn:
+    """Refuse to change what the rows of the weight were made for."""
+    raise AttributeError(
+        f"{name} is {present} and can't be set to {value!r}: the weight has that many rows for each"
+        " class; make a loss with the other number"
+    )
+
+
+def is_method(name: str) -> NoReturn:
+    """Refuse to assign what a subclass implements."""
+    raise AttributeError(
+        f"{name} of a loss is a method: implement {name}(self, embeddings, labels) in a subclass,"
+        f" or pass {name}= to the function of the loss"
+    )

@@ -175,6 +175,7 @@ def _checked(
 ) -> Tensor:
     """Labels (N,) int64, of checked arguments."""
     _validate.tensors(embeddings, weight, labels)
+    _validate.plain("weight", weight)
     num_classes = _validate.centers(weight.shape[0], _validate.size("sub_centers", sub_centers, 1))
     labels = labels.long()
     _validate.label_range(labels, num_classes, _validate.ignore_index(ignore_index))
@@ -267,6 +268,7 @@ def outlier_angles(
         ECCV 2020, section 3.4.
     """
     _validate.tensors(embeddings, weight, labels)
+    _validate.plain("weight", weight)
     num_classes = _validate_others.rows_of("centers", centers, weight)
     labels, wide = labels.long(), sum_dtype(embeddings, weight)
     _validate.label_range(labels, num_classes, _validate.ignore_index(ignore_index))

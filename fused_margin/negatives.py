@@ -50,6 +50,7 @@ class Negatives(NamedTuple):
 
     def coefficients(self, device: torch.device) -> Tensor:
         """phi, (6,) or (7,) fp64."""
+        _validate_others.coefficients(self.phi)
         # a float in a product stays symbolic under `torch.compile`
         one = torch.ones((), dtype=torch.float64, device=device)
         return torch.stack([one * number for number in self.phi])

@@ -113,9 +113,12 @@ def fits(setting: Setting) -> bool:
 
 def fewest_gpus(setting: Setting) -> int | None:
     """The least number of GPUs on which it fits; None up to 65,536."""
-    low, high = 1, 1 << 16
-    if not fits(setting._replace(gpus=high)):
+    # gathered rows grow with the GPUs, so that the largest number needn't do
+    powers = (1 << exponent for exponent in range(17))
+    high = next((count for count in powers if fits(setting._replace(gpus=count))), None)
+    if high is None:
         return None
+    low = high // 2 + 1
     while low < high:  # what is sharded shrinks faster than gathered rows grow, at the sizes met
         middle = (low + high) // 2
         low, high = (low, middle) if fits(setting._replace(gpus=middle)) else (middle + 1, high)
@@ -128,6 +131,12 @@ def advice(setting: Setting) -> list[str]:
     said = []
     if not fits(setting):
         said.append("It doesn't fit.")
+        if available(setting) <= 0:
+            said.append(
+                f"Of {_size(setting.gpu_memory)} a GPU {_size(setting.reserved)} are reserved for"
+                " the model, which leaves nothing: set --reserved to what that takes."
+            )
+            return said
         count = fewest_gpus(setting)
         if count is not None:
             said.append(f"It fits on {count:,} GPUs.")
@@ -164,13 +173,14 @@ def report(setting: Setting) -> str:
     """The plan as text."""
     found = plan(setting)
     total = sum(found.memory.values())
+    limit = f"{_size(setting.gpu_memory)} less {_size(setting.reserved)} reserved"
     title = f"{setting.classes:,} classes x {setting.dim} on {setting.gpus:,} GPUs"
     lines = [
         f"{title}: {setting.shard:,} classes and {setting.rows:,} rows each",
         "",
         "memory of a GPU",
         *(f"  {name:26} {_size(number):>10}" for name, number in found.memory.items() if number),
-        f"  {'total':26} {_size(total):>10}  of {_size(available(setting))}",
+        f"  {'total':26} {_size(total):>10}  of {limit}",
         "",
         f"sent by a GPU in a step        {_size(found.sent):>10}",
         "",

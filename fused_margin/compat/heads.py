@@ -202,7 +202,8 @@ class WeSpeakerAAM(_AngularHead):
         margin: m, radians; WeSpeaker's scheduler calls ``update(margin)``.
         easy_margin: cos(theta) where theta >= pi / 2.
         K: sub-centres, rows of the weight for each class, of which the nearest counts; 3 there.
-        mp: the penalty of inter-topk, radians; 0.06 there.
+        mp: the penalty of inter-topk at a margin of 0.2, radians; 0.06 there. As there it grows
+            and shrinks with the margin, and is 0 up to a margin of 0.001.
         k_top: how many other classes of a row get it, 0 to 8; 5 there.
         options: ``reduction`` and what follows in `MarginSoftmaxLoss`.
     """
@@ -225,12 +226,16 @@ class WeSpeakerAAM(_AngularHead):
     def negatives(
         self, embeddings: torch.Tensor, labels: torch.Tensor
     ) -> negatives.Negatives | None:
-        """cos(theta - mp) of the nearest other classes."""
-        if not (self.mp and self.k_top):
+        """cos(theta - p) of the nearest other classes, p = mp m / 0.2."""
+        margin = self.margin
+        # there a penalty is for the margin 0.2, and follows another one from 0.001 on
+        share = margin / 0.2 if isinstance(margin, float) else 1.0
+        if not (self.mp and self.k_top) or share * 0.2 <= 0.001:
             return None
         return functional.inter_topk(
-            embeddings, self.weight, labels, self.k_top, self.mp, sub_centers=self.sub_centers
-        )
+            embeddings, self.weight, labels, self.k_top, self.mp * share,
+            sub_centers=self.sub_centers,
+        )  # fmt: skip
 
 
 class SpeechBrainAAM(_AngularHead):
@@ -274,6 +279,10 @@ class AddMarginProduct(_ShortNames):
     ) -> None:  # fmt: skip
         super().__init__(out_features, in_features, s, **options)
         self.margin = m
+
+    def update(self, margin: float = 0.2) -> None:
+        """Set the margin, as WeSpeaker's schedule does between steps."""
+        self.margin = margin
 
     def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> margins.Margin:
         """cos(theta) - m."""

@@ -162,6 +162,10 @@ class MarginSoftmaxLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As for any module, but what is in `settings` is checked, and tensors become buffers."""
+        if name == "sub_centers" and self.__dict__.get(name, value) != value:
+            _validate_settings.fixed(name, self.sub_centers, value)
+        if name == "negatives":
+            _validate_settings.is_method(name)
         check = self.settings.get(name)
         is_parameter = isinstance(value, nn.Parameter)
         if check is None:

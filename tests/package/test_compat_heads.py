@@ -155,9 +155,10 @@ def test_wespeaker_s_inter_topk() -> None:
     x, labels = batch(head.weight[::2])
     is_usual = x.norm(dim=1) > 0.0  # to a row of zeros all classes are as near
     x, labels = x[is_usual].detach().requires_grad_(), labels[is_usual]
-    margin = arc(0.2, 1 - math.cos(0.2))
-    for penalty in (0.06, 0.0):
-        head.mp = penalty
+    for m, mp in ((0.2, 0.06), (0.5, 0.06), (0.0, 0.06), (0.2, 0.0)):
+        head.update(m)
+        head.mp, penalty = mp, mp * m / 0.2
+        margin = arc(m, 1 - math.cos(m))
         cosine = cosines(x, head.weight).unflatten(1, (C, 2)).max(dim=2).values
         others = cosine.detach().scatter(1, labels[:, None], -2.0)
         is_hard = torch.zeros_like(cosine).scatter(1, others.topk(5, dim=1).indices, 1.0) > 0.0

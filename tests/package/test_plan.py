@@ -72,7 +72,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(line) == 0
     text = capsys.readouterr().out
     assert "100,000,000 classes x 512 on 64 GPUs: 1,562,500 classes and 128 rows each" in text
-    assert re.search(r"total +9\.77 GB  of 64\.00 GB", text)
+    assert re.search(r"total +9\.77 GB  of 80\.00 GB less 16\.00 GB reserved", text)
     assert plan.main([*line, "--gpu-memory", "20"]) == 1
     assert "It doesn't fit." in capsys.readouterr().out
     for wrong in (["--classes", "1.5"], ["--network", "0"], ["--rate", "x"]):
@@ -106,3 +106,12 @@ def test_measured_bytes_of_the_document() -> None:
         assert abs(ratio) < 5
         assert sent == expected
     assert rows == 2
+
+
+def test_what_more_gpus_can_not_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """Too many hold too many gathered rows; and no number helps where all memory is reserved."""
+    few = ["--classes", "1e7", "--dim", "512", "--gpus", "1", "--gpu-memory", "80"]
+    assert plan.main([*few, "--reserved", "79"]) == 1
+    assert "It fits on " in capsys.readouterr().out
+    assert plan.main([*few, "--reserved", "80"]) == 1
+    assert "which leaves nothing: set --reserved" in capsys.readouterr().out

@@ -294,3 +294,17 @@ def test_a_learnt_scale_keeps_its_place() -> None:
     with pytest.raises(TypeError, match="a tensor scale must be floating"):
         criterion.scale = nn.Parameter(torch.tensor(3), requires_grad=False)
     assert criterion.scale == 3.0
+
+
+def test_what_can_not_be_assigned() -> None:
+    criterion = fm.ArcFaceLoss(10, 4, sub_centers=3)
+    criterion.sub_centers = 3
+    with pytest.raises(AttributeError, match="sub_centers is 3 and can't be set to 2"):
+        criterion.sub_centers = 2
+    with pytest.raises(AttributeError, match="negatives of a loss is a method"):
+        setattr(criterion, "negatives", fm.negatives.filtered(0.4))  # noqa: B010 - a method
+    with pytest.raises(ValueError, match=r"phi must be a tuple of the numbers d, a, .* length 2"):
+        fm.functional.cosface(
+            torch.randn(2, 4), criterion.weight, torch.tensor([0, 1]),
+            negatives=fm.negatives.Negatives(0.0, (0.0, 1.0)),
+        )  # fmt: skip
