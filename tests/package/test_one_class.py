@@ -11,6 +11,7 @@ import torch
 from helpers import BACKENDS, FUSED_BACKENDS, device_of, eager_cosine_lse, eager_cosines
 
 import fused_margin.functional as fmf
+from fused_margin._arguments import PLAIN
 
 # Triton's interpreter is NumPy, which warns of log(0) = -inf.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log:RuntimeWarning")
@@ -128,7 +129,7 @@ def test_opcheck(backend: str) -> None:
     numbers = torch.tensor([9.0], dtype=torch.float64)
     torch.library.opcheck(
         torch.ops.fused_margin.cosine_lse.default,
-        (x, w, LABELS.to(x.device), numbers, None, torch.float64, backend, 0),
+        (x, w, LABELS.to(x.device), numbers, None, *PLAIN, torch.float64, backend, 0),
         test_utils=("test_schema", "test_faketensor"),
     )
 
