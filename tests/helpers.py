@@ -374,6 +374,20 @@ def run_eager(
     return evaluate(call, given, mode, device or torch.device("cpu"))
 
 
+def check_no_rows(call: Callable[..., Tensor], x: Tensor, w: Tensor, labels: Tensor) -> None:
+    """A mean of no row, of one, and of rows that are all ignored, whatever they hold."""
+    for rows in (0, 1):
+        loss = call(x[:rows], w, labels[:rows])
+        assert bool(torch.stack(torch.autograd.grad(loss, (w,))).isfinite().all())
+    broken = x.detach().clone()
+    broken[0], broken[1] = math.nan, math.inf
+    broken.requires_grad_()
+    loss = call(broken, w, torch.full_like(labels, -100))
+    assert loss == 0.0
+    for gradient in torch.autograd.grad(loss, (broken, w)):
+        assert bool((gradient == 0).all())
+
+
 # --- tolerances -----------------------------------------------------------------------------------
 
 # Derived in docs/math.md, "Tolerances of the tests", as are `sizes` and `error`.

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import step_times
@@ -47,11 +48,11 @@ def test_a_step_trains_network_and_class_weights(monkeypatch: pytest.MonkeyPatch
     seen: list[list[torch.Tensor]] = []
     train_epoch = training.train_epoch
 
-    def watched(*arguments: object) -> float:
+    def watched(*arguments: Any) -> float:
         network, criterion = arguments[:2]
-        before = [p.detach().clone() for p in (*network.parameters(), *criterion.parameters())]  # type: ignore[attr-defined]
-        loss = train_epoch(*arguments)  # type: ignore[arg-type]
-        after = [*network.parameters(), *criterion.parameters()]  # type: ignore[attr-defined]
+        before = [p.detach().clone() for p in (*network.parameters(), *criterion.parameters())]
+        loss = train_epoch(*arguments)
+        after = [*network.parameters(), *criterion.parameters()]
         seen.append([(a - b).abs().max() for a, b in zip(after, before, strict=True)])
         return loss
 

@@ -302,7 +302,7 @@ def test_what_can_not_be_assigned() -> None:
     with pytest.raises(AttributeError, match="sub_centers is 3 and can't be set to 2"):
         criterion.sub_centers = 2
     with pytest.raises(AttributeError, match="negatives of a loss is a method"):
-        setattr(criterion, "negatives", fm.negatives.filtered(0.4))  # noqa: B010 - a method
+        setattr(criterion, "negatives", fm.negatives.filtered(0.4))  # noqa: B010 - by its name, as a type checker refuses it too
     with pytest.raises(ValueError, match=r"phi must be a tuple of the numbers d, a, .* length 2"):
         fm.functional.cosface(
             torch.randn(2, 4), criterion.weight, torch.tensor([0, 1]),
