@@ -37,6 +37,16 @@ class Extras(NamedTuple):
         return self.threshold is not None or self.centers > 1
 
     @property
+    def adds_in_sweep(self) -> bool:
+        """Whether the sum of phi(c) has to be formed within the sweep."""
+        return self.has_total and self.reshapes
+
+    @property
+    def adds_vectors(self) -> bool:
+        """Whether it is a product with the sum of w_hat (eq. 21)."""
+        return self.has_total and not self.reshapes
+
+    @property
     def is_plain(self) -> bool:
         """Whether there is nothing beside lse and u to do within the sweep."""
         return not self.reshapes and self.nearer is None
@@ -66,7 +76,7 @@ class Found(NamedTuple):
         """Memory for it; N may be symbolic."""
         num_rows, dim = x.shape
         of_total = num_rows if extras.has_total else 0
-        of_classes = dim if extras.has_total and not extras.reshapes else 0
+        of_classes = dim if extras.adds_vectors else 0
         of_nearest = 0 if extras.nearer is None else num_rows
         return cls(
             total=x.new_empty(of_total, dtype=torch.float64),

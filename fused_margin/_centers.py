@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fused_margin._numerics import shrinkage, sum_dtype
+from fused_margin._numerics import normalized, sum_dtype
 
 Tensor = torch.Tensor
 
@@ -28,17 +28,11 @@ def nearest_centers(
     labels = labels.long()
     has_target = (labels >= 0) & (labels < weight.shape[0] // sub_centers)
     first = labels.where(has_target, 0) * sub_centers
-    x = normalized(embeddings, wide)
-    best, cosine = first, (x * normalized(weight[first], wide)).sum(dim=1)
+    x = normalized(embeddings.to(wide))[0]
+    best, cosine = first, (x * normalized(weight[first].to(wide))[0]).sum(dim=1)
     for center in range(1, sub_centers):
-        found = (x * normalized(weight[first + center], wide)).sum(dim=1)
+        found = (x * normalized(weight[first + center].to(wide))[0]).sum(dim=1)
         is_nearer = found > cosine
         best = torch.where(is_nearer, first + center, best)
         cosine = torch.where(is_nearer, found, cosine)
     return best.where(has_target, -1), cosine.clamp(-1.0, 1.0).where(has_target, 0.0)
-
-
-def normalized(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows over their norms, in ``dtype``."""
-    rows = rows.to(dtype)
-    return torch.nn.functional.normalize(rows * shrinkage(rows), dim=1)

@@ -41,6 +41,16 @@ def shrinkage(x: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(largest).masked_fill(is_huge, 2.0 ** -(half + 12))
 
 
+def normalized(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (R, D) over their norms, and the inverse norms (R, 1), in the accumulation dtype."""
+    rows = rows.to(accumulation_dtype(rows, rows))
+    shrink = shrinkage(rows)
+    rows = rows * shrink
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    inverse = norm.clamp_min_(NORM_EPS).reciprocal_()
+    return rows.mul_(inverse), inverse.mul_(shrink)
+
+
 def requested_dtype(x: torch.Tensor, w: torch.Tensor) -> torch.dtype:
     """The dtype in which products are asked for: autocast's if it is on, else the embeddings'.
 
@@ -81,6 +91,11 @@ def logit_range(phi: torch.Tensor | None) -> Range:
     return Range(min(values), max(values))
 
 
+def largest_exponent(dtype: torch.dtype) -> float:
+    """Up to this, and down to its negative, a power of e neither overflows nor underflows."""
+    return 0.95 * math.log(torch.finfo(dtype).max)
+
+
 def needs_shift(scale: float, num_classes: int, accumulate: torch.dtype) -> bool:
     """Whether exp(s cos) has to be taken relative to a maximum.
 
@@ -90,4 +105,4 @@ def needs_shift(scale: float, num_classes: int, accumulate: torch.dtype) -> bool
     |s cos| <= s up to rounding: no shift is needed where e^s times C does not overflow and e^-s
     does not underflow.
     """
-    return scale + math.log(num_classes) > 0.95 * math.log(torch.finfo(accumulate).max)
+    return scale + math.log(num_classes) > largest_exponent(accumulate)

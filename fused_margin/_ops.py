@@ -114,7 +114,9 @@ def _cosine_lse(
             targets = _cpu.find_targets(labels, w.shape[0])
             problem = _problem(inputs, labels, targets, None)
             swept, found, loan = _cpu.forward(problem, budget, lends_for)
-    if inputs.extras.has_total and not inputs.extras.reshapes:
+    if found is None:
+        found = Found.empty(x, accumulation_dtype(x, w), inputs.extras)
+    if inputs.extras.adds_vectors:
         with torch.autocast(x.device.type, enabled=False):
             omega = _total.class_sum(w, swept.inv_w)
             found = found._replace(class_sum=omega, total=_total.of_others(omega, x, swept.u))
@@ -356,8 +358,8 @@ class _CosineLse(torch.autograd.Function):
                 outputs = _ops.cosine_lse.default(*args)
         _loans.lend(ctx, w, loan)
         swept, found = Swept(*outputs[:5]), Found(*outputs[5:])
-        has_omega = flags[1] and threshold is None and flags[0] == 1
-        omega = found.class_sum if has_omega else None
+        extras = Extras(threshold, phi, nearer, *flags[:2])
+        omega = found.class_sum if extras.adds_vectors else None
         ctx.save_for_backward(*inputs[:5], threshold, phi, nearer, *swept, omega)
         ctx.mark_non_differentiable(
             swept.inv_x, swept.inv_w, swept.kept, found.class_sum, found.hardest,

@@ -14,9 +14,8 @@ import torch
 from fused_margin._arguments import Gradients
 from fused_margin._numerics import (
     CLAMPED_INVERSE_NORM,
-    NORM_EPS,
     accumulation_dtype,
-    shrinkage,
+    normalized,
 )
 
 Tensor = torch.Tensor
@@ -37,14 +36,6 @@ class _Rows(NamedTuple):
     inverse: Tensor
 
 
-def _normalized(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows (R, D), and their inverse norms (R, 1)."""
-    shrink = shrinkage(rows)
-    rows = rows * shrink
-    inverse = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(NORM_EPS).reciprocal_()
-    return rows.mul_(inverse), inverse.mul_(shrink)
-
-
 def _blocks(w: Tensor, inv_w: Tensor) -> Iterator[_Rows]:
     is_on_cpu = w.device.type == "cpu"
     limit = CPU_BYTES if is_on_cpu else OTHER_BYTES
@@ -53,7 +44,7 @@ def _blocks(w: Tensor, inv_w: Tensor) -> Iterator[_Rows]:
         stop = min(start + size, w.shape[0])
         rows, inverse = w[start:stop].to(inv_w.dtype), inv_w[start:stop]
         if is_on_cpu and bool((inverse < SMALLEST_INVERSE).any()):
-            rows, inverse = _normalized(rows)
+            rows, inverse = normalized(rows)
             yield _Rows(start, stop, rows, torch.ones_like(inverse[:, 0]), inverse[:, 0])
         else:
             yield _Rows(start, stop, rows, inverse, inverse)
@@ -69,7 +60,7 @@ def class_sum(w: Tensor, inv_w: Tensor) -> Tensor:
 
 def of_others(omega: Tensor, x: Tensor, u: Tensor) -> Tensor:
     """Sum of the cosines of all classes but the target, (N,) fp64; u is 0 where there is none."""
-    return _normalized(x.double())[0] @ omega - u
+    return normalized(x.double())[0] @ omega - u
 
 
 def add_gradients(
@@ -83,7 +74,7 @@ def add_gradients(
         omega: see `class_sum`. x: (N, D). w: (C, D). inv_w: (C,).
     """
     g = g.double()
-    x_hat, inv_x = _normalized(x.double())
+    x_hat, inv_x = normalized(x.double())
     if gradients.x is not None:
         radial = (x_hat @ omega)[:, None].masked_fill(inv_x >= CLAMPED_INVERSE_NORM, 0.0)
         d_x = (omega - radial * x_hat).mul_(inv_x).mul_(g[:, None])

@@ -73,9 +73,6 @@ focal_gamma = functools.partial(_validate.optional, "focal_gamma")
 focal_alpha = functools.partial(_validate.optional, "focal_alpha")
 
 
-flag = _validate.flag
-
-
 def generator(value: Any) -> torch.Generator | None:
     """Check a source of random numbers; None is torch's own."""
     if value is not None and not isinstance(value, torch.Generator):

@@ -21,6 +21,7 @@ from fused_margin._numerics import (
     CLAMPED_INVERSE_NORM,
     NORM_EPS,
     accumulation_dtype,
+    normalized,
     shrinkage,
     sum_dtype,
 )
@@ -68,16 +69,6 @@ def _linear_block(w: Tensor) -> int:
     return max(1, BLOCK_BYTES // (w.shape[1] * accumulation_dtype(w, w).itemsize))
 
 
-def _normalized(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """w_hat (B, D) and the inverse norms (B, 1) of some rows of W, in the accumulation dtype."""
-    rows = rows.to(accumulation_dtype(rows, rows))
-    shrink = shrinkage(rows)
-    rows = rows * shrink
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    inverse = norm.clamp_min_(NORM_EPS).reciprocal_()
-    return rows.mul_(inverse), inverse.mul_(shrink)
-
-
 # --- nearest_classes ------------------------------------------------------------------------------
 
 
@@ -92,12 +83,12 @@ def _nearest_classes(w: Tensor) -> Tensor:
     # Each pair of blocks once, for its rows and for its columns. A class meets the blocks in
     # ascending order: as a column while `first` lies before it, then as a row.
     for first, first_stop in _blocks(num_classes, size):
-        rows = _normalized(w[first:first_stop])[0]
+        rows = normalized(w[first:first_stop])[0]
         for second, second_stop in _blocks(num_classes, size):
             if second < first:
                 continue
             is_diagonal = second == first
-            columns = rows if is_diagonal else _normalized(w[second:second_stop])[0]
+            columns = rows if is_diagonal else normalized(w[second:second_stop])[0]
             shape = (rows.shape[0], columns.shape[0])
             cosine = memory[: shape[0] * shape[1]].view(shape)
             torch.mm(rows, columns.t(), out=cosine)  # autocast leaves out= alone
@@ -133,7 +124,7 @@ def _class_cosines(w: Tensor, index: Tensor) -> Tensor:
     """
     cosines = w.new_empty(w.shape[0], dtype=accumulation_dtype(w, w))
     for start, stop in _blocks(w.shape[0], _linear_block(w)):
-        own, other = _normalized(w[start:stop])[0], _normalized(w[index[start:stop]])[0]
+        own, other = normalized(w[start:stop])[0], normalized(w[index[start:stop]])[0]
         cosines[start:stop] = own.mul_(other).sum(dim=1)
     return cosines
 
@@ -148,13 +139,13 @@ def _class_cosines_backward(g: Tensor, w: Tensor, index: Tensor) -> Tensor:
     starts = torch.arange(0, num_classes + size, size, device=w.device).clamp_(max=num_classes)
     bounds = torch.searchsorted(targets, starts).tolist()
     for number, (start, stop) in enumerate(_blocks(num_classes, size)):
-        w_hat, inverse = _normalized(w[start:stop])
-        q = _normalized(w[index[start:stop]])[0].mul_(g[start:stop, None])
+        w_hat, inverse = normalized(w[start:stop])
+        q = normalized(w[index[start:stop]])[0].mul_(g[start:stop, None])
         # by pieces, because all classes may have the same nearest one
         for piece in range(bounds[number], bounds[number + 1], size):
             among = slice(piece, min(piece + size, bounds[number + 1]))
             sources = order[among]
-            rows = _normalized(w[sources])[0].mul_(g[sources, None])
+            rows = normalized(w[sources])[0].mul_(g[sources, None])
             _add_rows(q, targets[among] - start, rows)
         radial = (q * w_hat).sum(dim=1, keepdim=True)
         radial.masked_fill_(inverse >= CLAMPED_INVERSE_NORM, 0.0)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from fused_margin import _validate, _validate_others
-from fused_margin._centers import nearest_centers, normalized
-from fused_margin._numerics import accumulation_dtype, sum_dtype
-from fused_margin._weight_sweeps import _blocks, _normalized
+from fused_margin._centers import nearest_centers
+from fused_margin._numerics import accumulation_dtype, normalized, sum_dtype
+from fused_margin._weight_sweeps import _blocks
 
 __all__ = [
     "Evaluation",
@@ -80,9 +80,9 @@ def _cosines(embeddings: Tensor, weight: Tensor, sub_centers: int) -> Iterator[t
     num_classes = weight.shape[0] // sub_centers
     dtype = accumulation_dtype(embeddings, weight)
     row_bytes = dtype.itemsize * max(*embeddings.shape, 1) * sub_centers
-    x_hat, _ = _normalized(embeddings.to(dtype))
+    x_hat, _ = normalized(embeddings.to(dtype))
     for start, stop in _blocks(num_classes, max(64 // sub_centers, _limit(weight) // row_bytes)):
-        w_hat, _ = _normalized(weight[start * sub_centers : stop * sub_centers].to(dtype))
+        w_hat, _ = normalized(weight[start * sub_centers : stop * sub_centers].to(dtype))
         cosines = x_hat @ w_hat.t()
         if sub_centers > 1:
             cosines = cosines.unflatten(1, (-1, sub_centers)).amax(dim=2)
@@ -276,7 +276,8 @@ def outlier_angles(
     with torch.autocast(embeddings.device.type, enabled=False):
         for rows in _row_blocks(embeddings):
             own = weight[centers[labels[rows].clamp(0, num_classes - 1)]]
-            cosines = (normalized(embeddings[rows], wide) * normalized(own, wide)).sum(dim=1)
+            x_hat, w_hat = (normalized(part.to(wide))[0] for part in (embeddings[rows], own))
+            cosines = (x_hat * w_hat).sum(dim=1)
             angles[rows] = cosines.clamp_(-1.0, 1.0).acos_().to(angles.dtype)
     return angles.masked_fill_(labels == ignore_index, float("nan"))
 

@@ -41,7 +41,7 @@ from fused_margin._cpu.sweep import (
     block_size,
     embeddings_gradient,
 )
-from fused_margin._numerics import logit_range
+from fused_margin._numerics import largest_exponent, logit_range
 
 # There are fewer passes over a block than in `sweep`, and larger ones pay.
 EFFICIENT_BLOCK = 4096
@@ -55,22 +55,17 @@ def fits(problem: Problem, needs: Needs) -> bool:
     It isn't for the sum of phi(c), nor for d_scale where phi is another function than c.
     """
     extras, num_classes = problem.extras, problem.w.shape[0]
-    if extras.reshapes and (extras.has_total or needs.scale):
+    if extras.adds_in_sweep or (extras.reshapes and needs.scale):
         return False
     has_others = num_classes > extras.centers
     lowest = problem.scale * logit_range(extras.phi).lowest - common_shift(problem)
-    return has_others and lowest > -_largest_exponent(problem)
-
-
-def _largest_exponent(problem: Problem) -> float:
-    """What neither overflows nor underflows as a power of e."""
-    return 0.95 * math.log(torch.finfo(problem.accumulate).max)
+    return has_others and lowest > -largest_exponent(problem.accumulate)
 
 
 def common_shift(problem: Problem) -> float:
     """What all logits are lowered by so that the sum of their exponentials doesn't overflow."""
     highest = problem.scale * logit_range(problem.extras.phi).highest
-    return max(0.0, highest + math.log(problem.w.shape[0]) - _largest_exponent(problem))
+    return max(0.0, highest + math.log(problem.w.shape[0]) - largest_exponent(problem.accumulate))
 
 
 def classes_per_block(problem: Problem) -> int:

@@ -88,7 +88,7 @@ def runs_ahead(problem: Problem, num_kept: int, needs: Needs = WEIGHTS_TOO) -> b
 
 def forward(
     problem: Problem, budget: int, lends_for: Needs | None = None
-) -> tuple[Swept, Found, Loan | None]:
+) -> tuple[Swept, Found | None, Loan | None]:
     """lse, u, the inverse norms, and up to ``budget`` bytes for a backward, as `kept_bytes` has it.
 
     Raises nothing: labels outside [0, C) mean "no target".
@@ -99,22 +99,19 @@ def forward(
         lends_for: the gradients that will be asked for, d_w among them, if it may be lent.
 
     Returns:
-        those, what `problem.extras` asked for, and a loan if there is one.
+        those, what `problem.extras` asked of a sweep, and a loan if there is one.
     """
     x, w, extras = problem.x, problem.w, problem.extras
     num_bytes = kept_bytes(x, w, budget)
     num_kept = kept_classes(x, w, problem.compute_dtype, num_bytes, extras)
-    loan = None
+    found = loan = None
     if lends_for is not None and runs_ahead(problem, num_kept, lends_for):
         on_top = num_bytes if budget >= 0 else max(0, num_bytes - LARGER_BLOCKS)
         swept, found, loan = ahead.forward(problem, on_top, lends_for, num_bytes)
+    elif _way(problem) is sweep:
+        swept, found = sweep.forward(problem, num_kept, num_bytes)
     else:
-        way = _way(problem)
-        if way is sweep:
-            swept, found = sweep.forward(problem, num_kept, num_bytes)
-        else:
-            swept = way.forward(problem, num_kept, num_bytes)
-            found = Found.empty(x, problem.accumulate, extras)
+        swept = _way(problem).forward(problem, num_kept, num_bytes)
     return swept, found, loan
 
 

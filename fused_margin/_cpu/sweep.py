@@ -178,7 +178,7 @@ def forward(problem: Problem, num_kept: int, num_bytes: int) -> tuple[Swept, Fou
     # the sum, or its log, of each block
     partial = x.inverse.new_empty(num_blocks, num_rows, dtype=torch.float64)
     shifts = _shifts(problem)
-    nearest, sums = Nearest(problem, sweep.work), _has_sums(problem)
+    nearest, sums = Nearest(problem, sweep.work), problem.extras.adds_in_sweep
     if sums:
         nearest.found.total.zero_()
     for index, block in enumerate(sweep.blocks(inv_w, is_first=True)):
@@ -212,11 +212,6 @@ def _shifts(problem: Problem) -> bool:
     """Whether exponentials have to be taken relative to a maximum."""
     largest = problem.scale * logit_range(problem.extras.phi).bound
     return needs_shift(largest, problem.w.shape[0], problem.accumulate)
-
-
-def _has_sums(problem: Problem) -> bool:
-    """Whether the sum of phi(c) is formed within the sweep."""
-    return problem.extras.has_total and problem.extras.reshapes
 
 
 class _Factors(NamedTuple):

@@ -208,10 +208,9 @@ def _sweep(
             else:
                 _keep(kept, z, e, shift, block, offs_n, offs_c)
         run_sum = run_sum * tl.exp(run_max - shift) + tl.sum(e, axis=1)
-        if others is not None:  # noqa: SIM102 - Triton evaluates both sides of "and"
-            if others.weighted is not None:
-                logits = tl.where(e > 0.0, z + shift[:, None], 0.0)
-                weighted = weighted * tl.exp(run_max - shift) + tl.sum(e * logits, axis=1)
+        if others is not None and others.weighted is not None:
+            logits = tl.where(e > 0.0, z + shift[:, None], 0.0)
+            weighted = weighted * tl.exp(run_max - shift) + tl.sum(e * logits, axis=1)
         run_max = new_max
     if others is not None:
         offs = split.to(tl.int64) * N + offs_n

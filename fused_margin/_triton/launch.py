@@ -10,6 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_margin._arguments import (
     IGNORED,
+    PLAIN,
     TAKEN,
     Extras,
     Found,
@@ -137,15 +138,14 @@ def _sweep(
     swept: Swept,
     loan: Loan | None,
     ignore_index: int | None,
-    asks: bool = False,
     weighs: bool = False,
 ) -> tuple[Tensor, Others | None]:
     """Launch a sweep; returns its partials, (num_splits, 2, N), and those of what else it found.
 
-    Rows with the label ``ignore_index`` are not looked at, unless it is None. ``asks``: whether
-    there are any `Extras`. ``weighs``: whether the mean of s phi(c) is to be found.
+    Rows with the label ``ignore_index`` are not looked at, unless it is None. ``weighs``: whether
+    the mean of s phi(c) is to be found.
     """
-    x, w = inputs.x, inputs.w
+    x, w, asks = inputs.x, inputs.w, not inputs.extras.is_plain
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     kept, kept_block = kept_parts(swept.kept, num_rows, p)
     tile = p.tiles.forward
@@ -189,7 +189,7 @@ def _others(inputs: Inputs, p: Plan, splits: int, weighs: bool) -> Others:
     def empty(is_asked: bool, dtype: torch.dtype = p.accumulate) -> Tensor | None:
         return inputs.x.new_empty((splits, num_rows), dtype=dtype) if is_asked else None
 
-    looks, adds = extras.nearer is not None, extras.has_total and extras.reshapes
+    looks, adds = extras.nearer is not None, extras.adds_in_sweep
     return Others(
         extras.threshold, extras.phi, _root(extras), extras.nearer, empty(looks),
         empty(looks, torch.int32), empty(looks, torch.int32), empty(adds), empty(weighs),
@@ -291,7 +291,7 @@ def cosine_lse(
             labels, labels.stride(0), swept.u, swept.inv_x, swept.lse, scale=inputs.scale_tensor
         )
         with guard(x):
-            partial, others = _sweep(inputs, p, rows, swept, loan, None, asks=not extras.is_plain)
+            partial, others = _sweep(inputs, p, rows, swept, loan, None)
             _rows(p, rows, partial, w.shape[0], inputs.scale, NO_MARGIN, None, "none", 0)
             if others is not None:
                 found = _merged(inputs, p, others)
@@ -388,7 +388,7 @@ def _d_scale(call: _Call) -> Tensor:
         call.rows.labels, call.rows.stride_label, swept.u, swept.inv_x, scale=call.rows.scale
     )
     inputs = call.inputs._replace(extras=call.inputs.extras._replace(nearer=None, has_total=False))
-    partial, others = _sweep(inputs, p, rows, swept, None, None, asks=True, weighs=True)
+    partial, others = _sweep(inputs, p, rows, swept, None, None, weighs=True)
     if others is None or others.weighted is None or call.rows.slope_lse is None:
         raise RuntimeError("a sweep that weighs logits left no sums of them")
     lse = call.swept.lse
@@ -524,7 +524,8 @@ def _sweep_again(call: _Call, loan: Loan) -> None:
     x, w, p = call.inputs.x, call.inputs.w, call.p
     swept = Swept.empty(x, w, p.accumulate, kept_shape(x, w, call.inputs.compute_dtype, 0))
     rows = Rows(call.rows.labels, call.rows.stride_label, swept.u, swept.inv_x)
-    _sweep(call.inputs, p, rows, swept, loan, None if call.rows.grad is None else IGNORED)
+    inputs = call.inputs._replace(extras=PLAIN)  # what it was asked for, it has answered
+    _sweep(inputs, p, rows, swept, loan, None if call.rows.grad is None else IGNORED)
 
 
 def _lent(call: _Call, loan: Loan) -> Gradients:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from fused_margin import _ops, _transforms, _validate, _validate_settings, margins
-from fused_margin._numerics import CLAMPED_INVERSE_NORM, accumulation_dtype, sum_dtype
-from fused_margin._weight_sweeps import _add_rows, _blocks, _normalized
+from fused_margin._numerics import CLAMPED_INVERSE_NORM, accumulation_dtype, normalized, sum_dtype
+from fused_margin._weight_sweeps import _add_rows, _blocks
 from fused_margin.functional import Psi
 
 Tensor = torch.Tensor
@@ -111,7 +111,7 @@ def _block(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logits (N, B) with -inf at targets, w or w_hat, and 1 / ||w||."""
     w = w[start:stop]
-    w, inverse = _normalized(w) if normalize else (w.to(x.dtype), None)
+    w, inverse = normalized(w) if normalize else (w.to(x.dtype), None)
     values = x @ w.t()
     inside = ((labels >= start) & (labels < stop)).nonzero()[:, 0]
     values[inside, labels[inside] - start] = -float("inf")

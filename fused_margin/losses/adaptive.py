@@ -203,7 +203,7 @@ class ElasticFaceLoss(MarginSoftmaxLoss):
         "scale": _validate_settings.module_scale,
         "sigma": _between("sigma", 0.0, 10.0),
         "kind": _validate_margins.kind,
-        "plus": functools.partial(_validate_settings.flag, "plus"),
+        "plus": functools.partial(_validate.flag, "plus"),
         "boundary": _validate.boundary,
         "generator": _validate_settings.generator,
         **MarginSoftmaxLoss.settings,
