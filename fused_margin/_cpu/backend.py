@@ -104,15 +104,14 @@ def forward(
     x, w, extras = problem.x, problem.w, problem.extras
     num_bytes = kept_bytes(x, w, budget)
     num_kept = kept_classes(x, w, problem.compute_dtype, num_bytes, extras)
-    found = loan = None
+    way = _way(problem)
+    if way is not sweep:
+        return way.forward(problem, num_kept, num_bytes), None, None
     if lends_for is not None and runs_ahead(problem, num_kept, lends_for):
         on_top = num_bytes if budget >= 0 else max(0, num_bytes - LARGER_BLOCKS)
-        swept, found, loan = ahead.forward(problem, on_top, lends_for, num_bytes)
-    elif _way(problem) is sweep:
-        swept, found = sweep.forward(problem, num_kept, num_bytes)
-    else:
-        swept = _way(problem).forward(problem, num_kept, num_bytes)
-    return swept, found, loan
+        return ahead.forward(problem, on_top, lends_for, num_bytes)
+    swept, found = sweep.forward(problem, num_kept, num_bytes)
+    return swept, found, None
 
 
 def backward(

@@ -7,10 +7,13 @@ than their work. Equations refer to ``docs/math.md``.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.dlpack import (
+    to_dlpack,  # pyright: ignore[reportPrivateImportUsage] - it is documented
+)
 
 from fused_margin._arguments import PLAIN, Extras, Slopes
 from fused_margin._numerics import CLAMPED_INVERSE_NORM, NORM_EPS
@@ -65,9 +68,24 @@ class Targets(NamedTuple):
             matrix.index_add_(0, self.rows, values)
 
 
+class _Exported:
+    """A tensor on the CPU as NumPy imports it: `Tensor.__dlpack__` asks four times as long."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return to_dlpack(self.tensor)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # kDLCPU
+
+
 def view_of(tensor: torch.Tensor) -> np.ndarray:
-    """A caller's tensor as an array. After `Tensor.numpy` FSDP couldn't resize its storage."""
-    return np.from_dlpack(tensor.detach())
+    """A caller's tensor as an array, to be read. After `Tensor.numpy` FSDP couldn't resize it."""
+    return np.from_dlpack(_Exported(tensor))
 
 
 def find_targets(labels: torch.Tensor, num_classes: int) -> Targets:
@@ -268,18 +286,18 @@ def losses(
     return RowLosses(loss, sigma, slope_u)
 
 
-def project(rows: Vectors, gradient: torch.Tensor) -> torch.Tensor:
+def project(rows: Vectors, gradient: torch.Tensor) -> np.ndarray:
     """Take the radial part out of q / ||r|| (eq. 8), in place of ``gradient``, (R, D).
 
     Returns:
         q . r_hat, (R,).
     """
-    radial = torch.from_numpy(row_dots(gradient, rows.values))
-    factor = rows.inverse * rows.inverse
-    if np.maximum.reduce(rows.inverse.numpy(), initial=0.0) >= CLAMPED_INVERSE_NORM:
-        # below the clamp of the norm there is no projection
-        factor.masked_fill_(rows.inverse >= CLAMPED_INVERSE_NORM, 0.0)
-    gradient.addcmul_(rows.values, factor.mul_(radial)[:, None], value=-1.0)
+    radial, inverse = row_dots(gradient, rows.values), rows.inverse.numpy()
+    factor = inverse * inverse
+    if np.maximum.reduce(inverse, initial=0.0) >= CLAMPED_INVERSE_NORM:
+        factor[inverse >= CLAMPED_INVERSE_NORM] = 0.0  # below the clamp there is no projection
+    factor *= radial
+    gradient.addcmul_(rows.values, torch.from_numpy(factor)[:, None], value=-1.0)
     rows.undo(gradient)
     return radial
 

@@ -131,7 +131,7 @@ def backward(
             targets.add(v, w.values[targets.classes] * factors[:, None])
         radial = project(x, v)
         if needs.scale:
-            of_others = radial.double().numpy() - g.u * swept.u.numpy()
+            of_others = radial.astype(np.float64) - g.u * swept.u.numpy()
             d_scale = torch.from_numpy(of_others).sum() / problem.scale
         if needs.x:
             d_x = v.to(problem.x.dtype)

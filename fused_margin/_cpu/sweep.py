@@ -406,7 +406,7 @@ def embeddings_gradient(
     radial = project(x, v)  # sum_k G_nk c_nk
     d_scale = None
     if needs.scale:
-        of_others = radial.double().numpy() - g.u * swept.u.numpy()
+        of_others = radial.astype(np.float64) - g.u * swept.u.numpy()
         d_scale = torch.from_numpy(of_others).sum() / problem.scale
     return v.to(problem.x.dtype) if needs.x else None, d_scale
 

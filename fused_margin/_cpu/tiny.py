@@ -118,7 +118,7 @@ def backward(
         d_w = q.to(problem.w.dtype)
     if needs.x or needs.scale:
         v = torch.mm(factors.t(), w.values)
-        radial = project(x, v).numpy()
+        radial = project(x, v)
         if needs.scale:
             d_scale = torch.from_numpy(radial - g.u * swept.u.numpy()).sum() / problem.scale
         if needs.x:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, ParamSpec, get_type_hints
@@ -68,21 +69,28 @@ class Options(NamedTuple):
         )
 
 
+# What is checked wherever it is given; the rest depends on tensors.
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    "reduction": functools.partial(_validate.choice, "reduction", allowed=_validate.REDUCTIONS),
+    "ignore_index": _validate.ignore_index,
+    "memory_budget": _validate.memory_budget,
+    "focal_gamma": functools.partial(_validate.optional, "focal_gamma"),
+    "focal_alpha": functools.partial(_validate.optional, "focal_alpha"),
+    "label_smoothing": _validate.smoothing,
+    "negatives": _validate.negatives,
+    "sub_centers": functools.partial(_validate.size, "sub_centers", minimum=1),
+    "return_stats": functools.partial(_validate.flag, "return_stats"),
+}
+
+
 def choose(options: CallOptions, call: Callable[..., Any]) -> Options:
     """Options as they were given to ``call``, checked but for what depends on tensors."""
     _validate.keywords(options, Options._fields, call)
-    chosen = Options(**options)
-    _validate.choice("reduction", chosen.reduction, _validate.REDUCTIONS)
-    return chosen._replace(
-        ignore_index=_validate.ignore_index(chosen.ignore_index),
-        memory_budget=_validate.memory_budget(chosen.memory_budget),
-        focal_gamma=_validate.optional("focal_gamma", chosen.focal_gamma),
-        focal_alpha=_validate.optional("focal_alpha", chosen.focal_alpha),
-        label_smoothing=_validate.smoothing(chosen.label_smoothing),
-        negatives=_validate.negatives(chosen.negatives),
-        sub_centers=_validate.size("sub_centers", chosen.sub_centers, 1),
-        return_stats=_validate.flag("return_stats", chosen.return_stats),
-    )
+    chosen: dict[str, Any] = {}
+    for name, value in options.items():
+        check = CHECKS.get(name)
+        chosen[name] = value if check is None else check(value)
+    return Options(**chosen)
 
 
 def expanded(function: Callable[..., Any], defaults: Mapping[str, Any], types: type) -> Any:
