@@ -319,7 +319,8 @@ def chain(slopes: Slopes, ignored: torch.Tensor | None) -> RowGradients:
     """
     g_lse, g_u = view_of(slopes.lse), view_of(slopes.u)
     if slopes.grad is None:
-        return RowGradients(g_lse, g_u, None if slopes.total is None else view_of(slopes.total))
+        total = None if slopes.total is None else view_of(slopes.total).copy()
+        return RowGradients(g_lse, g_u, total)
     factor = slopes.grad.item() if slopes.grad.ndim == 0 else view_of(slopes.grad)
     if slopes.num_counted is not None:
         factor = factor / max(slopes.num_counted.item(), 1.0)
