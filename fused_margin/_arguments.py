@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, dtype
 
 # Labels as `check_labels` and ``margin_ce`` return them.
 IGNORED, INVALID = -1, -2
+# Takes rows of d_w from one on, (B, D) in the accumulation dtype, and may overwrite them. It may
+# change these rows of W too: whatever reads them comes before.
+Update = Callable[[int, Tensor], None]
 
 
 class Extras(NamedTuple):

@@ -106,3 +106,14 @@ def needs_shift(scale: float, num_classes: int, accumulate: torch.dtype) -> bool
     does not underflow.
     """
     return scale + math.log(num_classes) > largest_exponent(accumulate)
+
+
+def mixed(*numbers: int) -> int:
+    """A seed of 63 bits from several numbers, by multiplications and shifts (SplitMix64)."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed + number + 0x9E3779B97F4A7C15) % (1 << 64)
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % (1 << 64)
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % (1 << 64)
+        mixed ^= mixed >> 31
+    return mixed >> 1

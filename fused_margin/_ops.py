@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
-from fused_margin import _cpu, _loans, _schemas, _total, _transforms, _validate
+from fused_margin import _cpu, _loans, _schemas, _total, _transforms, _updates, _validate
 from fused_margin._arguments import (
     IGNORED,
     INVALID,
@@ -29,6 +29,7 @@ from fused_margin._arguments import (
     Needs,
     Slopes,
     Swept,
+    Update,
 )
 from fused_margin._numerics import accumulation_dtype
 from fused_margin.margins import Margin
@@ -213,24 +214,39 @@ class _Settings(NamedTuple):
 
 def _differentiate(
     slopes: Slopes, saved: _Saved, swept: Swept, omega: Tensor | None, settings: _Settings,
-    loan: Loan | None,
+    loan: Loan | None = None, update: Update | None = None,
 ) -> Gradients:  # fmt: skip
-    """The gradients that are needed; d_w in the memory of ``loan``, if there is one."""
+    """The gradients that are needed.
+
+    d_w is in the memory of ``loan``, if there is one; its rows go to ``update``, if that is given.
+    """
     centers, has_total, compute_dtype, backend, needs = settings
     extras = Extras(saved.threshold, saved.phi, saved.nearer, centers, has_total)
     inputs = _inputs(*saved[:5], *extras, compute_dtype)
-    g_total = None
+    x, w, g_total = inputs.x, inputs.w, None
     if slopes.total is not None and omega is not None:
         # of all classes, and not of the target
         g_total, slopes = slopes.total, slopes._replace(u=slopes.u - slopes.total, total=None)
+        if update is not None:
+            update = _total.completing(update, _total.direction(g_total, x), w, swept.inv_w)
+    if update is not None and not x.shape[0]:
+        _updates.by_zeros(update, w, swept.inv_w.dtype)
+        needs, update = needs._replace(w=False), None
     if backend == "triton":
-        gradients = _triton().backward(slopes, inputs, swept, needs, loan)
+        gradients = _triton().backward(slopes, inputs, swept, needs, loan, update)
     else:
         with _plain_numbers():
-            gradients = _backward_on_cpu(slopes, inputs, swept, needs, loan)
+            gradients = _backward_on_cpu(slopes, inputs, swept, needs, loan, update)
+    if update is not None and gradients.w is not None:  # of few classes, in one piece
+        update(0, gradients.w.to(swept.inv_w.dtype))
+        gradients = gradients._replace(w=None)
     if g_total is not None and omega is not None:
-        with torch.autocast(inputs.x.device.type, enabled=False):
-            _total.add_gradients(gradients, g_total, omega, inputs.x, inputs.w, swept.inv_w)
+        with torch.autocast(x.device.type, enabled=False):
+            if gradients.x is not None:
+                _total.add_to_d_x(gradients.x, g_total, omega, x)
+            if gradients.w is not None:
+                of_hat = _total.direction(g_total, x)
+                _total.add_to_d_w(gradients.w, of_hat, w, swept.inv_w)
     d_scale, scale_tensor = gradients.scale, saved.scale_tensor
     if d_scale is not None and scale_tensor is not None:
         d_scale = d_scale.to(scale_tensor.dtype).reshape(scale_tensor.shape)
@@ -243,7 +259,7 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     settings: Any = (*args[13:17], Needs(*needs))
     saved, omega = _Saved(*saved), args[22]
     d_x, d_w, d_scale = _differentiate(
-        Slopes(*slopes), saved, Swept(*swept), omega, _Settings(*settings), None
+        Slopes(*slopes), saved, Swept(*swept), omega, _Settings(*settings)
     )
     x, w, scale_tensor = saved.x, saved.w, saved.scale_tensor
     like_scale = x if scale_tensor is None else scale_tensor
@@ -256,14 +272,15 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_on_cpu(
-    slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs, loan: Loan | None
-) -> Gradients:
+    slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs, loan: Loan | None,
+    update: Update | None,
+) -> Gradients:  # fmt: skip
     labels, ignored = inputs.labels.long(), None
     targets = _cpu.find_targets(labels, inputs.w.shape[0])
     if slopes.grad is not None and targets.rows is not None:
         ignored = labels == IGNORED  # which margin_ce has marked
     problem = _problem(inputs, labels, targets, ignored)
-    return _cpu.backward(_cpu.chain(slopes, ignored), problem, swept, needs, loan)
+    return _cpu.backward(_cpu.chain(slopes, ignored), problem, swept, needs, loan, update)
 
 
 def _cosine_lse_operator(*args: Any) -> tuple[Tensor, ...]:
@@ -310,15 +327,29 @@ def _named(operator: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def _lends_for(w: Tensor, needs: Needs) -> Needs | None:
-    return needs if needs.w and _loans.may_lend(w) else None
+def _lends_for(ctx: Any, w: Tensor, needs: Needs) -> Needs | None:
+    """What a forward may prepare for in the memory of d_w; notes in ``ctx`` who updates W."""
+    ctx.updating = _updates.of(w) if needs.w else None
+    return needs if needs.w and ctx.updating is None and _loans.may_lend(w) else None
+
+
+def _begin_update(ctx: Any, *incoming: Tensor | None) -> Update | None:
+    """What takes the rows of d_w, if an optimiser does, in a backward that nothing observes."""
+    is_plain = torch._C._len_torch_dispatch_stack() == 0 and not torch.is_grad_enabled()
+    if ctx.updating is None or not is_plain or _transforms.is_transformed(*incoming):
+        return None
+    return ctx.updating.begin()
 
 
 def _gradients(
-    slopes: Slopes, saved: _Saved, swept: Swept, omega: Tensor | None, ctx: Any
-) -> tuple[Tensor | None, ...]:
-    """d_x, d_w and d_scale, None where they are not needed."""
+    slopes: Slopes, saved: _Saved, swept: Swept, omega: Tensor | None, ctx: Any,
+    update: Update | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """d_x, d_w and d_scale, None where they are not needed, or an update has taken d_w."""
     *flags, needs = ctx.settings
+    if update is not None:
+        with _named("cosine_lse_backward"):
+            return _differentiate(slopes, saved, swept, omega, ctx.settings, None, update)
     if ctx.loan is not None:  # an output as long as it is without a loan, with nothing in it
         nothing = swept.kept.new_empty((0, *swept.kept.shape[1:]))
         swept = swept._replace(kept=nothing)
@@ -346,11 +377,11 @@ class _CosineLse(torch.autograd.Function):
         *inputs, backend, budget = args
         x, w, _, _, _, threshold, phi, nearer, *flags = inputs
         needs_x, needs_w, _, _, needs_scale, *_ = ctx.needs_input_grad
-        needs, loan = Needs(needs_x, needs_w, needs_scale), None
+        needs, loan, ctx.updating = Needs(needs_x, needs_w, needs_scale), None, None
         if _is_unobserved(x, w):
             with _named("cosine_lse"):
                 swept, found, loan = _cosine_lse(
-                    _inputs(*inputs), backend, budget, _lends_for(w, needs)
+                    _inputs(*inputs), backend, budget, _lends_for(ctx, w, needs)
                 )
             outputs = swept + found
         else:
@@ -375,12 +406,13 @@ class _CosineLse(torch.autograd.Function):
         g_lse, g_u, g_total = grad_outputs[0], grad_outputs[1], grad_outputs[5]
         if g_lse is None and g_u is None and g_total is None:
             return (None,) * 13
+        update = _begin_update(ctx, g_lse, g_u, g_total)
         *saved, lse, u, inv_x, inv_w, kept, omega = ctx.saved_tensors
         swept = Swept(lse, u, inv_x, inv_w, kept)
         g_lse = torch.zeros_like(swept.lse) if g_lse is None else g_lse
         g_u = torch.zeros_like(swept.u) if g_u is None else g_u
         d_x, d_w, d_scale = _gradients(
-            Slopes(g_lse, g_u, None, None, g_total), _Saved(*saved), swept, omega, ctx
+            Slopes(g_lse, g_u, None, None, g_total), _Saved(*saved), swept, omega, ctx, update
         )
         return d_x, d_w, None, None, d_scale, *(None,) * 8
 
@@ -389,10 +421,10 @@ def _record_margin_ce(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
     """Outputs of ``margin_ce``, with ``ctx`` holding what its backward needs."""
     x, w, _, numbers, _, reduction, _, compute_dtype, backend, _ = args
     needs_x, needs_w, *_ = ctx.needs_input_grad
-    needs, loan = Needs(needs_x, needs_w, False), None
+    needs, loan, ctx.updating = Needs(needs_x, needs_w, False), None, None
     if _is_unobserved(x, w):
         with _named("margin_ce"):
-            losses, swept, loan = _margin_ce(*args, lends_for=_lends_for(w, needs))
+            losses, swept, loan = _margin_ce(*args, lends_for=_lends_for(ctx, w, needs))
         outputs = losses + swept
     else:
         with torch._C._AutoDispatchBelowAutograd():
@@ -418,10 +450,11 @@ class _MarginCe(torch.autograd.Function):
         grad, *_ = grad_outputs
         if grad is None:
             return (None,) * 10
+        update = _begin_update(ctx, grad)
         x, w, targets, numbers, slope_lse, slope_u, num_counted, *swept = ctx.saved_tensors
         d_x, d_w, _ = _gradients(
             Slopes(slope_lse, slope_u, grad, num_counted), _Saved(x, w, targets, numbers),
-            Swept(*swept), None, ctx,
+            Swept(*swept), None, ctx, update,
         )  # fmt: skip
         return d_x, d_w, *(None,) * 8
 

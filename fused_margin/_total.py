@@ -11,12 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from fused_margin._arguments import Gradients
-from fused_margin._numerics import (
-    CLAMPED_INVERSE_NORM,
-    accumulation_dtype,
-    normalized,
-)
+from fused_margin._arguments import Update
+from fused_margin._numerics import CLAMPED_INVERSE_NORM, normalized
 
 Tensor = torch.Tensor
 
@@ -63,33 +59,52 @@ def of_others(omega: Tensor, x: Tensor, u: Tensor) -> Tensor:
     return normalized(x.double())[0] @ omega - u
 
 
-def add_gradients(
-    gradients: Gradients, g: Tensor, omega: Tensor, x: Tensor, w: Tensor, inv_w: Tensor
-) -> None:
-    """Add the gradients of the sum over all classes, in place of those that are there.
+def add_to_d_x(d_x: Tensor, g: Tensor, omega: Tensor, x: Tensor) -> None:
+    """Add the gradient of the sum over all classes by x, in place.
 
     Args:
-        gradients: d_x and d_w, either may be None.
+        d_x: (N, D).
         g: gradient of the sum, (N,).
-        omega: see `class_sum`. x: (N, D). w: (C, D). inv_w: (C,).
+        omega: see `class_sum`. x: (N, D).
     """
     g = g.double()
     x_hat, inv_x = normalized(x.double())
-    if gradients.x is not None:
-        radial = (x_hat @ omega)[:, None].masked_fill(inv_x >= CLAMPED_INVERSE_NORM, 0.0)
-        d_x = (omega - radial * x_hat).mul_(inv_x).mul_(g[:, None])
-        gradients.x.add_(d_x.to(gradients.x.dtype))
-    if gradients.w is None:
-        return
-    dtype = accumulation_dtype(x, w)
-    direction = (g @ x_hat).to(dtype)  # (D,)
+    radial = (x_hat @ omega)[:, None].masked_fill(inv_x >= CLAMPED_INVERSE_NORM, 0.0)
+    d_x.add_((omega - radial * x_hat).mul_(inv_x).mul_(g[:, None]).to(d_x.dtype))
+
+
+def direction(g: Tensor, x: Tensor) -> Tensor:
+    """The gradient by w_hat, the same of each class, (D,) fp64; arguments as for `add_to_d_x`."""
+    return g.double() @ normalized(x.double())[0]
+
+
+def add_to_d_w(d_w: Tensor, direction: Tensor, w: Tensor, inv_w: Tensor) -> None:
+    """Add the gradient of the sum over all classes by W, in place.
+
+    Args:
+        d_w: (C, D), the floating dtype of ``w`` or of ``inv_w``.
+        direction: see there. w: (C, D). inv_w: (C,).
+    """
+    of_hat = direction.to(inv_w.dtype)
     for block in _blocks(w, inv_w):
-        d_w = gradients.w[block.start : block.stop]
-        total = d_w.to(dtype)
-        radial = torch.mv(block.values, direction).mul_(block.factor)
+        rows = d_w[block.start : block.stop]
+        total = rows.to(inv_w.dtype)
+        radial = torch.mv(block.values, of_hat).mul_(block.factor)
         radial.masked_fill_(block.inverse >= CLAMPED_INVERSE_NORM, 0.0)
         radial.mul_(block.factor).mul_(block.inverse)
-        total.addr_(block.inverse, direction)
+        total.addr_(block.inverse, of_hat)
         total.addcmul_(block.values, radial[:, None], value=-1.0)
-        if total is not d_w:
-            d_w.copy_(total)
+        if total is not rows:
+            rows.copy_(total)
+
+
+def completing(update: Update, direction: Tensor, w: Tensor, inv_w: Tensor) -> Update:
+    """What takes rows of d_w that lack the gradient of the sum over all classes, and adds it."""
+
+    def updated(start: int, grad: Tensor) -> None:
+        here = slice(start, start + len(grad))
+        with torch.autocast(w.device.type, enabled=False):
+            add_to_d_w(grad, direction, w[here], inv_w[here])
+        update(start, grad)
+
+    return updated

@@ -1,10 +1,14 @@
-r"""Optimisers for gradients of a few rows: those of class weights with sampled negatives.
+r"""Optimisers for class weights: for gradients of a few rows, and for none at all.
 
-A step costs what the rows in the gradient cost, in time and in memory traffic, whatever the number
-of classes. It is **lazy**: a row that is not in the gradient stays as it is, with all its state.
-Momentum doesn't move it, moments don't decay, weight decay doesn't shrink it: time stands still for
-it until it is sampled again. With gradients of all rows at each step, these are `torch.optim.SGD`
-and `torch.optim.Adam`.
+`RowSparseSGD` and `RowSparseAdam` are for the gradients that sampled negatives leave. A step costs
+what the rows in the gradient cost, in time and in memory traffic, whatever the number of classes.
+It is **lazy**: a row that is not in the gradient stays as it is, with all its state. Momentum
+doesn't move it, moments don't decay, weight decay doesn't shrink it: time stands still for it until
+it is sampled again. With gradients of all rows at each step, these are `torch.optim.SGD` and
+`torch.optim.Adam`.
+
+`SGDInBackward` updates the weights while the backward makes their gradient, which takes no memory
+then.
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ import torch
 from torch.optim import Optimizer
 
 from fused_margin import _validate
+from fused_margin._in_backward import SGDInBackward
 
-__all__ = ["RowSparseAdam", "RowSparseSGD"]
+__all__ = ["RowSparseAdam", "RowSparseSGD", "SGDInBackward"]
 
 Tensor = torch.Tensor
 

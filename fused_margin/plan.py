@@ -19,8 +19,9 @@ from fused_margin.distributed import bytes_per_step
 
 STATES = {"sgd": 0, "momentum": 1, "adam": 2}  # numbers for each weight
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WEIGHT_BYTES = 4  # class weights, their gradient and the optimiser's state are fp32
+WEIGHTS = ("fp32", "bf16")  # the optimiser's state has their dtype, the gradient too
 WORKSPACE = 128 << 20  # of the kernels: probabilities of a chunk, and partial sums of d_x
+BLOCK = 64 << 20  # of the gradient, where it is used up by blocks
 COLLECTIVES = 7  # of a step: two gathers, sizes, two all-reduces, slopes, a reduce-scatter
 PASSES = {"sgd": 3, "momentum": 5, "adam": 7}  # over the weights, of an optimiser's step
 SAMPLED = 0.1  # the rate that is suggested
@@ -33,6 +34,7 @@ class Setting(NamedTuple):
         classes: C. dim: D. gpus: R. rows: of each GPU, n.
         optimizer: of `STATES`. embeddings: of `DTYPES`.
         rate: of the classes that take part in a step.
+        in_backward: whether `SGDInBackward` updates the class weights. weights: of `WEIGHTS`.
         gpu_memory: bytes of a GPU, of which ``reserved`` are for the backbone.
         network: bytes a second that a GPU sends. latency: seconds of one hop of a collective.
         products: flops a second. memory_rate: bytes a second.
@@ -45,6 +47,8 @@ class Setting(NamedTuple):
     optimizer: str = "momentum"
     embeddings: str = "bf16"
     rate: float = 1.0
+    in_backward: bool = False
+    weights: str = "fp32"
     gpu_memory: float = 80e9
     reserved: float = 16e9
     network: float = 50e9
@@ -75,14 +79,14 @@ class Plan(NamedTuple):
 
 def plan(setting: Setting) -> Plan:
     """What a GPU needs, by the formulas of docs/scaling.md."""
-    row = setting.dim * WEIGHT_BYTES
+    row = setting.dim * DTYPES[setting.weights].itemsize
     dtype = DTYPES[setting.embeddings]
     num_rows = setting.rows * setting.gpus
     is_sampled = setting.taken < setting.shard
     memory = {
         "class weights": setting.shard * row,
         "optimiser state": setting.shard * row * STATES[setting.optimizer],
-        "gradient": setting.taken * row,
+        "gradient": BLOCK if setting.in_backward else setting.taken * row,
         "sampled rows, a copy": setting.taken * row if is_sampled else 0,
         "all embeddings, gradient": num_rows * setting.dim * (dtype.itemsize + 4),
         "inverse norms": setting.taken * 4,
@@ -142,6 +146,7 @@ def advice(setting: Setting) -> list[str]:
             said.append(f"It fits on {count:,} GPUs.")
         if setting.optimizer == "adam" and fits(setting._replace(optimizer="momentum")):
             said.append("It fits with SGD and momentum, one state for each weight less.")
+        said += _in_backward(setting)
         if setting.rate >= 1.0 and fits(setting._replace(rate=SAMPLED)):
             said.append(
                 f"It fits with sampled negatives, sample_negatives(criterion, {SAMPLED}): the"
@@ -160,6 +165,19 @@ def advice(setting: Setting) -> list[str]:
             " them, data x classes."
         )
     return said or ["It fits as it is."]
+
+
+def _in_backward(setting: Setting) -> list[str]:
+    """Whether it would fit without a gradient, or with weights in bf16 besides."""
+    optimizer = "sgd" if setting.optimizer == "sgd" else "momentum"
+    without = setting._replace(in_backward=True, rate=1.0, optimizer=optimizer)
+    in_half = without._replace(weights="bf16", embeddings="bf16")
+    said = "the optimiser in the backward, fm.optim.SGDInBackward:"
+    if not setting.in_backward and fits(without):
+        return [f"It fits with {said} there is no gradient then."]
+    if setting.weights != "bf16" and fits(in_half):
+        return [f"It fits with weights in bf16 and {said} half the bytes, and no gradient."]
+    return []
 
 
 def _size(number: float) -> str:
@@ -227,6 +245,13 @@ def parse_arguments(arguments: list[str] | None) -> Setting:
     parser.add_argument("--optimizer", choices=STATES, default=default.optimizer)
     parser.add_argument("--embeddings", choices=DTYPES, default=default.embeddings)
     parser.add_argument("--rate", type=_positive, default=1.0, help="of sampled classes, up to 1")
+    parser.add_argument(
+        "--in-backward", action="store_true", help="class weights by fm.optim.SGDInBackward"
+    )
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, default=default.weights,
+        help="of the classes, and their state (%(default)s); bf16 with --in-backward",
+    )  # fmt: skip
     in_gb = "GB (%(default)s)"
     parser.add_argument("--gpu-memory", type=_positive, default=80.0, help=in_gb)
     parser.add_argument("--reserved", type=_positive, default=16.0, help=f"for the model, {in_gb}")
@@ -235,10 +260,20 @@ def parse_arguments(arguments: list[str] | None) -> Setting:
     parser.add_argument("--products", type=_positive, default=200.0, help="TFLOP/s (%(default)s)")
     parser.add_argument("--memory-rate", type=_positive, default=2500.0, help="GB/s (%(default)s)")
     given = parser.parse_args(arguments)
+    if given.weights == "bf16" and not given.in_backward:
+        parser.error(
+            "--weights bf16 needs --in-backward: other optimisers round to nearest, and lose small"
+            " updates"
+        )
+    if given.in_backward and given.rate < 1.0:
+        parser.error("--in-backward updates all classes; leave --rate, or use RowSparseSGD with it")
+    if given.in_backward and given.optimizer == "adam":
+        parser.error("--in-backward is SGD, with or without momentum, not adam")
     return Setting(
         given.classes, given.dim, given.gpus, given.rows, given.optimizer, given.embeddings,
-        min(given.rate, 1.0), given.gpu_memory * 1e9, given.reserved * 1e9, given.network * 1e9,
-        given.latency * 1e-6, given.products * 1e12, given.memory_rate * 1e9,
+        min(given.rate, 1.0), given.in_backward, given.weights, given.gpu_memory * 1e9,
+        given.reserved * 1e9, given.network * 1e9, given.latency * 1e-6, given.products * 1e12,
+        given.memory_rate * 1e9,
     )  # fmt: skip
 
 

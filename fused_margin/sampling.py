@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fused_margin import _validate, _validate_shards
+from fused_margin._numerics import mixed
 
 __all__ = ["NegativeSampler", "sample_negatives"]
 
@@ -91,7 +92,7 @@ class NegativeSampler(nn.Module):
         positives = labels[(labels >= 0) & (labels < num_classes)].unique()
         count = max(int(self.rate * num_classes), positives.shape[0], 1)
         generator = torch.Generator(labels.device)
-        generator.manual_seed(_mixed(self.seed, step, first))
+        generator.manual_seed(mixed(self.seed, step, first))
         taken = torch.zeros(num_classes, dtype=torch.bool, device=labels.device)
         taken[positives] = True
         missing = count - positives.shape[0]
@@ -105,17 +106,6 @@ class NegativeSampler(nn.Module):
     def extra_repr(self) -> str:
         """Rate and seed."""
         return f"rate={self.rate:g}, seed={self.seed}"
-
-
-def _mixed(*numbers: int) -> int:
-    """A seed of 63 bits from several numbers, by multiplications and shifts (SplitMix64)."""
-    mixed = 0
-    for number in numbers:
-        mixed = (mixed + number + 0x9E3779B97F4A7C15) % (1 << 64)
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % (1 << 64)
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % (1 << 64)
-        mixed ^= mixed >> 31
-    return mixed >> 1
 
 
 class _TakenRows(torch.autograd.Function):

@@ -40,6 +40,7 @@ from fused_margin._cpu.sweep import (
     WeightGradient,
     block_size,
     embeddings_gradient,
+    of_targets,
 )
 from fused_margin._numerics import largest_exponent, logit_range
 
@@ -250,7 +251,8 @@ def backward(
         # one after the other: as a loss tends to 0 their product may leave what fp32 can hold
         v = left.v.mul_(rounded(decay, problem.accumulate)[:, None])
         v.mul_(rounded(a, problem.accumulate)[:, None])
-        d_x, d_scale = embeddings_gradient(v, of_target, g, x, problem, swept, needs)
+        own = of_targets(of_target, problem, swept.inv_w)
+        d_x, d_scale = embeddings_gradient(v, own, g, x, problem, swept, needs)
     return Gradients(d_x, d_w, d_scale)
 
 

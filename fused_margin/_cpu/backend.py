@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fused_margin._arguments import PLAIN, Extras, Found, Gradients, Loan, Needs, Swept
+from fused_margin._arguments import PLAIN, Extras, Found, Gradients, Loan, Needs, Swept, Update
 from fused_margin._cpu import ahead, single, sweep, tiny
 from fused_margin._cpu.products import product_dtype
 from fused_margin._cpu.rows import Problem, RowGradients
@@ -115,11 +115,13 @@ def forward(
 
 
 def backward(
-    g: RowGradients, problem: Problem, swept: Swept, needs: Needs, loan: Loan | None = None
-) -> Gradients:
+    g: RowGradients, problem: Problem, swept: Swept, needs: Needs, loan: Loan | None = None,
+    update: Update | None = None,
+) -> Gradients:  # fmt: skip
     """Vector-Jacobian product of `forward`, for gradients ``g`` of lse and u.
 
-    And of the total, where `sweep` has formed it.
+    And of the total, where `sweep` has formed it. Of many classes ``update`` takes the rows of d_w,
+    if it is given, and may change W there.
     """
     if problem.targets.rows is not None:  # elsewhere u is the number 0, whatever its gradient
         found = problem.targets.rows.numpy()
@@ -131,4 +133,7 @@ def backward(
     num_kept = kept_classes(
         problem.x, problem.w, problem.compute_dtype, swept.kept.shape[0], problem.extras
     )
-    return _way(problem).backward(g, problem, swept, num_kept, needs)
+    way = _way(problem)
+    if way is sweep:
+        return sweep.backward(g, problem, swept, num_kept, needs, update)
+    return way.backward(g, problem, swept, num_kept, needs)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fused_margin._arguments import Found, Gradients, Needs, Swept
+from fused_margin._arguments import Found, Gradients, Needs, Swept, Update
 from fused_margin._cpu.memory import gradient_memory, kept_memory
 from fused_margin._cpu.others import Nearest, Others
 from fused_margin._cpu.products import (
@@ -314,7 +314,7 @@ class WeightGradient:
     def __init__(
         self,
         sweep: Sweep,
-        d_w: torch.Tensor,
+        d_w: torch.Tensor | Update,
         x: Vectors,
         factor: torch.Tensor,
         of_target: torch.Tensor,
@@ -323,7 +323,7 @@ class WeightGradient:
 
         Args:
             sweep: the blocks.
-            d_w: (C, D), where it is written.
+            d_w: (C, D), where it is written, or what takes its rows.
             x: embeddings, (N, D).
             factor: of each row, (N,). of_target: g_u / ||x||, (N,).
         """
@@ -331,9 +331,12 @@ class WeightGradient:
         # rows of d_w_hat: of the other classes, (D, N), and of the target's, (N, D)
         self.operand = (x.values * factor[:, None]).to(sweep.dtype).t()
         self.of_target = x.values * of_target[:, None]
-        shape, is_same = (sweep.size, d_w.shape[1]), sweep.dtype is sweep.accumulate
+        shape, is_same = (sweep.size, sweep.w.shape[1]), sweep.dtype is sweep.accumulate
         self.product = None if is_same else x.values.new_empty(shape, dtype=sweep.dtype)
-        self.block = None if d_w.dtype is sweep.accumulate else x.values.new_empty(shape)
+        self.direct = None
+        if isinstance(d_w, torch.Tensor) and d_w.dtype is sweep.accumulate:
+            self.direct = d_w
+        self.block = x.values.new_empty(shape if self.direct is None else (0, shape[1]))
 
     def tangent(self, block: Block, p: torch.Tensor) -> torch.Tensor:
         """d_w_hat / ||w||, (B, D), the radial part included; p in the product dtype."""
@@ -362,12 +365,15 @@ class WeightGradient:
         grad = self._grad(block)
         torch.addcmul(tangent, block.weight.values, radial[:, None], value=-1.0, out=grad)
         block.weight.undo(grad)
-        if self.block is not None:
+        if not isinstance(self.d_w, torch.Tensor):
+            self.d_w(block.start, grad)
+        elif self.direct is None:
             self.d_w[block.start : block.stop].copy_(grad)
 
     def _grad(self, block: Block) -> torch.Tensor:
-        here = slice(block.start, block.stop)
-        return self.d_w[here] if self.block is None else self.block[: block.stop - block.start]
+        if self.direct is None:
+            return self.block[: block.stop - block.start]
+        return self.direct[block.start : block.stop]
 
 
 class EmbeddingsSum:
@@ -387,22 +393,30 @@ class EmbeddingsSum:
             self.v.addmm_(p.t(), block.operand)
 
 
+def of_targets(of_target: torch.Tensor, problem: Problem, inv_w: torch.Tensor) -> torch.Tensor:
+    """g_u w_hat of the target, over ||x||, of the rows that have one, (T, D).
+
+    Args:
+        of_target: g_u / ||x||, (N,). problem: as for `backward`. inv_w: (C,).
+    """
+    classes = problem.targets.classes
+    rows = shrink_huge(problem.w[classes].to(problem.accumulate), inv_w[classes])
+    factors = problem.targets.of(of_target) * rows.inverse
+    return rows.values * factors[:, None]
+
+
 def embeddings_gradient(
-    v: torch.Tensor, of_target: torch.Tensor, g: RowGradients, x: Vectors, problem: Problem,
+    v: torch.Tensor, own: torch.Tensor, g: RowGradients, x: Vectors, problem: Problem,
     swept: Swept, needs: Needs,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """d_x and d_scale (eq. 8, 9).
 
     Args:
         v: sum_k G_nk w_hat_k over the other classes, over ||x||, (N, D); overwritten.
-        of_target: g_u / ||x||, (N,).
+        own: see `of_targets`.
         g: gradients of lse and u. x: the embeddings. problem, swept, needs: as for `backward`.
     """
-    targets = problem.targets
-    weight = problem.w[targets.classes].to(problem.accumulate)
-    rows = shrink_huge(weight, swept.inv_w[targets.classes])
-    factors = targets.of(of_target) * rows.inverse
-    targets.add(v, rows.values * factors[:, None])
+    problem.targets.add(v, own)
     radial = project(x, v)  # sum_k G_nk c_nk
     d_scale = None
     if needs.scale:
@@ -423,9 +437,13 @@ def _radial(
 
 
 def backward(
-    g: RowGradients, problem: Problem, swept: Swept, num_kept: int, needs: Needs
-) -> Gradients:
-    """Vector-Jacobian product of `forward` (eq. 7 to 9), for gradients ``g`` of lse and u."""
+    g: RowGradients, problem: Problem, swept: Swept, num_kept: int, needs: Needs,
+    update: Update | None = None,
+) -> Gradients:  # fmt: skip
+    """Vector-Jacobian product of `forward` (eq. 7 to 9), for gradients ``g`` of lse and u.
+
+    ``update`` takes the rows of d_w, if it is given, and may change W there.
+    """
     x = shrink_huge(embeddings(problem), swept.inv_x)
     num_rows, num_classes, dim = problem.sizes
     dtype = product_dtype(problem.compute_dtype, problem.accumulate)
@@ -437,10 +455,14 @@ def backward(
     if problem.extras.reshapes:
         shaped = _Shaped(sweep, factors, g, x, needs)
         factors = shaped.factors
-    of_x = EmbeddingsSum(sweep, x) if needs.x or needs.scale else None
-    of_w = None
+    of_x = own = of_w = d_w = None
+    if needs.x or needs.scale:
+        of_x = EmbeddingsSum(sweep, x)
+        own = of_targets(factors.of_target, problem, swept.inv_w)  # before W may change
     if needs.w:
-        d_w = gradient_memory.empty(num_classes, dim, dtype=problem.w.dtype)
+        d_w = update
+        if d_w is None:
+            d_w = gradient_memory.empty(num_classes, dim, dtype=problem.w.dtype)
         of_w = WeightGradient(sweep, d_w, x, factors.a, factors.of_target)
     scratch = sweep.product if sweep.widened is None else sweep.widened
     for block in sweep.blocks(swept.inv_w, is_first=False):
@@ -465,9 +487,9 @@ def backward(
             of_w.write(block, tangent, radial)
             del tangent
     d_x = d_scale = None
-    if of_x is not None:
+    if of_x is not None and own is not None:
         v = of_x.v.mul_(factors.a[:, None])
-        d_x, d_scale = embeddings_gradient(v, factors.of_target, g, x, problem, swept, needs)
+        d_x, d_scale = embeddings_gradient(v, own, g, x, problem, swept, needs)
     if shaped is not None:
         d_scale = shaped.d_scale(a_per_unit, problem.scale)
-    return Gradients(d_x, None if of_w is None else of_w.d_w, d_scale)
+    return Gradients(d_x, d_w if isinstance(d_w, torch.Tensor) else None, d_scale)

@@ -21,6 +21,7 @@ from fused_margin._arguments import (
     Needs,
     Slopes,
     Swept,
+    Update,
 )
 from fused_margin._triton.arguments import Chunk, Kept, LossOutputs, Matrix, Others, Rows, pitch
 from fused_margin._triton.backward import (
@@ -332,9 +333,13 @@ def margin_ce(
 
 
 def backward(
-    slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs, loan: Loan | None = None
-) -> Gradients:
-    """Vector-Jacobian product of a sweep, for the gradients of lse and u in ``slopes``."""
+    slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs, loan: Loan | None = None,
+    update: Update | None = None,
+) -> Gradients:  # fmt: skip
+    """Vector-Jacobian product of a sweep, for the gradients of lse and u in ``slopes``.
+
+    ``update`` takes the rows of d_w, if it is given, and may change W there.
+    """
     x, w, num_rows = inputs.x, inputs.w, inputs.x.shape[0]
     extras, p = inputs.extras, _plan(inputs)
     # contiguous whatever the strides of x and w, as the operator's fake promises
@@ -342,7 +347,7 @@ def backward(
     is_again = loan is TAKEN
     if is_again:
         loan = _lend(w, p)
-    d_w = w.new_empty(w.shape) if needs.w and loan is None else None
+    d_w = w.new_empty(w.shape) if needs.w and loan is None and update is None else None
     if num_rows == 0:
         zero = x.new_zeros((), dtype=p.accumulate) if needs.scale else None
         return Gradients(d_x, None if d_w is None else d_w.zero_(), zero)
@@ -358,25 +363,28 @@ def backward(
         of_total = None if slopes.total is None else slopes.total.to(p.accumulate).contiguous()
         others = Others(extras.threshold, extras.phi, _root(extras), slope_total=of_total)
         rows = rows._replace(others=others)
-    call = _Call(p, rows, inputs, swept, Gradients(d_x, d_w, None), needs)
+    call = _Call(p, rows, inputs, swept, Gradients(d_x, d_w, None), needs, update)
     with guard(x):
         if loan is not None:
             if is_again:
                 _sweep_again(call, loan)
             return _lent(call, loan)
-        is_fused = not extras.reshapes and backward_strategy(x, w, p, swept.kept) == "fused"
-        partial = _fused(call) if is_fused else _chunked(call)  # what was kept goes through chunks
         d_scale = None
+        if extras.reshapes and needs.scale:
+            d_scale = _d_scale(call)  # before W may change
+        is_plain = not extras.reshapes and update is None
+        is_fused = is_plain and backward_strategy(x, w, p, swept.kept) == "fused"
+        partial = _fused(call) if is_fused else _chunked(call)  # what was kept goes through chunks
         if partial is not None:
-            d_scale = x.new_empty(num_rows, dtype=p.accumulate) if needs.scale else None
+            of_rows = x.new_empty(num_rows, dtype=p.accumulate) if needs.scale else None
             finish_kernel[(cdiv(num_rows, FEW_ROWS),)](
-                Matrix.of(x), rows, partial, d_x, d_scale, inputs.scale, num_rows, x.shape[1],
+                Matrix.of(x), rows, partial, d_x, of_rows, inputs.scale, num_rows, x.shape[1],
                 partial.shape[0], P=p.precision, BLOCK_N=FEW_ROWS, BLOCK_D=FEW_COLUMNS,
                 num_warps=4, num_stages=2, enable_fp_fusion=True,
             )  # fmt: skip
-        if extras.reshapes and needs.scale:
-            return Gradients(d_x, d_w, _d_scale(call))
-    return Gradients(d_x, d_w, None if d_scale is None else d_scale.sum())
+            if d_scale is None and of_rows is not None:
+                d_scale = of_rows.sum()
+    return Gradients(d_x, d_w, d_scale)
 
 
 def _d_scale(call: _Call) -> Tensor:
@@ -412,11 +420,12 @@ class _Call(NamedTuple):
     swept: Swept
     gradients: Gradients
     needs: Needs
+    update: Update | None
 
 
 def _fused(call: _Call) -> Tensor | None:
     """Launch the fused backward; returns the partials of d_x that are still to be merged."""
-    p, rows, inputs, swept, gradients, needs = call
+    p, rows, inputs, swept, gradients, needs, _ = call
     x, w, inv_w = inputs.x, inputs.w, swept.inv_w
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     tiles = p.tiles.for_fused(dim)
@@ -449,7 +458,7 @@ def _fused(call: _Call) -> Tensor | None:
 
 def _chunked(call: _Call) -> Tensor | None:
     """Launch the chunked backward; returns the partials of d_x that are still to be merged."""
-    p, rows, inputs, swept, gradients, needs = call
+    p, rows, inputs, swept, gradients, needs, update = call
     x, w, inv_w = inputs.x, inputs.w, swept.inv_w
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     kept, kept_block = kept_parts(swept.kept, num_rows, p)
@@ -461,7 +470,11 @@ def _chunked(call: _Call) -> Tensor | None:
     tile = cut(tile, num_rows, num_classes, dim)
     block_rows, row_blocks = _block_rows(tile, p), cdiv(num_rows, tile.n)
     class_blocks = cdiv(num_classes, block_rows)
-    size = _chunk_size(pitch(num_rows), num_classes, block_rows, p.gradient.itemsize)
+    class_bytes = pitch(num_rows) * p.gradient.itemsize
+    if update is not None:  # rows of d_w lie in a buffer too
+        class_bytes = max(class_bytes, dim * p.accumulate.itemsize)
+    # as many whole blocks as the bytes hold, at least one
+    size = min(num_classes, max(1, CHUNK_BYTES // (class_bytes * block_rows)) * block_rows)
     weight_tile = cut(p.tiles.weight, num_rows, size, dim)
     embeddings_tile = cut(p.tiles.embeddings, num_rows, size, dim)
     needs_v = needs.x or needs.scale
@@ -484,6 +497,7 @@ def _chunked(call: _Call) -> Tensor | None:
         pitch=pitch(num_rows),
     )
     partial = empty(splits, num_rows, dim) if needs_v and not is_only else None
+    of_chunk = None if update is None else empty(size, dim)
     x_in, w_in = Matrix.of(x), Matrix.of(w)
     x_desc = w_desc = x_in_product = g_desc = None
     operand = x
@@ -506,9 +520,13 @@ def _chunked(call: _Call) -> Tensor | None:
             EIGHTHS=p.tiles.eighths, P=p.precision, **_run(tile),
         )  # fmt: skip
         if needs.w:
+            w_here, inv_here, d_w, begin = w_in, inv_w, gradients.w, first
+            if of_chunk is not None:  # as if the chunk were all classes
+                here = slice(first, first + length)
+                w_here, inv_here, d_w, begin = Matrix.of(w[here]), inv_w[here], of_chunk, 0
             blocks = cdiv(dim, weight_tile.d) * cdiv(length, weight_tile.c)
             weight_kernel[(blocks,)](
-                x_in, w_in, x_in_product, g_desc, rows, chunk, inv_w, gradients.w, first, length,
+                x_in, w_here, x_in_product, g_desc, rows, chunk, inv_here, d_w, begin, length,
                 num_rows, dim, row_blocks, P=p.precision, **_run(weight_tile),
             )  # fmt: skip
         if needs_v:
@@ -516,6 +534,8 @@ def _chunked(call: _Call) -> Tensor | None:
                 x_in, w_in, rows, chunk, partial, gradients.x, first, length, num_rows, dim,
                 cdiv(length, splits), class_blocks, P=p.precision, **_run(embeddings_tile),
             )  # fmt: skip
+        if update is not None and of_chunk is not None:
+            update(first, of_chunk[:length])
     return partial
 
 
@@ -530,7 +550,7 @@ def _sweep_again(call: _Call, loan: Loan) -> None:
 
 def _lent(call: _Call, loan: Loan) -> Gradients:
     """Launch the backward whose exponentials lie in the memory of d_w, which comes last."""
-    p, rows, inputs, swept, gradients, _ = call
+    p, rows, inputs, swept, gradients, _, _ = call
     x, w, (q, tiles) = inputs.x, inputs.w, loan.left
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     x_in, w_in = Matrix.of(x), Matrix.of(w)
@@ -573,9 +593,3 @@ def _lent(call: _Call, loan: Loan) -> Gradients:
         BLOCK_N=SCANNED_ROWS, BLOCK_D=FEW_COLUMNS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return Gradients(gradients.x, loan.d_w, None)
-
-
-def _chunk_size(columns: int, num_classes: int, block_c: int, itemsize: int) -> int:
-    """Classes of a chunk: as many whole blocks as CHUNK_BYTES of G hold, at least one."""
-    blocks = max(1, CHUNK_BYTES // (columns * itemsize * block_c))
-    return min(num_classes, blocks * block_c)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_margin import _loans, _validate_shards
+from fused_margin import _loans, _updates, _validate_shards, _validate_updates
 from fused_margin._arguments import Found
 from fused_margin.distributed import _collectives
 from fused_margin.distributed._shards import ClassShard
@@ -244,6 +244,7 @@ class _Local(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Any) -> Tensor:
         ctx.weight = weight
+        ctx.set_materialize_grads(False)  # an optimiser may have used up the gradient
         local = weight.to_local()
         return local.view_as(local)
 
@@ -252,6 +253,8 @@ class _Local(torch.autograd.Function):
         from torch.distributed.tensor import DTensor
 
         weight, (grad,) = ctx.weight, grad_outputs
+        if grad is None:
+            return None
         if grad.layout is torch.strided:
             return DTensor.from_local(
                 grad, weight.device_mesh, weight.placements, run_check=False,
@@ -290,6 +293,8 @@ def scaled(scale: float | Tensor, shard: ClassShard) -> float | Tensor:
 def local_classes(weight: Any, shard: ClassShard) -> Tensor:
     """This rank's rows of the weight, (C_local, D)."""
     local = _Local.apply(weight)
+    if _updates.of(local) is not None:
+        _validate_updates.no_copies(shard.replicas)
     return _AveragedOver.apply(local, shard.replicas) if shard.replicas else local
 
 

@@ -51,6 +51,24 @@ def test_memory_run_counts_and_enforces_its_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not HAS_PEAK, reason="needs Linux's clear_refs")
+def test_steps_show_that_there_is_no_gradient(tmp_path: Path) -> None:
+    path = tmp_path / "steps.json"
+    sizes = ["--n=8", "--c=200000", "--d=64", "--rounds=1", "--threads=1"]
+    done = run("-m", "benchmarks.steps", *sizes, "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    contenders, d_w = result["contenders"], result["weight_bytes"]
+    assert d_w == 200_000 * 64 * 4
+    for entry in contenders.values():
+        assert entry["name"] in done.stdout
+        assert entry["median_s"] > 0
+    peaks = {key: entry["peak_bytes"] for key, entry in contenders.items()}
+    assert peaks["after"] - peaks["within"] > 0.7 * d_w
+    assert peaks["within"] - peaks["within_bf16"] > 0.7 * d_w  # half of weights and of momentum
+    assert peaks["after"] - peaks["sampled"] > 0.5 * d_w
+
+
+@pytest.mark.skipif(not HAS_PEAK, reason="needs Linux's clear_refs")
 def test_memory_of_a_rival_is_measured_apart() -> None:
     found = memory.measure_apart(256, 40_000, 16, "careful", loss="fixed_adacos")
     assert set(found) == {"peak_growth_mib", "above_x_w_and_d_w_mib"}

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import fused_margin as fm
 from fused_margin import _setup
+from fused_margin.optim import SGDInBackward
 
 Tensor = torch.Tensor
 DIM = 6
@@ -286,8 +287,11 @@ def logits_differ(counts: list[int], num_classes: int) -> list[float]:
 STEPS, CLASSES, ROWS = 50, 13, 12
 
 
-def train(name: str, is_sharded: bool, foreach: bool) -> Arrays:
-    """50 steps of SGD with momentum over a backbone and a loss, whole or sharded."""
+def train(name: str, is_sharded: bool, foreach: bool, *, in_backward: bool = False) -> Arrays:
+    """50 steps of SGD with momentum over a backbone and a loss, whole or sharded.
+
+    ``in_backward``: its class weights by `SGDInBackward`.
+    """
     torch.manual_seed(5)
     backbone = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, DIM)).double()
     criterion = built(name, CLASSES)
@@ -296,8 +300,13 @@ def train(name: str, is_sharded: bool, foreach: bool) -> Arrays:
     if is_sharded:
         fm.distributed.shard_classes(criterion)
         model = nn.parallel.DistributedDataParallel(backbone)
-    groups = [{"params": model.parameters()}, {"params": criterion.parameters()}]
+    others = [p for p in criterion.parameters() if p is not criterion.weight]
+    groups = [{"params": model.parameters()}]
+    groups += [{"params": others if in_backward else criterion.parameters()}]
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, foreach=foreach)
+    optimizers = [optimizer]
+    if in_backward:
+        optimizers.append(SGDInBackward([criterion.weight], lr=0.01, momentum=0.9))
     generator = torch.Generator().manual_seed(2)
     for step in range(STEPS):
         rows = torch.randn(ROWS, 8, generator=generator, dtype=FP64)
@@ -305,8 +314,10 @@ def train(name: str, is_sharded: bool, foreach: bool) -> Arrays:
         if is_sharded:
             rows, labels = (part.chunk(ranks)[dist.get_rank()] for part in (rows, labels))
         criterion(model(rows), labels).backward()
-        optimizer.step()
+        for one in optimizers:
+            one.step()
         if is_sharded and step == 0:
-            fm.check_setup(criterion, optimizer)
-        optimizer.zero_grad()
+            fm.check_setup(criterion, optimizers)
+        for one in optimizers:
+            one.zero_grad()
     return whole(model) | whole(criterion)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import fused_margin as fm
 from fused_margin import _setup
+from fused_margin.optim import SGDInBackward
 
 CLASSES, STEPS, ROWS = 11, 4, 12
 
@@ -37,11 +38,16 @@ class Training:
             fm.distributed.shard_classes(criterion, mesh)
         self.modules = nn.ModuleDict({"backbone": backbone, "criterion": criterion})
         groups = [{"params": backbone.parameters()}, {"params": criterion.parameters()}]
+        sgd: dict[str, Any] = {"lr": 0.05, "momentum": 0.9}
         kinds: dict[str, Any] = {
-            "sgd": lambda: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
-            "adam": lambda: torch.optim.Adam(groups, lr=0.01, foreach=False),
+            "sgd": lambda: [torch.optim.SGD(groups, **sgd)],
+            "adam": lambda: [torch.optim.Adam(groups, lr=0.01, foreach=False)],
+            "in backward": lambda: [
+                torch.optim.SGD(backbone.parameters(), **sgd),
+                SGDInBackward([criterion.weight], **sgd),
+            ],
         }
-        self.optimizer = kinds[optimizer]()
+        self.optimizers = kinds[optimizer]()
         self.is_sharded = is_sharded
 
     def train(self, first: int) -> None:
@@ -56,11 +62,12 @@ class Training:
             for parameter in self.modules["backbone"].parameters() if ranks > 1 else ():
                 assert parameter.grad is not None
                 dist.all_reduce(parameter.grad.div_(ranks))
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
 
     def state(self) -> dict[str, Any]:
-        modules, optimizer = get_state_dict(self.modules, self.optimizer)
+        modules, optimizer = get_state_dict(self.modules, self.optimizers)
         return {"modules": modules, "optimizer": optimizer}
 
     def load(self, folder: Path) -> None:
@@ -68,7 +75,7 @@ class Training:
         load(state, checkpoint_id=folder)
         set_state_dict(
             self.modules,
-            self.optimizer,
+            self.optimizers,
             model_state_dict=state["modules"],
             optim_state_dict=state["optimizer"],
         )
@@ -77,8 +84,9 @@ class Training:
         """All that is trained or kept, whole."""
         found = dict(self.modules.state_dict())
         for index, parameter in enumerate(self.modules.parameters()):
-            for name, value in self.optimizer.state[parameter].items():
-                found[f"{index}.{name}"] = value
+            for optimizer in self.optimizers:
+                for name, value in optimizer.state.get(parameter, {}).items():
+                    found[f"{index}.{name}"] = value
         return {
             name: (value.full_tensor() if isinstance(value, DTensor) else value)
             .detach().numpy().copy()

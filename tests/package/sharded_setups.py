@@ -23,6 +23,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 import fused_margin as fm
 from fused_margin import _setup
 from fused_margin.distributed import ClassShard, _shards, count_traffic, shard_classes
+from fused_margin.optim import SGDInBackward
 
 SEED = 17
 
@@ -117,6 +118,13 @@ def refusals() -> None:
     columns = DTensor.from_local(torch.randn(7, 3), init_device_mesh("cpu", (2,)), [Shard(1)])
     with pytest.raises(TypeError, match="sharded on classes"):
         fm.functional.cosface(x, columns, labels)
+    whole = fm.ArcFaceLoss(7, DIM)
+    optimizer = SGDInBackward([whole.weight], lr=0.1)
+    before = whole.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"each of 2 ranks.*shard_classes\(criterion\)"):
+        whole(x, labels).backward()
+    assert torch.equal(whole.weight, before)
+    optimizer.release()
     mesh = init_device_mesh("cpu", (2,))
     other = fm.ArcFaceLoss(7, DIM, device="meta")
     assert shard_classes(other, mesh) is other
@@ -184,6 +192,10 @@ def meshes() -> dict[str, float]:
                 value /= 4
             found[f"{name}, {key}"] = _largest_difference(actual[key], value)
         assert criterion.weight.to_local().shape[0] in (5, 4)
+    optimizer = SGDInBackward([criterion.weight], lr=0.1)
+    with pytest.raises(ValueError, match="the mesh holds copies"):
+        criterion(part.x, part.labels)
+    optimizer.release()
     criterion = shard_classes(built("cosface", 9), mesh["classes"])
     assert ClassShard.of(criterion.weight).replicas == ()
     return found

@@ -36,6 +36,15 @@ def test_sampling_takes_its_share() -> None:
     assert fewest.memory["gradient"] == PLANNED.rows * 512 * 4
 
 
+def test_without_a_gradient() -> None:
+    full = plan.plan(PLANNED)
+    within = plan.plan(PLANNED._replace(in_backward=True))
+    half = plan.plan(PLANNED._replace(in_backward=True, weights="bf16"))
+    assert within.memory["gradient"] == half.memory["gradient"] == plan.BLOCK
+    for name in ("class weights", "optimiser state"):
+        assert within.memory[name] == full.memory[name] == 2 * half.memory[name]
+
+
 def test_nothing_sent_grows_with_classes() -> None:
     assert plan.plan(PLANNED).sent == plan.plan(PLANNED._replace(classes=64)).sent
     assert bytes_per_step(5, 7, 1) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import sharded_cases as cases
 from helpers import needs_triton
@@ -61,6 +63,13 @@ def test_sums_of_uneven_batches_equal_one_process(ranks: Pair) -> None:
 def test_logits(ranks: Pair, index: int) -> None:
     for found in ranks.run(cases.logits_differ, *PROBLEMS[ranks.ranks][index]):
         assert all(value <= TOLERANCE for value in found)
+
+
+@pytest.mark.parametrize("name", ["arcface", "smoothed, learnt scale"])
+def test_an_optimiser_in_the_backward_too(ranks: Pair, name: str) -> None:
+    expected = cases.train(name, False, False)
+    for state in ranks.run(functools.partial(cases.train, in_backward=True), name, True, False):
+        assert_close(state, expected)
 
 
 @pytest.mark.parametrize(
