@@ -117,6 +117,9 @@ ACCEPTED: dict[tuple[str, str, str], dict[str, str]] = {
     ("sweep_kernel, lent", "sm_90", "*bf16"): {
         "conflicts": "only where no descriptor can be used",
     },
+    ("sweep_kernel, lent, listed", "sm_90", "*bf16"): {
+        "conflicts": "rows of W by their list have no descriptor",
+    },
     ("sweep_kernel, shaped", "sm_90", "*bf16"): {
         "conflicts": "only where no descriptor can be used",
     },
@@ -209,7 +212,8 @@ class Row:
             has_unit = self.operands != "ieee" and not (
                 is_fp64 and self.architecture in without_fp64
             )
-            return has_unit and not self.matrix and self.kernel not in WITHOUT_PRODUCT
+            kernel = self.kernel.removesuffix(", listed")
+            return has_unit and not self.matrix and kernel not in WITHOUT_PRODUCT
         if problem == "offsets":
             return not self.wide_offsets
         if problem == "shuffles":

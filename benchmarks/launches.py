@@ -58,6 +58,7 @@ REPORTED = (*tiles.OPERANDS, "autocast-bf16", "autocast-fp16")
 # N and C of calls: with several chunks of the classes; with one, whose d_x takes no partials
 MANY, ONE = (1024, 300_000), (1024, 256)
 SHAPED_DIM = 512  # of calls that make more of other classes than exp(s c), and with centres of 3
+LISTED = ("bf16", "tf32")  # operands of calls over a part of the classes
 MULTIPROCESSORS = 132  # as an H100 has; no other code comes of it
 
 
@@ -157,11 +158,24 @@ def shaped_step(
     w = torch.empty(num_classes // centers * centers, dim, dtype=operands.w, device=meta)
     of_rows = torch.empty(num_rows, dtype=accumulate, device=meta)
     phi = torch.empty(7, dtype=torch.float64, device=meta)
-    extras = Extras(of_rows, phi, of_rows, centers, True)
+    extras = Extras(of_rows, phi, of_rows, None, centers, True)
     inputs = Inputs(x, w, labels, 64.0, None, operands.compute, extras)
     swept, found, _ = launch.cosine_lse(inputs, 0, None)
     slopes = Slopes(swept.lse, swept.u, None, None, found.total)
     launch.backward(slopes, inputs, swept, Needs(True, True, False))
+
+
+def sampled_step(num_rows: int, num_classes: int, dim: int, operands: Operands) -> None:
+    """Forward and backward over a part of the classes, by their list."""
+    meta = torch.device("meta")
+    labels = torch.empty(num_rows, dtype=torch.int64, device=meta)
+    x = torch.empty(num_rows, dim, dtype=operands.x, device=meta)
+    w = torch.empty(num_classes, dim, dtype=operands.w, device=meta)
+    extras = Extras(classes=torch.empty(num_classes, dtype=torch.int64, device=meta))
+    inputs = Inputs(x, w, labels, 64.0, None, operands.compute, extras)
+    needs = Needs(True, True, False)
+    swept, _, loan = launch.cosine_lse(inputs, 0, needs)
+    launch.backward(Slopes(swept.lse, swept.u, None, None), inputs, swept, needs, loan)
 
 
 def variant(launched: Launch) -> str:
@@ -184,6 +198,8 @@ def variant(launched: Launch) -> str:
         words.append("lent")
     if given.get("x_desc") is not None:
         words.append("described")
+    if given.get("w") is not None and given["w"].index is not None:
+        words.append("listed")
     return ", ".join([name, *words])
 
 
@@ -206,6 +222,11 @@ def defaults(target: GPUTarget, operands: str, dim: int) -> dict[str, Launch]:
                 with planning.override("chunked"):
                     shaped_step(*MANY, dim, given, 1)
                     shaped_step(*MANY, dim, given, 3)
+                    if operands in LISTED:
+                        sampled_step(*MANY, dim, given)
+                if operands in LISTED and p.lent is not None:
+                    with planning.override("lent"):
+                        sampled_step(max(64, dim // 2), MANY[1], dim, given)
             if p.tiles.for_fused(dim) is not None:
                 with planning.override("fused"):
                     step(*MANY, dim, given)

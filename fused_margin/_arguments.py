@@ -23,6 +23,8 @@ class Extras(NamedTuple):
         phi: d, a, b, e, f and l of eq. 20, (6,) fp64, on the device of the rows; with h (7,).
         nearer: cosine above which another class is nearer than the target, (N,), accumulation
             dtype; None: nothing is asked about the nearest classes.
+        classes: rows of W that take part, (k,) int64, ascending; None: all. Labels are then their
+            numbers among these, or -1; d_w has k rows. For kernels only, with centers = 1.
         centers: K rows of W for each class, one after the other, of which that with the largest
             cosine counts, the first of several. Labels are then rows of W: the nearest of the
             target's.
@@ -32,6 +34,7 @@ class Extras(NamedTuple):
     threshold: Tensor | None = None
     phi: Tensor | None = None
     nearer: Tensor | None = None
+    classes: Tensor | None = None
     centers: int = 1
     has_total: bool = False
 
@@ -54,6 +57,10 @@ class Extras(NamedTuple):
     def is_plain(self) -> bool:
         """Whether there is nothing beside lse and u to do within the sweep."""
         return not self.reshapes and self.nearer is None
+
+    def rows_like(self, w: Tensor) -> Tensor:
+        """As many rows of W, (C, D), as take part: their sizes and strides, not their numbers."""
+        return w if self.classes is None else w[: self.classes.shape[0]]
 
 
 PLAIN = Extras()
@@ -95,7 +102,8 @@ class Inputs(NamedTuple):
     """What a forward starts from, and its backward again.
 
     Attributes:
-        x: embeddings (N, D). w: class weights (C, D), any floating dtype and strides.
+        x: embeddings (N, D). w: class weights (C, D), any floating dtype and strides; where
+            ``extras.classes`` take part, `Extras.rows_like` it.
         labels: (N,), any integer dtype; outside [0, C) means no target.
         scale: s > 0. scale_tensor: 0-d, which then counts instead; None if s is a number.
         compute_dtype: the dtype asked for in products.
@@ -241,3 +249,12 @@ class Margin(NamedTuple):
 def _is_given(value: Tensor) -> bool:
     """Whether a coefficient is a tensor of the caller's, not a number that Dynamo traces."""
     return value.ndim > 0 or value.requires_grad or not torch.compiler.is_compiling()
+
+
+def rows_of(values: Tensor, classes: Tensor, shape: torch.Size) -> Tensor:
+    """A gradient (C, D) with these rows and no others."""
+    # said in this way too, since torch 2.11 warns of checks that nobody has declined
+    with torch.sparse.check_sparse_tensor_invariants(False):
+        return torch.sparse_coo_tensor(
+            classes[None], values, shape, is_coalesced=True, check_invariants=False
+        )

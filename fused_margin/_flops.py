@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fused_margin import _cpu
+from fused_margin._arguments import Extras
 
 Tensor = torch.Tensor
 
@@ -30,14 +31,25 @@ def _product(x: Tensor, w: Tensor) -> int:
     return 2 * x.shape[0] * w.shape[0] * w.shape[1]
 
 
-def _forward(x: Tensor, w: Tensor, *args: Any, **kwargs: Any) -> int:
+def _named(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by their names; ``w`` has as many rows as take part."""
+    names = (argument.name for argument in operator.default._schema.arguments)
+    call = dict(zip(names, args, strict=False)) | kwargs
+    return call | {"w": Extras(classes=call.get("classes")).rows_like(call["w"])}
+
+
+def _forward(*args: Any, **kwargs: Any) -> int:
+    call = _named(torch.ops.fused_margin.cosine_lse, args, kwargs)
+    return _product(call["x"], call["w"])
+
+
+def _forward_of_all(x: Tensor, w: Tensor, *args: Any, **kwargs: Any) -> int:
     return _product(x, w)
 
 
 def _backward(*args: Any, **kwargs: Any) -> int:
     """A product for each gradient, and the cosines as often as they are formed again."""
-    schema = torch.ops.fused_margin.cosine_lse_backward.default._schema
-    call = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    call = _named(torch.ops.fused_margin.cosine_lse_backward, args, kwargs)
     x, w, kept, compute_dtype = (call[name] for name in ("x", "w", "kept", "compute_dtype"))
     gradients = (call["need_x"] or call["need_scale"]) + call["need_w"]
     product = _product(x, w)
@@ -59,7 +71,8 @@ def _nearest_classes(w_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
 def _register(counter: ModuleType) -> None:
     ops = torch.ops.fused_margin
     register = counter.register_flop_formula
-    register([ops.cosine_lse, ops.margin_ce], get_raw=True)(_forward)
+    register(ops.cosine_lse, get_raw=True)(_forward)
+    register(ops.margin_ce, get_raw=True)(_forward_of_all)
     register(ops.cosine_lse_backward, get_raw=True)(_backward)
     register(ops.nearest_classes)(_nearest_classes)
 

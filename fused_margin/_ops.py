@@ -30,6 +30,7 @@ from fused_margin._arguments import (
     Slopes,
     Swept,
     Update,
+    rows_of,
 )
 from fused_margin._numerics import accumulation_dtype
 from fused_margin.margins import Margin
@@ -87,11 +88,12 @@ def _problem(
 
 def _inputs(
     x: Tensor, w: Tensor, labels: Tensor, numbers: Tensor, scale_tensor: Tensor | None,
-    threshold: Tensor | None, phi: Tensor | None, nearer: Tensor | None, centers: int,
-    has_total: bool, compute_dtype: torch.dtype,
+    threshold: Tensor | None, phi: Tensor | None, nearer: Tensor | None, classes: Tensor | None,
+    centers: int, has_total: bool, compute_dtype: torch.dtype,
 ) -> Inputs:  # fmt: skip
     """The operator's arguments under their names."""
-    extras = Extras(threshold, phi, nearer, centers, has_total)
+    extras = Extras(threshold, phi, nearer, classes, centers, has_total)
+    w = extras.rows_like(w)
     return Inputs(x, w, labels, numbers.tolist()[0], scale_tensor, compute_dtype, extras)
 
 
@@ -200,6 +202,7 @@ class _Saved(NamedTuple):
     threshold: Tensor | None = None
     phi: Tensor | None = None
     nearer: Tensor | None = None
+    classes: Tensor | None = None
 
 
 class _Settings(NamedTuple):
@@ -221,8 +224,7 @@ def _differentiate(
     d_w is in the memory of ``loan``, if there is one; its rows go to ``update``, if that is given.
     """
     centers, has_total, compute_dtype, backend, needs = settings
-    extras = Extras(saved.threshold, saved.phi, saved.nearer, centers, has_total)
-    inputs = _inputs(*saved[:5], *extras, compute_dtype)
+    inputs = _inputs(*saved, centers, has_total, compute_dtype)
     x, w, g_total = inputs.x, inputs.w, None
     if slopes.total is not None and omega is not None:
         # of all classes, and not of the target
@@ -255,9 +257,9 @@ def _differentiate(
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The operator, by whose schema its arguments come."""
-    slopes, saved, swept, needs = args[:5], args[5:13], args[17:22], args[23:]
-    settings: Any = (*args[13:17], Needs(*needs))
-    saved, omega = _Saved(*saved), args[22]
+    slopes, saved, swept, needs = args[:5], args[5:14], args[18:23], args[24:]
+    settings: Any = (*args[14:18], Needs(*needs))
+    saved, omega = _Saved(*saved), args[23]
     d_x, d_w, d_scale = _differentiate(
         Slopes(*slopes), saved, Swept(*swept), omega, _Settings(*settings)
     )
@@ -327,9 +329,9 @@ def _named(operator: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def _lends_for(ctx: Any, w: Tensor, needs: Needs) -> Needs | None:
+def _lends_for(ctx: Any, w: Tensor, needs: Needs, classes: Tensor | None = None) -> Needs | None:
     """What a forward may prepare for in the memory of d_w; notes in ``ctx`` who updates W."""
-    ctx.updating = _updates.of(w) if needs.w else None
+    ctx.updating = _updates.of(w) if needs.w and classes is None else None
     return needs if needs.w and ctx.updating is None and _loans.may_lend(w) else None
 
 
@@ -375,13 +377,13 @@ class _CosineLse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         *inputs, backend, budget = args
-        x, w, _, _, _, threshold, phi, nearer, *flags = inputs
+        x, w, _, _, _, threshold, phi, nearer, classes, *flags = inputs
         needs_x, needs_w, _, _, needs_scale, *_ = ctx.needs_input_grad
         needs, loan, ctx.updating = Needs(needs_x, needs_w, needs_scale), None, None
         if _is_unobserved(x, w):
             with _named("cosine_lse"):
                 swept, found, loan = _cosine_lse(
-                    _inputs(*inputs), backend, budget, _lends_for(ctx, w, needs)
+                    _inputs(*inputs), backend, budget, _lends_for(ctx, w, needs, classes)
                 )
             outputs = swept + found
         else:
@@ -389,9 +391,9 @@ class _CosineLse(torch.autograd.Function):
                 outputs = _ops.cosine_lse.default(*args)
         _loans.lend(ctx, w, loan)
         swept, found = Swept(*outputs[:5]), Found(*outputs[5:])
-        extras = Extras(threshold, phi, nearer, *flags[:2])
+        extras = Extras(threshold, phi, nearer, classes, *flags[:2])
         omega = found.class_sum if extras.adds_vectors else None
-        ctx.save_for_backward(*inputs[:5], threshold, phi, nearer, *swept, omega)
+        ctx.save_for_backward(*inputs[:9], *swept, omega)
         ctx.mark_non_differentiable(
             swept.inv_x, swept.inv_w, swept.kept, found.class_sum, found.hardest,
             found.hardest_cosine, found.rank,
@@ -405,7 +407,7 @@ class _CosineLse(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         g_lse, g_u, g_total = grad_outputs[0], grad_outputs[1], grad_outputs[5]
         if g_lse is None and g_u is None and g_total is None:
-            return (None,) * 13
+            return (None,) * 14
         update = _begin_update(ctx, g_lse, g_u, g_total)
         *saved, lse, u, inv_x, inv_w, kept, omega = ctx.saved_tensors
         swept = Swept(lse, u, inv_x, inv_w, kept)
@@ -414,7 +416,9 @@ class _CosineLse(torch.autograd.Function):
         d_x, d_w, d_scale = _gradients(
             Slopes(g_lse, g_u, None, None, g_total), _Saved(*saved), swept, omega, ctx, update
         )
-        return d_x, d_w, None, None, d_scale, *(None,) * 8
+        if d_w is not None and saved[-1] is not None:
+            d_w = rows_of(d_w, saved[-1], saved[1].shape)
+        return d_x, d_w, None, None, d_scale, *(None,) * 9
 
 
 def _record_margin_ce(ctx: Any, *args: Any) -> tuple[Tensor, ...]:

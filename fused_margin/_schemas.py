@@ -22,8 +22,8 @@ lib.define(
 )
 lib.define(
     "cosine_lse(Tensor x, Tensor w, Tensor labels, Tensor numbers, Tensor? scale_tensor,"
-    " Tensor? threshold, Tensor? phi, Tensor? nearer, int centers, bool has_total,"
-    " ScalarType compute_dtype, str backend, SymInt budget)"
+    " Tensor? threshold, Tensor? phi, Tensor? nearer, Tensor? classes, int centers,"
+    " bool has_total, ScalarType compute_dtype, str backend, SymInt budget)"
     " -> (Tensor lse, Tensor u, Tensor inv_x, Tensor inv_w, Tensor kept, Tensor total,"
     " Tensor class_sum, Tensor hardest, Tensor hardest_cosine, Tensor rank)",
     tags=torch.Tag.pt2_compliant_tag,
@@ -38,9 +38,10 @@ lib.define(
 lib.define(
     "cosine_lse_backward(Tensor slope_lse, Tensor slope_u, Tensor? grad, Tensor? num_counted,"
     " Tensor? slope_total, Tensor x, Tensor w, Tensor labels, Tensor numbers,"
-    " Tensor? scale_tensor, Tensor? threshold, Tensor? phi, Tensor? nearer, int centers,"
-    " bool has_total, ScalarType compute_dtype, str backend, Tensor lse, Tensor u, Tensor inv_x,"
-    " Tensor inv_w, Tensor kept, Tensor? class_sum, bool need_x, bool need_w, bool need_scale)"
+    " Tensor? scale_tensor, Tensor? threshold, Tensor? phi, Tensor? nearer, Tensor? classes,"
+    " int centers, bool has_total, ScalarType compute_dtype, str backend, Tensor lse, Tensor u,"
+    " Tensor inv_x, Tensor inv_w, Tensor kept, Tensor? class_sum, bool need_x, bool need_w,"
+    " bool need_scale)"
     " -> (Tensor d_x, Tensor d_w, Tensor d_scale)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -70,9 +71,10 @@ def _fake_swept(
 
 
 @torch.library.register_fake("fused_margin::cosine_lse", lib=lib)
-def _(x, w, labels, numbers, scale_tensor, threshold, phi, nearer, centers, has_total,
+def _(x, w, labels, numbers, scale_tensor, threshold, phi, nearer, classes, centers, has_total,
       compute_dtype, backend, budget):  # fmt: skip
-    extras = Extras(threshold, phi, nearer, centers, has_total)
+    extras = Extras(threshold, phi, nearer, classes, centers, has_total)
+    w = extras.rows_like(w)
     found = Found.empty(x, accumulation_dtype(x, w), extras)
     return _fake_swept(x, w, compute_dtype, backend, budget, extras) + found
 
@@ -88,7 +90,7 @@ def _(x, w, labels, numbers, straight_through, reduction, ignore_index, compute_
 def _(*args):
     names = (argument.name for argument in ops.cosine_lse_backward.default._schema.arguments)
     call = dict(zip(names, args, strict=True))
-    x, w = call["x"], call["w"]
+    x, w = call["x"], Extras(classes=call["classes"]).rows_like(call["w"])
     like_scale = x if call["scale_tensor"] is None else call["scale_tensor"]
     return (
         x.new_empty(x.shape if call["need_x"] else (0,)),

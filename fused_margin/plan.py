@@ -24,6 +24,7 @@ WORKSPACE = 128 << 20  # of the kernels: probabilities of a chunk, and partial s
 BLOCK = 64 << 20  # of the gradient, where it is used up by blocks
 COLLECTIVES = 7  # of a step: two gathers, sizes, two all-reduces, slopes, a reduce-scatter
 PASSES = {"sgd": 3, "momentum": 5, "adam": 7}  # over the weights, of an optimiser's step
+DRAWN = 32  # bytes for each class of a shard, to draw a sample of them; gone over ten times
 SAMPLED = 0.1  # the rate that is suggested
 
 
@@ -87,7 +88,7 @@ def plan(setting: Setting) -> Plan:
         "class weights": setting.shard * row,
         "optimiser state": setting.shard * row * STATES[setting.optimizer],
         "gradient": BLOCK if setting.in_backward else setting.taken * row,
-        "sampled rows, a copy": setting.taken * row if is_sampled else 0,
+        "a permutation of classes": DRAWN * setting.shard if is_sampled else 0,
         "all embeddings, gradient": num_rows * setting.dim * (dtype.itemsize + 4),
         "inverse norms": setting.taken * 4,
         "kernels": WORKSPACE,
@@ -98,7 +99,7 @@ def plan(setting: Setting) -> Plan:
     seconds = {
         "products": flops / setting.products,
         "optimiser": PASSES[setting.optimizer] * setting.taken * row / setting.memory_rate,
-        "sampling": 3 * setting.taken * row / setting.memory_rate if is_sampled else 0.0,
+        "sampling": 10 * DRAWN * setting.shard / setting.memory_rate if is_sampled else 0.0,
         "sending": sent / setting.network,
         "latency": hops * setting.latency,
     }

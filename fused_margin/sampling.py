@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fused_margin import _validate, _validate_shards
+from fused_margin._arguments import rows_of
 from fused_margin._numerics import mixed
 
 __all__ = ["NegativeSampler", "sample_negatives"]
@@ -61,30 +62,29 @@ class NegativeSampler(nn.Module):
         self.step.zero_()
 
     def begin(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        """`take` of the next step; None if all classes take part."""
+        """`choose` of the next step; None if all classes take part."""
         step = int(self.step)
         self.step += 1
-        return None if self.rate >= 1.0 else functools.partial(self.take, step=step)
+        return None if self.rate >= 1.0 else functools.partial(self.choose, step=step)
 
-    def take(
-        self, weight: Tensor, labels: Tensor, first: int = 0, *, step: int = 0
+    def choose(
+        self, labels: Tensor, num_classes: int, first: int = 0, *, step: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Weights of the classes that take part, and labels among them.
+        """The classes that take part, and labels as places among them.
 
         Args:
-            weight: (C, D), of the classes from ``first`` on.
             labels: (N,) int64, less ``first``; outside [0, C) for no target.
+            num_classes: C, of the classes from ``first`` on.
             first: the first class of a shard.
             step: number of the step.
 
         Returns:
-            (k, D) and (N,); the gradient of the first is sparse in ``weight``.
+            (k,) int64, ascending, and (N,), -1 for no target.
         """
-        num_classes = weight.shape[0]
         index = self.draw(labels, num_classes, first, step)
         is_inside = (labels >= 0) & (labels < num_classes)
         place = torch.searchsorted(index, labels.clamp(0, num_classes - 1))
-        return _TakenRows.apply(weight, index), place.masked_fill(~is_inside, NOT_TAKEN)
+        return index, place.masked_fill(~is_inside, NOT_TAKEN)
 
     @torch.no_grad()
     def draw(self, labels: Tensor, num_classes: int, first: int, step: int) -> Tensor:
@@ -108,6 +108,11 @@ class NegativeSampler(nn.Module):
         return f"rate={self.rate:g}, seed={self.seed}"
 
 
+def taken_rows(weight: Tensor, index: Tensor) -> Tensor:
+    """A copy of rows (k, D) of a matrix, whose gradient is sparse."""
+    return _TakenRows.apply(weight, index)
+
+
 class _TakenRows(torch.autograd.Function):
     """Rows of a matrix, whose gradient is sparse."""
 
@@ -120,12 +125,7 @@ class _TakenRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (index,) = ctx.saved_tensors
-        # said in this way too, since torch 2.11 warns of checks that nobody has declined
-        with torch.sparse.check_sparse_tensor_invariants(False):
-            grad = torch.sparse_coo_tensor(
-                index[None], grad_outputs[0], ctx.shape, is_coalesced=True, check_invariants=False
-            )
-        return grad, None
+        return rows_of(grad_outputs[0], index, ctx.shape), None
 
 
 def sample_negatives(criterion: Criterion, rate: float = 0.1, seed: int = 0) -> Criterion:

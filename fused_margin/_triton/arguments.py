@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 # Of a matrix with a column for each row of the batch, rows lie a multiple of this apart, as the
 # compiler knows: loads are wide whatever N is. Of N itself it knows nothing, so that no kernel is
 # compiled again for another batch.
 PITCH = 16
+# As many rows as a tile has at most, which a kernel may ask for beyond the last; and label -1.
+READ_BEYOND = 256
 
 
 def pitch(num_rows: int) -> int:
@@ -22,16 +25,25 @@ def pitch(num_rows: int) -> int:
 
 
 class Matrix(NamedTuple):
-    """(R, D), any strides: a row for each embedding or for each class."""
+    """(R, D), any strides: a row for each embedding or for each class.
+
+    Attributes:
+        ptr: where it begins, with its strides.
+        index: where each row is, (R,) int64, in rows from ``ptr`` on; None: one after the other.
+    """
 
     ptr: Tensor
     stride_row: int
     stride_d: int
+    index: Tensor | None = None
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Matrix:
-        """The matrix in a tensor."""
-        return cls(tensor, *tensor.stride())
+    def of(cls, tensor: Tensor, index: Tensor | None = None) -> Matrix:
+        """The matrix in a tensor, or of some of its rows."""
+        if index is not None:
+            padded = torch.nn.functional.pad(index, (READ_BEYOND, READ_BEYOND))
+            index = padded[READ_BEYOND:-READ_BEYOND]
+        return cls(tensor, *tensor.stride(), index)
 
 
 class Rows(NamedTuple):

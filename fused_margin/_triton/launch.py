@@ -10,7 +10,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_margin._arguments import (
     IGNORED,
-    PLAIN,
     TAKEN,
     Extras,
     Found,
@@ -83,12 +82,13 @@ def _run(tile: Tile) -> dict[str, Any]:
 
 
 def _plan(inputs: Inputs) -> Plan:
-    """The plan of a call; descriptors know nothing of classes with several rows of W."""
-    x, w, compute_dtype, centers = inputs.x, inputs.w, inputs.compute_dtype, inputs.extras.centers
+    """The plan of a call; descriptors know neither classes with several rows nor some of them."""
+    x, w, compute_dtype, extras = inputs.x, inputs.w, inputs.compute_dtype, inputs.extras
     p = plan(x, w, compute_dtype)
-    if centers == 1:
+    if extras.centers == 1 and extras.classes is None:
         return p
-    return with_centers(plain_plan(x, w, compute_dtype) if p.descriptors else p, centers)
+    p = plain_plan(x, w, compute_dtype) if p.descriptors else p
+    return with_centers(p, extras.centers)
 
 
 def _block_rows(tile: Tile, p: Plan) -> int:
@@ -153,7 +153,9 @@ def _sweep(
     if loan is not None:
         q, tiles = loan.left
         kept = Kept(q, None, pitch(num_rows), q.stride(0))
-        tile = tile.with_rows(tiles.rows)
+        # addresses of listed rows take registers
+        fewer = p.tiles.asked_rows if inputs.extras.classes is not None else tiles.rows
+        tile = tile.with_rows(min(tiles.rows, fewer))
     elif asks:
         tile = tile.with_rows(p.tiles.asked_rows)
     elif kept is not None:
@@ -176,9 +178,9 @@ def _sweep(
     else:
         operand = _operand(x, num_classes, p)
     sweep_kernel[(row_blocks, splits + 1)](
-        Matrix.of(x), Matrix.of(operand), Matrix.of(w), x_desc, w_desc, rows, partial,
-        swept.inv_w, kept, inputs.scale, ignore_index or 0, num_rows, num_classes, dim,
-        blocks_per_split, SOME_IGNORED=ignore_index is not None, P=p.precision, **_run(tile),
+        Matrix.of(x), Matrix.of(operand), Matrix.of(w, inputs.extras.classes), x_desc, w_desc,
+        rows, partial, swept.inv_w, kept, inputs.scale, ignore_index or 0, num_rows, num_classes,
+        dim, blocks_per_split, SOME_IGNORED=ignore_index is not None, P=p.precision, **_run(tile),
     )  # fmt: skip
     return partial, rows.others
 
@@ -434,8 +436,8 @@ def _fused(call: _Call) -> Tensor | None:
     weight_tile, embeddings_tile = (cut(tile, num_rows, num_classes, dim) for tile in tiles)
     if needs.w:
         fused_weight_kernel[(cdiv(num_classes, weight_tile.c),)](
-            Matrix.of(x), Matrix.of(w), rows, inv_w, gradients.w, inputs.scale,
-            num_rows, num_classes, dim, P=p.precision, **_run(weight_tile),
+            Matrix.of(x), Matrix.of(w, inputs.extras.classes), rows, inv_w, gradients.w,
+            inputs.scale, num_rows, num_classes, dim, P=p.precision, **_run(weight_tile),
         )  # fmt: skip
     if not (needs.x or needs.scale):
         return None
@@ -450,7 +452,7 @@ def _fused(call: _Call) -> Tensor | None:
     splits = cdiv(class_blocks, blocks_per_split)
     partial = x.new_empty((splits, num_rows, dim), dtype=p.accumulate)
     fused_embeddings_kernel[(row_blocks, splits)](
-        Matrix.of(x), Matrix.of(w), rows, inv_w, partial, inputs.scale,
+        Matrix.of(x), Matrix.of(w, inputs.extras.classes), rows, inv_w, partial, inputs.scale,
         num_rows, num_classes, dim, blocks_per_split, P=p.precision, **_run(tile),
     )  # fmt: skip
     return partial
@@ -498,7 +500,7 @@ def _chunked(call: _Call) -> Tensor | None:
     )
     partial = empty(splits, num_rows, dim) if needs_v and not is_only else None
     of_chunk = None if update is None else empty(size, dim)
-    x_in, w_in = Matrix.of(x), Matrix.of(w)
+    x_in, w_in = Matrix.of(x), Matrix.of(w, inputs.extras.classes)
     x_desc = w_desc = x_in_product = g_desc = None
     operand = x
     if p.descriptors and (kept is None or needs.w):
@@ -544,7 +546,8 @@ def _sweep_again(call: _Call, loan: Loan) -> None:
     x, w, p = call.inputs.x, call.inputs.w, call.p
     swept = Swept.empty(x, w, p.accumulate, kept_shape(x, w, call.inputs.compute_dtype, 0))
     rows = Rows(call.rows.labels, call.rows.stride_label, swept.u, swept.inv_x)
-    inputs = call.inputs._replace(extras=PLAIN)  # what it was asked for, it has answered
+    # what else it was asked for, it has answered
+    inputs = call.inputs._replace(extras=Extras(classes=call.inputs.extras.classes))
     _sweep(inputs, p, rows, swept, loan, None if call.rows.grad is None else IGNORED)
 
 
@@ -553,7 +556,7 @@ def _lent(call: _Call, loan: Loan) -> Gradients:
     p, rows, inputs, swept, gradients, _, _ = call
     x, w, (q, tiles) = inputs.x, inputs.w, loan.left
     (num_rows, dim), num_classes = x.shape, w.shape[0]
-    x_in, w_in = Matrix.of(x), Matrix.of(w)
+    x_in, w_in = Matrix.of(x), Matrix.of(w, inputs.extras.classes)
     operand = x.new_empty((num_rows, 8 * cdiv(dim, 8)), dtype=p.gradient)
     largest = x.new_empty((), dtype=p.accumulate)
     lent_prepare_kernel[(cdiv(num_rows, FEW_ROWS),)](

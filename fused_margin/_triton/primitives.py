@@ -66,6 +66,8 @@ def inverse_norm(sum_squares):
 @triton.jit
 def at(matrix, rows, dims):
     """Pointers to elements of a `Matrix`; rows and dims broadcast, as (R, 1) and (1, K) do."""
+    if matrix.index is not None:
+        rows = tl.load(matrix.index + rows.to(tl.int64))
     return matrix.ptr + rows.to(tl.int64) * matrix.stride_row + dims.to(tl.int64) * matrix.stride_d
 
 

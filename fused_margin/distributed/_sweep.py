@@ -23,10 +23,13 @@ from fused_margin.distributed import _collectives
 from fused_margin.distributed._shards import ClassShard
 
 Tensor = torch.Tensor
-# of embeddings, weight, labels, scale and `Rows`: lse and u, (N,), and what else was found
-LocalSweep = Callable[[Tensor, Tensor, Tensor, Any, Any], tuple[Tensor, Tensor, Found]]
-# of class weights, labels and the first class: both of the classes that take part
-Sampler = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+# of embeddings, weight, labels, scale, `Rows` and the classes that take part: lse and u, (N,), and
+# what else was found
+LocalSweep = Callable[
+    [Tensor, Tensor, Tensor, Any, Any, Tensor | None], tuple[Tensor, Tensor, Found]
+]
+# of labels, C and the first class: the classes that take part, and labels among them
+Sampler = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
 
 NO_TARGET = -1  # label of rows that only fill up
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -79,20 +82,21 @@ def sweep(
         # one class that counts for nothing finds what the others find, and asks what they ask
         nobody = w.new_zeros(sub_centers, w.shape[1]).detach()
         no_targets = torch.full_like(labels_here, NO_TARGET)
-        _, _, found = local_sweep(x_all.detach(), nobody, no_targets, 1.0, rows)
+        _, _, found = local_sweep(x_all.detach(), nobody, no_targets, 1.0, rows, None)
         lse, u = _NoClasses.apply(x_all, w)
         found = Found(
             torch.zeros_like(found.total), found.class_sum, found.hardest,
             found.hardest_cosine.fill_(-float("inf")), found.rank.zero_(),
         )  # fmt: skip
         return _merged(lse, u, found, rows, first_class)
+    classes = None
     if sampler is not None:
         _validate_shards.no_copies(shard.replicas)
-        w, labels_here = sampler(w, labels_here, shard.start)
+        classes, labels_here = sampler(labels_here, w.shape[0], shard.start)
     # d_w may not be made ahead while there is one of the step before
     keeps_gradient = weight.grad is not None and sampler is None
     with _loans.refused() if keeps_gradient else contextlib.nullcontext():
-        lse, u, found = local_sweep(x_all, w, labels_here, scale, rows)
+        lse, u, found = local_sweep(x_all, w, labels_here, scale, rows, classes)
     return _merged(lse, u, found, rows, first_class)
 
 

@@ -31,7 +31,7 @@ from fused_margin.metrics import Evaluation
 # Of class weights that are normalised at a time for logits without gradients.
 LOGITS_BLOCK_BYTES = 4 << 20
 
-# of class weights, labels and, of a shard, its first class: both of the classes that take part
+# of labels, C and, of a shard, its first class: the classes that take part, and labels among them
 Sampler = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Psi = margins.Margin | Callable[[torch.Tensor], torch.Tensor]
 

@@ -14,6 +14,7 @@ from fused_margin._numerics import accumulation_dtype, requested_dtype
 from fused_margin.distributed import _sweep as _sharded
 from fused_margin.metrics import ROUNDINGS
 from fused_margin.negatives import Negatives
+from fused_margin.sampling import taken_rows
 
 Tensor = torch.Tensor
 
@@ -68,9 +69,14 @@ def sweep(
         _validate_shards.asked_of_a_sample(asked.sub_centers, asked.has_total, asked.has_stats)
 
     def of_classes(
-        x: Tensor, w: Tensor, targets: Tensor, s: float | Tensor, ranks: _sharded.Rows | None
-    ) -> Sums:
+        x: Tensor, w: Tensor, targets: Tensor, s: float | Tensor, ranks: _sharded.Rows | None,
+        classes: Tensor | None = None,
+    ) -> Sums:  # fmt: skip
         extras = PLAIN
+        if classes is not None and backend == "triton":
+            extras = Extras(classes=classes)
+        elif classes is not None:
+            w = taken_rows(w, classes)
         if not asked.is_nothing:
             targets, extras = _extras(x, w, targets, asked, ranks)
         if backend == "reference":
@@ -84,9 +90,10 @@ def sweep(
                 of_classes, embeddings, weight, labels, scale, asked.sub_centers, sampler
             )
         )
+    classes = None
     if sampler is not None:
-        weight, labels = sampler(weight, labels)
-    return of_classes(embeddings, weight, labels, scale, None)
+        classes, labels = sampler(labels, weight.shape[0])
+    return of_classes(embeddings, weight, labels, scale, None, classes)
 
 
 @torch.no_grad()
@@ -136,4 +143,6 @@ def _extras(
                 nearer = (u + ROUNDINGS * torch.finfo(dtype).eps).to(dtype)
             if ranks is not None:
                 threshold, nearer = ranks.gathered(threshold), ranks.gathered(nearer)
-    return rows, Extras(threshold, phi, nearer, asked.sub_centers, asked.has_total)
+    return rows, Extras(
+        threshold, phi, nearer, centers=asked.sub_centers, has_total=asked.has_total
+    )

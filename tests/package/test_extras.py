@@ -57,8 +57,8 @@ def _case(
         threshold.to(device) if given is not None else None,
         torch.tensor(given, dtype=torch.float64, device=device) if given is not None else None,
         u.to(device) if has_stats else None,
-        centers,
-        has_total,
+        centers=centers,
+        has_total=has_total,
     )
     return Case(x.to(device), w.to(device), rows.to(device), extras)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import device_of, needs_triton
 from two_processes import Pair
 
 # Not imported at all where torch has no gloo: two_processes skips the file.
@@ -16,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 import fused_margin as fm
 import fused_margin.functional as fmf
-from fused_margin import _setup
+from fused_margin import _ops, _setup
+from fused_margin._arguments import Extras
 from fused_margin.distributed import ClassShard
 from fused_margin.distributed._shards import bounds
 from fused_margin.optim import RowSparseAdam, RowSparseSGD
@@ -50,10 +52,14 @@ def _expected(weight: Tensor, index: Tensor, x: Tensor, labels: Tensor) -> tuple
     return loss.detach(), x.grad, weight.grad
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    "backend", ["cpu", "reference", pytest.param("triton", marks=needs_triton)]
+)
 @pytest.mark.parametrize("rate", [0.0, 0.1, RATE, 0.999])
 def test_the_softmax_is_over_the_classes_taken(rate: float, backend: str) -> None:
     criterion, x, labels = _problem()
+    device = device_of(backend)
+    criterion, x, labels = criterion.to(device), x.to(device), labels.to(device)
     criterion.backend = backend
     sample_negatives(criterion, rate, seed=5)
     targets = labels.masked_fill(labels < 0, -1)
@@ -70,6 +76,43 @@ def test_the_softmax_is_over_the_classes_taken(rate: float, backend: str) -> Non
     expected = _expected(criterion.weight, index, x, labels)
     for found, one in zip((loss, x.grad, grad.to_dense()), expected, strict=True):
         torch.testing.assert_close(found, one, rtol=1e-10, atol=1e-12)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("strategy", ["chunked", "fused", "kept", "lent"])
+def test_kernels_take_the_list_of_classes(
+    strategy: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit what they make of a copy of these rows, for whatever strides of the weight."""
+    from fused_margin._triton import launch, planning
+
+    device = device_of("triton")
+    monkeypatch.setattr(launch, "CHUNK_BYTES", 33 * 8 * 64)
+    generator = torch.Generator().manual_seed(3)
+    for num_rows, num_classes, dim, count in ((33, 150, 40, 70), (7, 90, 24, 17), (5, 40, 8, 2)):
+        index = torch.randperm(num_classes, generator=generator)[:count].sort().values.to(device)
+        labels = torch.randint(-1, count, (num_rows,), generator=generator).to(device)
+        x = torch.randn(num_rows, dim, generator=generator).to(device, dtype)
+        w = torch.randn(dim, num_classes, generator=generator).to(device, dtype).t()
+        slopes = torch.linspace(-1.0, 2.0, num_rows, dtype=torch.float64, device=device)
+        found = []
+        for is_list in (True, False):
+            leaves = [one.detach().clone().requires_grad_() for one in (x, w)]
+            rows, extras = leaves[1], Extras(classes=index)
+            if not is_list:
+                rows, extras = leaves[1][index], Extras()
+            with planning.override(strategy):
+                lse, u, _ = _ops.cosine_lse(
+                    leaves[0], rows, labels, 9.0, dtype, "triton", None, extras
+                )
+                (lse * slopes + u).sum().backward()
+            d_w = leaves[1].grad
+            assert d_w is not None
+            assert d_w.layout is (torch.sparse_coo if is_list else torch.strided)
+            found.append((lse.detach(), u.detach(), leaves[0].grad, d_w.to_dense()))
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
 
 
 def test_full_softmax_at_rate_one_and_in_evaluation() -> None:
