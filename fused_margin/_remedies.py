@@ -128,6 +128,8 @@ def holds_several(value: Any) -> bool:
 
 def of_size(name: str, value: Any) -> str:
     """How ``value``, which is no int, becomes a number of classes or columns."""
+    if value is None:
+        return of_small_size(name)
     if isinstance(value, torch.Tensor):
         if value.ndim == 0:
             return "; convert it with int()"
@@ -140,6 +142,11 @@ def of_size(name: str, value: Any) -> str:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return "; convert it with int(), or divide by //"
     return ""
+
+
+def of_small_size(name: str) -> str:
+    """What stands for no option at all, where a number is too small."""
+    return "; 1 is one row of weights for each class" if name == "sub_centers" else ""
 
 
 def of_forgotten(criterion: str, names: list[str]) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_margin import _validate, _validate_others
+from fused_margin import _names, _validate, _validate_others
 from fused_margin._centers import nearest_centers
 from fused_margin._numerics import accumulation_dtype, normalized, sum_dtype
 from fused_margin._weight_sweeps import _blocks
@@ -90,6 +90,7 @@ def _cosines(embeddings: Tensor, weight: Tensor, sub_centers: int) -> Iterator[t
 
 
 @torch.no_grad()
+@_names.hinting
 def predict(embeddings: Tensor, weight: Tensor, k: int = 1, *, sub_centers: int = 1) -> Prediction:
     """The k nearest classes of each row by cosine.
 
@@ -124,6 +125,7 @@ def predict(embeddings: Tensor, weight: Tensor, k: int = 1, *, sub_centers: int 
 
 
 @torch.no_grad()
+@_names.hinting
 def evaluate(
     embeddings: Tensor,
     weight: Tensor,
@@ -186,6 +188,7 @@ def _checked(
 
 
 @torch.no_grad()
+@_names.hinting
 def center_counts(
     embeddings: Tensor,
     weight: Tensor,
@@ -240,6 +243,7 @@ def dominant_centers(counts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@_names.hinting
 def outlier_angles(
     embeddings: Tensor,
     weight: Tensor,

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from fused_margin import (
     _collectives,
+    _names,
     _ops,
     _validate,
     _validate_margins,
@@ -35,6 +36,7 @@ def _with(own: Negatives, options: CallOptions, call: Callable[..., Any]) -> Opt
 
 
 @torch.no_grad()
+@_names.hinting
 def curricularface_t(
     embeddings: Tensor,
     weight: Tensor,
@@ -215,6 +217,7 @@ def circle_softmax(
 
 
 @torch.no_grad()
+@_names.hinting
 def inter_topk(
     embeddings: Tensor,
     weight: Tensor,
