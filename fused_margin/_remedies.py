@@ -112,9 +112,10 @@ def of_dtensor(name: str) -> str:
     """What to pass in place of a DTensor."""
     if name == "weight":
         return (
-            "losses and logits take one that is sharded on classes, Shard(0) over one dimension of"
-            " its mesh, as fused_margin.distributed.shard_classes(criterion) makes it; all else"
-            " takes weight.full_tensor()"
+            "losses, logits, metrics.predict and metrics.evaluate take one that is sharded on"
+            " classes, Shard(0) over one dimension of its mesh, as"
+            " fused_margin.distributed.shard_classes(criterion) makes it; all else takes"
+            " weight.full_tensor()"
         )
     if name == "scale":
         return "pass scale.full_tensor()"

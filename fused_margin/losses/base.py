@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from typing_extensions import TypedDict, Unpack
 
-from fused_margin import _compiled, _names, _ops, _setup, _validate, _validate_settings, functional
+from fused_margin import (
+    _centers,
+    _compiled,
+    _names,
+    _ops,
+    _setup,
+    _validate,
+    _validate_settings,
+    functional,
+)
 from fused_margin.distributed import _shards
 from fused_margin.functional.core import margin_loss
 from fused_margin.functional.options import Options, expanded
@@ -139,6 +148,8 @@ class MarginSoftmaxLoss(nn.Module):
         device, dtype = chosen.pop("device"), chosen.pop("dtype")
         dtype = _validate.floating("dtype", torch.float32 if dtype is None else dtype)
         self.sub_centers = _validate.size("sub_centers", chosen.pop("sub_centers"), 1)
+        if self.sub_centers > 1:
+            _centers.own(self)
         num_rows = num_classes * self.sub_centers
         self.weight = nn.Parameter(
             torch.empty(num_rows, embedding_size, device=device, dtype=dtype)
@@ -200,6 +211,12 @@ class MarginSoftmaxLoss(nn.Module):
             if buffer is not None and after is not None and after.itemsize < buffer.itemsize:
                 self._buffers[name] = buffer.to(after.device)
         return self
+
+    def __setstate__(self, state: Any) -> None:
+        """As for any module: of a copy, or of what was pickled."""
+        super().__setstate__(state)
+        if self.sub_centers > 1:
+            _centers.own(self)
 
     def initial_statistics(self) -> dict[str, float]:
         """Buffers that a loss keeps from batch to batch, by name, with what they start from."""

@@ -245,7 +245,7 @@ SIGNATURES = {
     fm.functional.elasticface: ([*TENSORS, ("margin", None), ("scale", 64.0)], ELASTIC | OPTIONS),
     fm.functional.inter_topk: (
         [*TENSORS, ("k", 5), ("penalty", 0.06)],
-        {"kind": "arc", "sub_centers": 1},
+        {"kind": "arc", "sub_centers": None},
     ),
     fm.functional.mv_softmax: ([*TENSORS, *MISCLASSIFIED], MV | OPTIONS),
     fm.functional.magface: ([*TENSORS, *MAGFACE], MAGNITUDES | OPTIONS),

@@ -200,8 +200,6 @@ def test_a_constructor_of_ones_own() -> None:
     assert Own(6, 0.3).margin == 0.3
 
 
-# --- what a subclass implements -------------------------------------------------------------------
-
 METHODS: dict[str, tuple[str, Any, str]] = {
     "without arguments": (
         "negatives", lambda self: None,
