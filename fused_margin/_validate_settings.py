@@ -21,8 +21,10 @@ def number_scale(value: Any, remedy: str = "") -> float:
 def no_scale(name: str, options: Mapping[str, Any]) -> None:
     """Refuse a scale for a loss that derives it."""
     if "scale" in options:
+        given = options["scale"]
+        shown = _validate._shown(given) if isinstance(given, torch.Tensor) else repr(given)
         raise TypeError(
-            f"{name} derives its scale and takes none, got scale={options['scale']!r};"
+            f"{name} derives its scale and takes none, got scale={shown};"
             " NormalizedSoftmaxLoss(num_classes, embedding_size, scale) takes one"
         )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from combined_cases import KINDS
 from torch import nn
 from two_processes import Arrays, whole
 
@@ -122,6 +124,11 @@ WITH_STATS = ("cosface", "curricularface", "sub-centres", "sub-centres, referenc
 TRITON: dict[str, Callable[..., Any]] = {
     "arcface, triton": lambda C, **kw: fm.ArcFaceLoss(C, DIM, backend="triton", **kw),
 }
+# every loss of the table in README.md
+OF_TABLE: dict[str, Callable[..., Any]] = {
+    name: functools.partial(lambda kind, C, **kw: kind(C, DIM, **kw), kind)
+    for name, kind in KINDS.items()
+}
 ROW_WEIGHTS = ("cosface, weighed", "elasticface")  # which are called with sample_weight
 TOO_FEW = {"fixed adacos": 3, "adacos": 3}  # classes that a loss needs at least
 
@@ -149,7 +156,7 @@ def batch(counts: list[int], num_classes: int) -> list[Part]:
 
 
 def built(name: str, num_classes: int) -> Any:
-    criterion = (CRITERIA | TRITON)[name](num_classes, dtype=FP64)
+    criterion = (CRITERIA | TRITON | OF_TABLE)[name](num_classes, dtype=FP64)
     with torch.no_grad():
         criterion.weight.normal_(generator=torch.Generator().manual_seed(11))
     _setup._calls[criterion] = _setup._DECIDED  # no search for data-parallel modules: that is slow
@@ -172,7 +179,8 @@ def call(criterion: Any, name: str, part: Part, x: Tensor) -> Tensor:
 
 
 def measured(criterion: Any, name: str, part: Part) -> dict[str, Tensor]:
-    """Loss and all gradients of this rank."""
+    """Loss and all gradients of this rank, of the same draws at each call."""
+    torch.manual_seed(3)
     x = part.x.clone().requires_grad_()
     loss = call(criterion, name, part, x)
     loss.backward()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import sharded_cases as cases
+from combined_cases import SHARDED, cells
 from helpers import needs_triton
 from two_processes import Pair, assert_close
 
@@ -36,6 +37,16 @@ def test_every_loss_equals_a_whole_one(ranks: Pair, index: int) -> None:
     problems = PROBLEMS[ranks.ranks]
     if index < len(problems):
         _check(ranks.run(cases.differences, list(cases.CRITERIA), *problems[index]))
+
+
+def test_every_loss_of_the_table(ranks: Pair) -> None:
+    """What README.md says of losses and shards; none is said not to be."""
+    names = [loss for loss, column, goes in cells() if column == SHARDED and goes]
+    assert sorted(names) == sorted(cases.OF_TABLE)
+    if ranks.ranks == 2:
+        found = ranks.run(cases.differences, names, *PROBLEMS[2][1])
+        assert all(list(one) == names for one in found)
+        _check(found)
 
 
 @needs_triton
