@@ -149,6 +149,13 @@ ERRORS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         call(compat.heads.ArcMarginProduct, 4, 6, scale=30, margin=0.5),
         ("'scale' is s here", "'margin' is m here"),
     ),
+    "insightface's own names": (
+        call(compat.insightface.CombinedMarginLoss, scale=64, m1=1.0, margin=0.5),
+        ("unexpected keyword", "'scale' is s here", "'margin' is m2 or m3 here"),
+    ),
+    "insightface's CosFace": (
+        call(compat.insightface.CosFace, 64, margin=0.4), ("'margin' is m here",)
+    ),
     "a name that nobody has": (call(fm.ArcFaceLoss, 6, 4, marjin=0.5), ("mean 'margin'? It",)),
 }  # fmt: skip
 
