@@ -5,11 +5,38 @@ Equations refer to ``docs/math.md``.
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 
+from fused_margin import _transforms
 from fused_margin._numerics import normalized, sum_dtype
 
 Tensor = torch.Tensor
+
+_owners: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def own(criterion: Any) -> None:
+    """Remember a loss with sub-centres, by whose weight `declared` knows how many they are."""
+    _owners.add(criterion)
+
+
+def declared(weight: Tensor) -> int | None:
+    """K of the loss that a weight (C K, D) belongs to, or its memory; None of any other tensor."""
+    if torch.compiler.is_compiling():
+        return None
+    for criterion in _owners:
+        its = criterion._parameters.get("weight")
+        if its is weight:
+            return criterion.sub_centers
+        if its is None or its.shape != weight.shape:
+            continue
+        is_plain = _transforms.is_plain(its) and _transforms.is_plain(weight)
+        if is_plain and its.data_ptr() == weight.data_ptr():
+            return criterion.sub_centers
+    return None
 
 
 @torch.no_grad()

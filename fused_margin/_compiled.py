@@ -14,6 +14,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from fused_margin import _names
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -46,6 +48,8 @@ def raising(num_outputs: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 return function(*args, **kwargs)
             except (TypeError, ValueError) as error:
                 if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+                    if isinstance(error, TypeError):
+                        _names.explain(error, function, args, kwargs)
                     raise
                 kind = "TypeError" if isinstance(error, TypeError) else "ValueError"
                 like = torch.empty((), device="cpu")

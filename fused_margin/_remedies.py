@@ -112,9 +112,10 @@ def of_dtensor(name: str) -> str:
     """What to pass in place of a DTensor."""
     if name == "weight":
         return (
-            "losses and logits take one that is sharded on classes, Shard(0) over one dimension of"
-            " its mesh, as fused_margin.distributed.shard_classes(criterion) makes it; all else"
-            " takes weight.full_tensor()"
+            "losses, logits, metrics.predict and metrics.evaluate take one that is sharded on"
+            " classes, Shard(0) over one dimension of its mesh, as"
+            " fused_margin.distributed.shard_classes(criterion) makes it; all else takes"
+            " weight.full_tensor()"
         )
     if name == "scale":
         return "pass scale.full_tensor()"
@@ -128,6 +129,8 @@ def holds_several(value: Any) -> bool:
 
 def of_size(name: str, value: Any) -> str:
     """How ``value``, which is no int, becomes a number of classes or columns."""
+    if value is None:
+        return of_small_size(name)
     if isinstance(value, torch.Tensor):
         if value.ndim == 0:
             return "; convert it with int()"
@@ -140,6 +143,11 @@ def of_size(name: str, value: Any) -> str:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return "; convert it with int(), or divide by //"
     return ""
+
+
+def of_small_size(name: str) -> str:
+    """What stands for no option at all, where a number is too small."""
+    return "; 1 is one row of weights for each class" if name == "sub_centers" else ""
 
 
 def of_forgotten(criterion: str, names: list[str]) -> str:

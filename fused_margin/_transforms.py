@@ -65,3 +65,10 @@ def is_readable(tensor: torch.Tensor) -> bool:
             return False  # vmap: not one number
         tensor = get_unwrapped(tensor)
     return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has memory of its own, with an address."""
+    if is_functorch_wrapped_tensor(tensor) or tensor.is_meta:
+        return False
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib.util
 import inspect
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fused_margin import _remedies, _transforms
+from fused_margin import _names, _remedies, _transforms
 from fused_margin._compiled import known
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
@@ -439,15 +438,14 @@ def keywords(given: Collection[str], allowed: Collection[str], call: Callable[..
 
     ``call``: the function or class that was given it, whose arguments the message lists.
     """
-    for name in given:
-        if name not in allowed:
-            taken = list(inspect.signature(call).parameters)
-            near = difflib.get_close_matches(name, taken, n=1)
-            meant = f"did you mean {near[0]!r}? It" if near else "it"
-            raise TypeError(
-                f"{call.__name__} got an unexpected keyword argument {name!r}; {meant} takes"
-                f" {', '.join(taken)}"
-            )
+    unknown = [name for name in given if name not in allowed]
+    if unknown:
+        meant = _names.hints(unknown, call)
+        raise TypeError(
+            f"{call.__name__} got an unexpected keyword argument {unknown[0]!r}"
+            + (f"; {meant}{'' if meant.endswith('?') else '.'} It" if meant else "; it")
+            + f" takes {', '.join(inspect.signature(call).parameters)}"
+        )
 
 
 def floating_numbers(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -479,7 +477,7 @@ def size(name: str, value: int, minimum: int) -> int:
     """Check a dimension."""
     value = _integer(name, value, remedy=_remedies.of_size(name, value))
     if value < minimum:
-        raise ValueError(f"{name} must be >= {minimum}, got {value}")
+        raise ValueError(f"{name} must be >= {minimum}, got {value}{_remedies.of_small_size(name)}")
     if value >= 2**63:
         raise ValueError(f"{name} must fit in int64, got {value}")
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -77,6 +77,38 @@ def coefficients(phi: Any) -> None:
             f" h; got {_validate._shown(phi)}"
             + (f" of length {len(phi)}" if isinstance(phi, tuple) else "")
         )
+
+
+def class_weights(value: torch.nn.Module) -> tuple[torch.Tensor, int]:
+    """The class weights (C K, D) of a criterion, and K."""
+    weight: Any = getattr(value, "weight", None) if hasattr(value, "psi") else None
+    transposed = value._parameters.get("W")  # of pytorch-metric-learning's losses, (D, C K)
+    if weight is None and transposed is not None:
+        weight = transposed.t()
+    if weight is None:
+        raise TypeError(
+            f"a criterion must be a loss with class weights (C, D), got {type(value).__name__};"
+            " one that is wrapped, or part of a model, is given itself, as model.criterion"
+        )
+    return weight, getattr(value, "sub_centers", 1)
+
+
+def same_centers(given: int | None, own: int) -> None:
+    """Check sub_centers that are given beside a criterion, which knows its own."""
+    if given not in (None, own):
+        raise ValueError(
+            f"sub_centers is {own} of this criterion, got {given}; leave it out, the criterion"
+            " knows"
+        )
+
+
+def undeclared_centers(own: int) -> NoReturn:
+    """Refuse the weight of a loss with sub-centres that is taken for one row a class."""
+    raise ValueError(
+        f"this weight is that of a loss with sub_centers={own}, {own} rows for each class; pass the"
+        f" criterion in its place, or sub_centers={own} (sub_centers=1 to take each row for a"
+        " class)"
+    )
 
 
 def center_counts(value: Any) -> torch.Tensor:

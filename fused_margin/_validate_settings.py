@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -20,8 +21,10 @@ def number_scale(value: Any, remedy: str = "") -> float:
 def no_scale(name: str, options: Mapping[str, Any]) -> None:
     """Refuse a scale for a loss that derives it."""
     if "scale" in options:
+        given = options["scale"]
+        shown = _validate._shown(given) if isinstance(given, torch.Tensor) else repr(given)
         raise TypeError(
-            f"{name} derives its scale and takes none, got scale={options['scale']!r};"
+            f"{name} derives its scale and takes none, got scale={shown};"
             " NormalizedSoftmaxLoss(num_classes, embedding_size, scale) takes one"
         )
 
@@ -121,6 +124,46 @@ def fixed(name: str, present: Any, value: Any) -> NoReturn:
 def is_method(name: str) -> NoReturn:
     """Refuse to assign what a subclass implements."""
     raise AttributeError(
-        f"{name} of a loss is a method: implement {name}(self, embeddings, labels) in a subclass,"
-        f" or pass {name}= to the function of the loss"
+        f"{name} of a loss is a method: implement {name}(self, embeddings, labels) in a subclass"
+        + METHODS[name]
     )
+
+
+# What a loss may implement, and what else can be done with such a thing.
+METHODS = {
+    "psi": ", or pass a function of the target cosines to functional.margin_softmax",
+    "negatives": ", or pass negatives= to the function of the loss",
+    "penalty": ", which returns what is added to each row's loss, (N,)",
+    "update_statistics": ", which training mode calls before psi",
+}
+
+
+def methods(kind: type) -> None:
+    """Check that what a subclass implements can be called with embeddings and labels."""
+    for name in METHODS:
+        if name not in vars(kind):
+            continue
+        found = vars(kind)[name]
+        given = getattr(kind, name)
+        arguments = 2 if isinstance(found, (staticmethod, classmethod)) else 3
+        if callable(given) and _takes(given, arguments):
+            continue
+        what = f"{name}{inspect.signature(given)}" if inspect.isroutine(given) else repr(found)
+        raise TypeError(
+            f"{name} of {kind.__name__} must be a method that takes embeddings and labels,"
+            f" {name}(self, embeddings, labels), got {what}"
+            + (
+                "; it returns the function of the target cosines: return lambda u: ..."
+                if name == "psi"
+                else ""
+            )
+        )
+
+
+def _takes(call: Callable[..., Any], count: int) -> bool:
+    """Whether so many positional arguments can be given."""
+    try:
+        inspect.signature(call).bind(*range(count))
+    except TypeError:
+        return False
+    return True

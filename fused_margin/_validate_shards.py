@@ -59,6 +59,15 @@ def same_dtypes(dtypes: list[torch.dtype]) -> None:
         )
 
 
+def same_numbers(name: str, values: list[int]) -> None:
+    """Check that all ranks ask for the same; every rank raises the same error."""
+    if len(set(values)) > 1:
+        raise ValueError(
+            f"{name} differs between ranks, {', '.join(map(str, values))} by rank; give all the"
+            " same"
+        )
+
+
 def no_copies(replicas: tuple[Any, ...]) -> None:
     """Check that sampled classes are held by one rank, whose gradient has rows of its own."""
     if replicas:

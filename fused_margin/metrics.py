@@ -7,27 +7,33 @@ for a block and for what is asked for. Plain PyTorch on any device, without grad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from fused_margin import _validate, _validate_others
+from fused_margin import _centers, _names, _validate, _validate_others
 from fused_margin._centers import nearest_centers
 from fused_margin._numerics import accumulation_dtype, normalized, sum_dtype
 from fused_margin._weight_sweeps import _blocks
+from fused_margin.distributed import _metrics as _sharded
 
 __all__ = [
     "Evaluation",
+    "Outliers",
     "Prediction",
     "center_counts",
     "dominant_centers",
     "evaluate",
     "outlier_angles",
+    "outliers",
     "predict",
 ]
 
 Tensor = torch.Tensor
+Standings = tuple[Tensor, Tensor, Tensor]
 
 # Bytes of a block's cosines, (N, B), or of its normalised weights, (B, D), whichever is larger
 CPU_BYTES, OTHER_BYTES = 8 << 20, 128 << 20
@@ -89,57 +95,94 @@ def _cosines(embeddings: Tensor, weight: Tensor, sub_centers: int) -> Iterator[t
         yield start, cosines
 
 
+def class_rows(weight: Tensor | nn.Module, sub_centers: int | None) -> tuple[Tensor, int]:
+    """Class weights (C K, D) and K, of a criterion or as they were given."""
+    if isinstance(weight, nn.Module):
+        weight, own = _validate_others.class_weights(weight)
+        _validate_others.same_centers(sub_centers, own)
+        return weight, own
+    if sub_centers is None:
+        own = _centers.declared(weight) if isinstance(weight, Tensor) else None
+        if own is not None:
+            _validate_others.undeclared_centers(own)
+        return weight, 1
+    return weight, _validate.size("sub_centers", sub_centers, 1)
+
+
 @torch.no_grad()
-def predict(embeddings: Tensor, weight: Tensor, k: int = 1, *, sub_centers: int = 1) -> Prediction:
+@_names.hinting
+def predict(
+    embeddings: Tensor,
+    weight: Tensor | nn.Module,
+    k: int = 1,
+    *,
+    sub_centers: int | None = None,
+) -> Prediction:
     """The k nearest classes of each row by cosine.
 
     Args:
         embeddings: (N, D), not normalised.
-        weight: (C, D), C >= 2, as ``criterion.weight``; (C K, D) with sub-centres.
+        weight: the criterion, which knows its weight and sub-centres; or (C, D), C >= 2, as
+            ``criterion.weight``, (C K, D) with sub-centres. Where classes are sharded over ranks
+            this is a collective: each gives its own rows, and finds their classes among all.
         k: how many classes, from 1 to C.
-        sub_centers: K rows of weights for each class, of which the nearest counts.
+        sub_centers: K rows of weights for each class, of which the nearest counts; 1 of a tensor.
 
     Returns:
         Classes and cosines, (N, k), nearest first. Which of several equally near ones comes first
         isn't defined.
 
     Raises:
-        ValueError: k is more than C, or less than 1.
+        ValueError: k is more than C, or less than 1; or the weight is that of a loss with
+            sub-centres, of which nothing was said.
     """
+    weight, sub_centers = class_rows(weight, sub_centers)
     _validate.matrices(embeddings, weight)
-    _validate.plain("weight", weight)
-    sub_centers = _validate.size("sub_centers", sub_centers, 1)
     num_classes = _validate.centers(weight.shape[0], sub_centers)
     k = _validate.at_most("k", _validate.size("k", k, 1), num_classes, "the number of classes")
+
+    def nearest(x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return _nearest(x, w, k, sub_centers)
+
     with torch.autocast(embeddings.device.type, enabled=False):
-        classes = torch.empty(embeddings.shape[0], 0, dtype=torch.int64, device=embeddings.device)
-        cosines = embeddings.new_empty(classes.shape, dtype=accumulation_dtype(embeddings, weight))
-        for start, block in _cosines(embeddings, weight, sub_centers):
-            of_block = block.topk(min(k, block.shape[1]), dim=1)
-            cosines = torch.cat([cosines, of_block.values], dim=1)
-            classes = torch.cat([classes, of_block.indices + start], dim=1)
-            cosines, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
-            classes = classes.gather(1, order)
-    return Prediction(classes, cosines)
+        if _validate.is_class_sharded(weight):
+            return Prediction(*_sharded.nearest(nearest, embeddings, weight, k, sub_centers))
+        return Prediction(*nearest(embeddings, weight, k))
+
+
+def _nearest(x: Tensor, w: Tensor, k: int, sub_centers: int) -> tuple[Tensor, Tensor]:
+    """The k nearest classes and their cosines, (N, k)."""
+    classes = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
+    cosines = x.new_empty(classes.shape, dtype=accumulation_dtype(x, w))
+    for start, block in _cosines(x, w, sub_centers):
+        of_block = block.topk(min(k, block.shape[1]), dim=1)
+        cosines = torch.cat([cosines, of_block.values], dim=1)
+        classes = torch.cat([classes, of_block.indices + start], dim=1)
+        cosines, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
+        classes = classes.gather(1, order)
+    return classes, cosines
 
 
 @torch.no_grad()
+@_names.hinting
 def evaluate(
     embeddings: Tensor,
-    weight: Tensor,
+    weight: Tensor | nn.Module,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
-    sub_centers: int = 1,
+    ignore_index: int | None = None,
+    sub_centers: int | None = None,
 ) -> Evaluation:
     """Ranks and cosines of the targets, and the hardest other class of each row.
 
     Args:
         embeddings: (N, D), not normalised.
-        weight: (C, D), C >= 2, as ``criterion.weight``; (C K, D) with sub-centres.
+        weight: the criterion, which knows its weight, sub-centres and ignored label; or (C, D),
+            C >= 2, as ``criterion.weight``, (C K, D) with sub-centres. Of sharded classes see
+            `predict`.
         labels: (N,), any integer dtype, in [0, C) or equal to ``ignore_index``.
-        ignore_index: label of rows to leave out.
-        sub_centers: K rows of weights for each class, of which the nearest counts.
+        ignore_index: label of rows to leave out; -100 where neither it nor a criterion says so.
+        sub_centers: K rows of weights for each class, of which the nearest counts; 1 of a tensor.
 
     Returns:
         An `Evaluation`: ``.accuracy()``, ``.accuracy(5)``, ``.target_cosine.mean()``. A class as
@@ -148,26 +191,53 @@ def evaluate(
     Raises:
         ValueError: a label is out of range; that is read from the device.
     """
+    ignore_index = _ignored_label(weight, ignore_index)
+    weight, sub_centers = class_rows(weight, sub_centers)
     labels = _checked(embeddings, weight, labels, ignore_index, sub_centers)
     rows = (labels != ignore_index).nonzero()[:, 0]
     x, labels = embeddings[rows], labels[rows]
     dtype = accumulation_dtype(x, weight)
+
+    def targets(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+        return nearest_centers(x, w, labels, sub_centers)[1].to(dtype)
+
+    def standings(x: Tensor, w: Tensor, labels: Tensor, u: Tensor) -> Standings:
+        return _standings(x, w, labels, u, sub_centers)
+
     with torch.autocast(x.device.type, enabled=False):
-        target = nearest_centers(x, weight, labels, sub_centers)[1].to(dtype)
-        nearer = target + ROUNDINGS * torch.finfo(dtype).eps
-        rank = torch.zeros_like(labels)
-        hardest, cosine = torch.zeros_like(labels), torch.full_like(target, -float("inf"))
-        for start, block in _cosines(x, weight, sub_centers):
-            inside = ((labels >= start) & (labels < start + block.shape[1])).nonzero()[:, 0]
-            block[inside, labels[inside] - start] = -float("inf")
-            rank += (block > nearer[:, None]).sum(dim=1)
-            of_block = block.max(dim=1)
-            is_harder = of_block.values > cosine
-            cosine = torch.where(is_harder, of_block.values, cosine)
-            hardest = torch.where(is_harder, of_block.indices + start, hardest)
+        if _validate.is_class_sharded(weight):
+            target, rank, hardest, cosine = _sharded.standings(
+                targets, standings, x, weight, labels, sub_centers
+            )
+        else:
+            target = targets(x, weight, labels)
+            rank, hardest, cosine = standings(x, weight, labels, target)
     # nothing is nearer than NaN by comparison, and such a row isn't right
     rank = torch.where(target.isnan(), weight.shape[0] // sub_centers - 1, rank)
     return Evaluation(target, rank, hardest, cosine)
+
+
+def _standings(x: Tensor, w: Tensor, labels: Tensor, target: Tensor, sub_centers: int) -> Standings:
+    """Ranks, hardest other classes and their cosines; a label outside [0, C) is no class here."""
+    nearer = target + ROUNDINGS * torch.finfo(target.dtype).eps
+    rank = torch.zeros_like(labels)
+    hardest, cosine = torch.zeros_like(labels), torch.full_like(target, -float("inf"))
+    for start, block in _cosines(x, w, sub_centers):
+        inside = ((labels >= start) & (labels < start + block.shape[1])).nonzero()[:, 0]
+        block[inside, labels[inside] - start] = -float("inf")
+        rank += (block > nearer[:, None]).sum(dim=1)
+        of_block = block.max(dim=1)
+        is_harder = of_block.values > cosine
+        cosine = torch.where(is_harder, of_block.values, cosine)
+        hardest = torch.where(is_harder, of_block.indices + start, hardest)
+    return rank, hardest, cosine
+
+
+def _ignored_label(weight: Any, ignore_index: int | None) -> int:
+    """The label of rows that are left out: as given, else the criterion's, else -100."""
+    if ignore_index is not None:
+        return _validate.ignore_index(ignore_index)
+    return getattr(weight, "ignore_index", -100) if isinstance(weight, nn.Module) else -100
 
 
 def _checked(
@@ -175,10 +245,9 @@ def _checked(
 ) -> Tensor:
     """Labels (N,) int64, of checked arguments."""
     _validate.tensors(embeddings, weight, labels)
-    _validate.plain("weight", weight)
-    num_classes = _validate.centers(weight.shape[0], _validate.size("sub_centers", sub_centers, 1))
+    num_classes = _validate.centers(weight.shape[0], sub_centers)
     labels = labels.long()
-    _validate.label_range(labels, num_classes, _validate.ignore_index(ignore_index))
+    _validate.label_range(labels, num_classes, ignore_index)
     return labels
 
 
@@ -186,13 +255,14 @@ def _checked(
 
 
 @torch.no_grad()
+@_names.hinting
 def center_counts(
     embeddings: Tensor,
-    weight: Tensor,
+    weight: Tensor | nn.Module,
     labels: Tensor,
-    sub_centers: int,
+    sub_centers: int | None = None,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
 ) -> Tensor:
     """How many rows of each class are nearest to each of its centres.
 
@@ -200,10 +270,10 @@ def center_counts(
 
     Args:
         embeddings: (N, D), not normalised.
-        weight: (C K, D), as ``criterion.weight`` of a loss with ``sub_centers=K``.
+        weight: the criterion, or its (C K, D).
         labels: (N,), any integer dtype, in [0, C) or equal to ``ignore_index``.
-        sub_centers: K.
-        ignore_index: label of rows to leave out.
+        sub_centers: K, which a criterion knows.
+        ignore_index: label of rows to leave out; -100 where neither it nor a criterion says so.
 
     Returns:
         (C, K) int64.
@@ -212,6 +282,9 @@ def center_counts(
         Deng et al., Sub-center ArcFace: Boosting Face Recognition by Large-Scale Noisy Web Faces,
         ECCV 2020, section 3.4.
     """
+    ignore_index = _ignored_label(weight, ignore_index)
+    weight, sub_centers = class_rows(weight, sub_centers)
+    _validate.plain("weight", weight)
     labels = _checked(embeddings, weight, labels, ignore_index, sub_centers)
     with torch.autocast(embeddings.device.type, enabled=False):
         found = [
@@ -240,13 +313,14 @@ def dominant_centers(counts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@_names.hinting
 def outlier_angles(
     embeddings: Tensor,
-    weight: Tensor,
+    weight: Tensor | nn.Module,
     labels: Tensor,
-    centers: Tensor,
+    centers: Tensor | None = None,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
 ) -> Tensor:
     """Angles of rows to one centre of their class, by which wrong labels are found.
 
@@ -255,23 +329,31 @@ def outlier_angles(
 
     Args:
         embeddings: (N, D), not normalised.
-        weight: (C K, D).
+        weight: the criterion, or its (C K, D).
         labels: (N,), any integer dtype, in [0, C) or equal to ``ignore_index``.
-        centers: (C,) int64, rows of the weight, from `dominant_centers`.
-        ignore_index: label of rows to leave out.
+        centers: (C,) int64, rows of the weight, from `dominant_centers`. By default those of these
+            rows, which then have to be the whole data set; of a weight without sub-centres its own.
+        ignore_index: label of rows to leave out; -100 where neither it nor a criterion says so.
 
     Returns:
-        (N,) radians, in [0, pi], fp32 or fp64; NaN where a row is ignored.
+        (N,) radians, in [0, pi], fp32 or fp64, in the order of the rows; NaN where one is ignored.
+        `outliers` sorts them, with rows and classes.
 
     References:
         Deng et al., Sub-center ArcFace: Boosting Face Recognition by Large-Scale Noisy Web Faces,
         ECCV 2020, section 3.4.
     """
+    ignore_index = _ignored_label(weight, ignore_index)
+    if centers is None:
+        counts = center_counts(embeddings, weight, labels, ignore_index=ignore_index)
+        centers = dominant_centers(counts)
+    if isinstance(weight, nn.Module):
+        weight, _ = class_rows(weight, None)
     _validate.tensors(embeddings, weight, labels)
     _validate.plain("weight", weight)
     num_classes = _validate_others.rows_of("centers", centers, weight)
     labels, wide = labels.long(), sum_dtype(embeddings, weight)
-    _validate.label_range(labels, num_classes, _validate.ignore_index(ignore_index))
+    _validate.label_range(labels, num_classes, ignore_index)
     angles = embeddings.new_empty(labels.shape, dtype=accumulation_dtype(embeddings, weight))
     with torch.autocast(embeddings.device.type, enabled=False):
         for rows in _row_blocks(embeddings):
@@ -280,6 +362,59 @@ def outlier_angles(
             cosines = (x_hat * w_hat).sum(dim=1)
             angles[rows] = cosines.clamp_(-1.0, 1.0).acos_().to(angles.dtype)
     return angles.masked_fill_(labels == ignore_index, float("nan"))
+
+
+class Outliers(NamedTuple):
+    """Rows by how far they lie from a centre of their class, farthest first.
+
+    Attributes:
+        rows: which of the embeddings, (M,) int64. classes: their labels, (M,) int64.
+        angles: radians, (M,).
+    """
+
+    rows: Tensor
+    classes: Tensor
+    angles: Tensor
+
+
+@torch.no_grad()
+@_names.hinting
+def outliers(
+    embeddings: Tensor,
+    weight: Tensor | nn.Module,
+    labels: Tensor,
+    centers: Tensor | None = None,
+    *,
+    angle: float = math.radians(75.0),
+    ignore_index: int | None = None,
+) -> Outliers:
+    """What to look at, or to drop, when labels are cleaned: see `outlier_angles`.
+
+    ```python
+    found = fm.metrics.outliers(embeddings, criterion, labels)
+    for row, label, angle in zip(*(part.tolist() for part in found)):
+        print(paths[row], label, math.degrees(angle))
+    ```
+
+    Args:
+        embeddings: (N, D), of the data set.
+        weight: the criterion, or its (C K, D).
+        labels: (N,).
+        centers: (C,), see `outlier_angles`.
+        angle: radians; only rows that are farther are returned. 0 for all.
+        ignore_index: see `outlier_angles`.
+
+    Returns:
+        An `Outliers`, farthest first, of equal ones the first row first. A row that isn't finite
+        comes first of all, with NaN; ignored ones are left out.
+    """
+    angle = _validate.between("angle", angle, 0.0, math.pi, "it is in radians")
+    ignore_index = _ignored_label(weight, ignore_index)
+    angles = outlier_angles(embeddings, weight, labels, centers, ignore_index=ignore_index)
+    is_shown = (labels.long() != ignore_index) & ~(angles <= angle)
+    rows = is_shown.nonzero()[:, 0]
+    rows = rows[angles[rows].argsort(descending=True, stable=True)]
+    return Outliers(rows, labels.long()[rows], angles[rows])
 
 
 def _row_blocks(embeddings: Tensor) -> Iterator[slice]:

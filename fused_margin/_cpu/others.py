@@ -59,10 +59,10 @@ class Others:
         self.unit, self.centers = problem.scale * LOG2_E, problem.extras.centers
         self.phi = Phi.of(problem)
         self.far = 4.0 * self.unit * logit_range(problem.extras.phi).bound + 2.0**14
-        self.is_above = self.slopes = self.values = None
+        self.is_above = self.factors = self.slopes = None
         self.sines = None
         if self.phi is not None:
-            self.is_above, self.slopes, self.values = (torch.empty_like(like) for _ in range(3))
+            self.is_above, self.factors, self.slopes = (torch.empty_like(like) for _ in range(3))
             self.sines = torch.empty_like(like) if self.phi.root else None
 
     def leave_out(self, z: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> None:
@@ -83,41 +83,46 @@ class Others:
         What is left out stays so. Arguments as for `leave_out`.
         """
         phi = self.phi
-        if phi is None or self.is_above is None or self.slopes is None or self.values is None:
+        if phi is None or self.is_above is None or self.factors is None or self.slopes is None:
             return None
-        is_above, slopes, values = (
-            part[: len(z)] for part in (self.is_above, self.slopes, self.values)
+        is_above, factors, slopes = (
+            part[: len(z)] for part in (self.is_above, self.factors, self.slopes)
         )
         torch.gt(z, phi.threshold, out=is_above)
         if math.isinf(phi.offset):
             z.sub_(is_above, alpha=self.far)
             self._set_own(z, targets, rows, LEFT_OUT)
             return None
-        _line(z, phi.slope - phi.below, phi.slope_linear, out=slopes)
+        # phi(c) is c times a factor, and above the threshold the offset and the root more
+        factor = _stepped(z, is_above, phi.below, phi.linear - phi.below, phi.square, out=factors)
+        # the slope is that factor, and above the threshold a line and the root's slope more
+        slope = _stepped(
+            z, is_above, factor, phi.slope - phi.linear, phi.slope_linear - phi.square, out=slopes
+        )
         sines = None
         if self.sines is not None:
             sines = torch.mul(z, z, out=self.sines[: len(z)])
             sines.mul_(-1.0 / self.unit**2).add_(1.0).clamp_min_(0.0).sqrt_()
-            floored = sines.clamp_min(SINE_FLOOR)
-            slopes.addcdiv_(z, floored, value=-phi.root / self.unit**2)
-        torch.addcmul(_number(z, phi.below), is_above, slopes, out=slopes)
-        # phi(c) less what it is below
-        if phi.square:
-            _line(z, phi.linear - phi.below, phi.square, out=values).mul_(z)
-            if phi.offset:
-                values.add_(phi.offset)
-        else:
-            _line(z, phi.offset, phi.linear - phi.below, out=values)
+            ratio = sines.clamp_min(SINE_FLOOR)
+            torch.div(z, ratio, out=ratio)
+            root = -phi.root / self.unit**2
+            slope = torch.addcmul(_tensor(z, slope), is_above, ratio, value=root, out=slopes)
+        # centres that aren't the nearest stay left out; z of own classes is set below
+        lowered = None
+        if phi.below != 1.0 and self.centers > 1:
+            lowered = torch.le(z, -0.5 * self.far, out=torch.empty_like(z))
+        if isinstance(factor, torch.Tensor) or factor != 1.0:
+            z.mul_(factor)
+        if phi.offset:
+            z.add_(is_above, alpha=phi.offset)
         if sines is not None:
-            values.add_(sines, alpha=phi.root)
-        if phi.below != 1.0:
-            is_in = torch.gt(z, -0.5 * self.far).to(z.dtype)
-            z.mul_(phi.below).addcmul_(is_above, values)
-            z.add_(is_in.sub_(1.0), alpha=self.far)
-        else:
-            z.addcmul_(is_above, values)
+            z.addcmul_(is_above, sines, value=phi.root)
+        if lowered is not None:
+            z.sub_(lowered, alpha=self.far)
         self._set_own(z, targets, rows, LEFT_OUT)
-        return slopes
+        if isinstance(slope, torch.Tensor):
+            return slope
+        return None if slope == 1.0 else slopes.fill_(slope)
 
     def is_in(self, z: torch.Tensor) -> torch.Tensor:
         """Whether anything enters the softmax, (B, N) bool."""
@@ -157,13 +162,25 @@ class Others:
             found |= is_largest
 
 
-def _number(like: torch.Tensor, value: float) -> torch.Tensor:
+def _tensor(like: torch.Tensor, value: torch.Tensor | float) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
     return torch.tensor(value, dtype=like.dtype, device="cpu")
 
 
-def _line(z: torch.Tensor, offset: float, slope: float, out: torch.Tensor) -> torch.Tensor:
-    """offset + slope z in one pass."""
-    return torch.add(_number(z, offset), z, alpha=slope, out=out)
+def _stepped(
+    z: torch.Tensor, is_above: torch.Tensor, below: torch.Tensor | float, offset: float,
+    slope: float, out: torch.Tensor,
+) -> torch.Tensor | float:  # fmt: skip
+    """``below``, and offset + slope z more where ``is_above``, in as few passes as that takes."""
+    if offset and slope:
+        line = torch.add(_tensor(z, offset), z, alpha=slope, out=out)
+        return torch.addcmul(_tensor(z, below), is_above, line, out=out)
+    if slope:
+        return torch.addcmul(_tensor(z, below), is_above, z, value=slope, out=out)
+    if offset:
+        return torch.add(_tensor(z, below), is_above, alpha=offset, out=out)
+    return below
 
 
 class Nearest:

@@ -232,10 +232,7 @@ class WeSpeakerAAM(_AngularHead):
         share = margin / 0.2 if isinstance(margin, float) else 1.0
         if not (self.mp and self.k_top) or share * 0.2 <= 0.001:
             return None
-        return functional.inter_topk(
-            embeddings, self.weight, labels, self.k_top, self.mp * share,
-            sub_centers=self.sub_centers,
-        )  # fmt: skip
+        return functional.inter_topk(embeddings, self, labels, self.k_top, self.mp * share)
 
 
 class SpeechBrainAAM(_AngularHead):

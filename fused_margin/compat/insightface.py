@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from fused_margin import (
+    _names,
     _setup,
     _validate,
     _validate_margins,
@@ -87,6 +88,7 @@ class CombinedMarginLoss(_Margin):
         grad: ArcFace's, ``"straight_through"`` or ``"exact"``.
     """
 
+    @_names.hinting
     def __init__(
         self, s: float, m1: float, m2: float, m3: float, interclass_filtering_threshold: float = 0,
         *, grad: str = "straight_through",
@@ -123,6 +125,7 @@ class ArcFace(_Margin):
         grad: ``"straight_through"`` or ``"exact"``.
     """
 
+    @_names.hinting
     def __init__(
         self, s: float = 64.0, margin: float = 0.5, *, grad: str = "straight_through"
     ) -> None:
@@ -151,6 +154,7 @@ class CosFace(_Margin):
         m: an offset of the cosine.
     """
 
+    @_names.hinting
     def __init__(self, s: float = 64.0, m: float = 0.40) -> None:
         super().__init__()
         self.s, self.m = _validate_settings.number_scale(s), _validate_margins.cosine_margin(m)

@@ -260,6 +260,7 @@ def cosine_lse(
     return lse.to(dtype), u.to(dtype)
 
 
+@_compiled.raising()
 def cosine_logits(
     embeddings: torch.Tensor,
     weight: torch.Tensor,

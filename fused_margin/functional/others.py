@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from typing_extensions import Unpack
 
 from fused_margin import (
     _collectives,
+    _names,
     _ops,
     _validate,
     _validate_margins,
@@ -35,6 +37,7 @@ def _with(own: Negatives, options: CallOptions, call: Callable[..., Any]) -> Opt
 
 
 @torch.no_grad()
+@_names.hinting
 def curricularface_t(
     embeddings: Tensor,
     weight: Tensor,
@@ -215,15 +218,16 @@ def circle_softmax(
 
 
 @torch.no_grad()
+@_names.hinting
 def inter_topk(
     embeddings: Tensor,
-    weight: Tensor,
+    weight: Tensor | nn.Module,
     labels: Tensor,
     k: int = 5,
     penalty: float = 0.06,
     *,
     kind: str = "arc",
-    sub_centers: int = 1,
+    sub_centers: int | None = None,
 ) -> Negatives:
     r"""The inter-topk penalty: a row's k nearest other classes come nearer by :math:`m'`.
 
@@ -237,23 +241,26 @@ def inter_topk(
     that place, or nearer to each other than the products of the loss are rounded (with bf16 ones
     2^-8), all or none may get it; the same call does the same again.
 
+    Where classes are sharded over ranks it is a collective, and the k are those among all classes.
+
     Args:
         embeddings: (N, D), not normalised.
-        weight: (C, D) or (C K, D).
+        weight: the criterion, which knows its weight and sub-centres; or (C, D) or (C K, D).
         labels: (N,).
         k: how many other classes, from 1 to 8; all of them if there are no more.
         penalty: m', in [0, 1]: radians for ``"arc"``, an offset of the cosine for ``"cos"``.
         kind: ``"arc"`` or ``"cos"``.
-        sub_centers: K, see `arcface`.
+        sub_centers: K, see `arcface`; 1 of a tensor.
 
     References:
         Zhao et al., Multi-query Multi-head Attention Pooling and Inter-topK Penalty for Speaker
         Verification, 2022, arXiv:2110.05042, section 2.2.
     """
+    weight, sub_centers = metrics.class_rows(weight, sub_centers)
     _validate.tensors(embeddings, weight, labels)
     k, penalty = _validate_others.top(k), _validate.between("penalty", penalty, 0.0, 1.0)
     _validate_margins.kind(kind)
-    num_classes = _validate.centers(weight.shape[0], _validate.size("sub_centers", sub_centers, 1))
+    num_classes = _validate.centers(weight.shape[0], sub_centers)
     found = metrics.predict(embeddings, weight, min(k + 2, num_classes), sub_centers=sub_centers)
     is_target = found.classes == labels.long()[:, None]
     others = found.cosines.masked_fill(is_target, -math.inf).sort(dim=1, descending=True).values

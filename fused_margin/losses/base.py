@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from typing_extensions import TypedDict, Unpack
 
-from fused_margin import _compiled, _ops, _setup, _validate, _validate_settings, functional
+from fused_margin import (
+    _centers,
+    _compiled,
+    _names,
+    _ops,
+    _setup,
+    _validate,
+    _validate_settings,
+    functional,
+)
 from fused_margin.distributed import _shards
 from fused_margin.functional.core import margin_loss
 from fused_margin.functional.options import Options, expanded
@@ -139,6 +148,8 @@ class MarginSoftmaxLoss(nn.Module):
         device, dtype = chosen.pop("device"), chosen.pop("dtype")
         dtype = _validate.floating("dtype", torch.float32 if dtype is None else dtype)
         self.sub_centers = _validate.size("sub_centers", chosen.pop("sub_centers"), 1)
+        if self.sub_centers > 1:
+            _centers.own(self)
         num_rows = num_classes * self.sub_centers
         self.weight = nn.Parameter(
             torch.empty(num_rows, embedding_size, device=device, dtype=dtype)
@@ -154,17 +165,20 @@ class MarginSoftmaxLoss(nn.Module):
         self.reset_parameters()
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Show what ``**options`` stands for in signatures and in ``help()``."""
+        """Check its methods; show what ``**options`` stands for in signatures and ``help()``."""
         super().__init_subclass__(**keywords)
+        _validate_settings.methods(cls)
         own = cls.__dict__.get("__init__")
         if own is not None:
-            own.__signature__ = expanded(own, DEFAULTS, LossOptions)
+            hinted: Any = _names.hinting(own)
+            hinted.__signature__ = expanded(own, DEFAULTS, LossOptions)
+            cls.__init__ = hinted
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As for any module, but what is in `settings` is checked, and tensors become buffers."""
         if name == "sub_centers" and self.__dict__.get(name, value) != value:
             _validate_settings.fixed(name, self.sub_centers, value)
-        if name == "negatives":
+        if name in _validate_settings.METHODS:
             _validate_settings.is_method(name)
         check = self.settings.get(name)
         is_parameter = isinstance(value, nn.Parameter)
@@ -197,6 +211,12 @@ class MarginSoftmaxLoss(nn.Module):
             if buffer is not None and after is not None and after.itemsize < buffer.itemsize:
                 self._buffers[name] = buffer.to(after.device)
         return self
+
+    def __setstate__(self, state: Any) -> None:
+        """As for any module: of a copy, or of what was pickled."""
+        super().__setstate__(state)
+        if self.sub_centers > 1:
+            _centers.own(self)
 
     def initial_statistics(self) -> dict[str, float]:
         """Buffers that a loss keeps from batch to batch, by name, with what they start from."""
@@ -364,8 +384,9 @@ def draw_normal(weight: torch.Tensor, std: float) -> None:
         nn.init.normal_(weight, std=std)
 
 
-_init: Any = MarginSoftmaxLoss.__init__
-_init.__signature__ = expanded(_init, DEFAULTS, LossOptions)
+_init: Any = _names.hinting(MarginSoftmaxLoss.__init__)
+_init.__signature__ = expanded(MarginSoftmaxLoss.__init__, DEFAULTS, LossOptions)
+MarginSoftmaxLoss.__init__ = _init
 
 
 def of_rows(

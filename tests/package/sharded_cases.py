@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from combined_cases import KINDS
 from torch import nn
 from two_processes import Arrays, whole
 
@@ -31,6 +33,21 @@ class Own(fm.MarginSoftmaxLoss):
 
     def psi(self, embeddings: Tensor, labels: Tensor) -> Any:
         return lambda u: 2 * u * u.abs() - 1
+
+
+class InterTopK(fm.ArcFaceLoss):
+    """The penalty on the nearest classes of all ranks."""
+
+    kind = "arc"
+
+    def negatives(self, embeddings: Tensor, labels: Tensor) -> Any:
+        return fm.functional.inter_topk(embeddings, self, labels, 3, 0.1, kind=self.kind)
+
+
+class InterTopKOfCosines(InterTopK):
+    """The other form."""
+
+    kind = "cos"
 
 
 def _elastic(num_classes: int, **options: Any) -> Any:
@@ -89,6 +106,10 @@ CRITERIA: dict[str, Callable[..., Any]] = {
     "smoothed, learnt scale": lambda C, **kw: fm.ArcFaceLoss(
         C, DIM, 0.2, _learnt(), label_smoothing=0.1, **kw
     ),
+    "inter-topk": lambda C, **kw: InterTopK(C, DIM, 0.2, 9.0, **kw),
+    "inter-topk, cos, sub-centres": lambda C, **kw: InterTopKOfCosines(
+        C, DIM, 0.2, 9.0, sub_centers=2, **kw
+    ),
     "curricularface, smoothed": lambda C, **kw: fm.CurricularFaceLoss(
         C, DIM, 0.3, 9.0, label_smoothing=0.2, **kw
     ),
@@ -103,6 +124,11 @@ CRITERIA: dict[str, Callable[..., Any]] = {
 WITH_STATS = ("cosface", "curricularface", "sub-centres", "sub-centres, reference")
 TRITON: dict[str, Callable[..., Any]] = {
     "arcface, triton": lambda C, **kw: fm.ArcFaceLoss(C, DIM, backend="triton", **kw),
+}
+# every loss of the table in README.md
+OF_TABLE: dict[str, Callable[..., Any]] = {
+    name: functools.partial(lambda kind, C, **kw: kind(C, DIM, **kw), kind)
+    for name, kind in KINDS.items()
 }
 ROW_WEIGHTS = ("cosface, weighed", "elasticface")  # which are called with sample_weight
 TOO_FEW = {"fixed adacos": 3, "adacos": 3}  # classes that a loss needs at least
@@ -131,7 +157,7 @@ def batch(counts: list[int], num_classes: int) -> list[Part]:
 
 
 def built(name: str, num_classes: int) -> Any:
-    criterion = (CRITERIA | TRITON)[name](num_classes, dtype=FP64)
+    criterion = (CRITERIA | TRITON | OF_TABLE)[name](num_classes, dtype=FP64)
     with torch.no_grad():
         criterion.weight.normal_(generator=torch.Generator().manual_seed(11))
     _setup._calls[criterion] = _setup._DECIDED  # no search for data-parallel modules: that is slow
@@ -154,7 +180,8 @@ def call(criterion: Any, name: str, part: Part, x: Tensor) -> Tensor:
 
 
 def measured(criterion: Any, name: str, part: Part) -> dict[str, Tensor]:
-    """Loss and all gradients of this rank."""
+    """Loss and all gradients of this rank, of the same draws at each call."""
+    torch.manual_seed(3)
     x = part.x.clone().requires_grad_()
     loss = call(criterion, name, part, x)
     loss.backward()
@@ -282,6 +309,72 @@ def logits_differ(counts: list[int], num_classes: int) -> list[float]:
         for a, b in zip(found, expected, strict=True)
         if a.numel()
     ]
+
+
+def metrics_differ(name: str, counts: list[int], num_classes: int) -> dict[str, float]:
+    """The nearest classes and standings of this rank's rows, beside a whole criterion's."""
+    part = batch(counts, num_classes)[dist.get_rank()]
+    if len(part.x) > 3:
+        part.x[3] = math.nan
+    criterion = built(name, num_classes)
+    sharded = fm.distributed.shard_classes(copy.deepcopy(criterion))
+    if _is_cut(name, num_classes):
+        return {}
+    found, expected = (
+        {
+            **{f"evaluate: {k}": v for k, v in evaluated._asdict().items()},
+            **{
+                f"predict {k}: {key}": value
+                for k in {1, 2, min(5, num_classes), num_classes}
+                for key, value in fm.metrics.predict(part.x, one, k)._asdict().items()
+            },
+        }
+        for one in (sharded, criterion)
+        for evaluated in [fm.metrics.evaluate(part.x, one, part.labels)]
+    )
+    assert [value.shape for value in found.values()] == [v.shape for v in expected.values()]
+    assert [value.dtype for value in found.values()] == [v.dtype for v in expected.values()]
+    kept = part.x.isfinite().all(dim=1)
+    for values in (found, expected):
+        for key in values:  # of a row of NaN every class is as near as any other
+            if key.startswith("predict"):
+                values[key] = values[key][kept]
+    return {
+        key: float((found[key].double() - value.double()).nan_to_num(0.0).abs().max())
+        + float((found[key].isnan() != value.isnan()).any())
+        for key, value in expected.items()
+        if value.numel()
+    }
+
+
+def ties(num_classes: int) -> list[list[int]]:
+    """Classes of equal rows, of which the first rank's come first."""
+    criterion = fm.CosFaceLoss(num_classes, DIM, dtype=FP64)
+    with torch.no_grad():
+        criterion.weight.copy_(torch.ones(num_classes, DIM))
+    fm.distributed.shard_classes(criterion)
+    x = torch.ones(2, DIM, dtype=FP64)
+    return fm.metrics.predict(x, criterion, num_classes).classes.tolist()
+
+
+def other_numbers() -> str:
+    """The error of ranks that ask for different numbers of classes."""
+    criterion = fm.distributed.shard_classes(fm.CosFaceLoss(9, DIM))
+    try:
+        fm.metrics.predict(torch.ones(2, DIM), criterion, 1 + dist.get_rank())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def metrics_traffic(count: int, num_classes: int, k: int) -> int:
+    """Bytes that a rank sends to predict and to evaluate."""
+    criterion = fm.distributed.shard_classes(fm.CosFaceLoss(num_classes, DIM))
+    x, labels = torch.ones(count, DIM), torch.zeros(count, dtype=torch.int64)
+    with fm.distributed.count_traffic() as counted:
+        fm.metrics.predict(x, criterion, k)
+        fm.metrics.evaluate(x, criterion, labels)
+    return counted.total()
 
 
 STEPS, CLASSES, ROWS = 50, 13, 12

@@ -107,9 +107,9 @@ def refusals() -> None:
         shard_classes(criterion)
     x, labels = torch.randn(2, DIM), torch.tensor([0, 1])
     with pytest.raises(TypeError, match=r"weight is a DTensor.*weight.full_tensor\(\)"):
-        fm.metrics.predict(x, criterion.weight)
+        fm.metrics.center_counts(x, criterion.weight, labels, 1)
     with pytest.raises(TypeError, match="weight is a DTensor"):
-        fm.metrics.evaluate(x, criterion.weight, labels)
+        fm.metrics.outliers(x, criterion, labels)
     with pytest.raises(ValueError, match=r"labels must be in \[0, 7\)"):
         criterion(x, labels + 6)
     mixed = x.bfloat16() if dist.get_rank() else x

@@ -69,7 +69,7 @@ def test_typed() -> None:
 
 # From the bottom up; a folder counts as one. Each imports from its own layer and those below it.
 LAYERS = (
-    {"_version", "_arguments", "_numerics"},
+    {"_version", "_arguments", "_names", "_numerics"},
     {"_transforms", "_remedies", "_compiled"},
     {"_validate"},
     {
@@ -255,7 +255,7 @@ SIGNATURES = {
     fm.functional.elasticface: ([*TENSORS, ("margin", None), ("scale", 64.0)], ELASTIC | OPTIONS),
     fm.functional.inter_topk: (
         [*TENSORS, ("k", 5), ("penalty", 0.06)],
-        {"kind": "arc", "sub_centers": 1},
+        {"kind": "arc", "sub_centers": None},
     ),
     fm.functional.mv_softmax: ([*TENSORS, *MISCLASSIFIED], MV | OPTIONS),
     fm.functional.magface: ([*TENSORS, *MAGFACE], MAGNITUDES | OPTIONS),

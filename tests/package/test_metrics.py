@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from helpers import problem
 
 import fused_margin as fm
 import fused_margin.functional as fmf
-from fused_margin import metrics
+from fused_margin import compat, metrics
 from fused_margin.functional import core
 
 Tensor = torch.Tensor
@@ -110,3 +117,131 @@ def test_errors() -> None:
         metrics.evaluate(x, w, labels + 150)
     with pytest.raises(ValueError, match="k must be >= 1"):
         metrics.evaluate(x, w, labels).accuracy(0)
+
+
+CLASSES, DIM, CENTERS = 20, 9, 3
+
+
+def _criterion(**options: Any) -> fm.ArcFaceLoss:
+    return fm.ArcFaceLoss(CLASSES, DIM, sub_centers=CENTERS, **options)
+
+
+def _rows(ignored: int = -100) -> tuple[Tensor, Tensor]:
+    given = problem(23, CLASSES, DIM)
+    labels = given.labels.clone()
+    labels[[3, 11]] = ignored
+    return given.x.float(), labels
+
+
+# What is called with embeddings, criterion or weight, and labels; with weights alone it takes K.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "predict": lambda x, w, y, **kw: metrics.predict(x, w, 3, **kw),
+    "evaluate": metrics.evaluate,
+    "center_counts": metrics.center_counts,
+    "inter_topk": lambda x, w, y, **kw: fmf.inter_topk(x, w, y, **kw)._replace(phi=()),
+}
+
+
+def _parts(found: Any) -> list[Tensor]:
+    return [one for one in ([found] if isinstance(found, Tensor) else found) if len(one)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("kind", [fm.ArcFaceLoss, compat.pml.SubCenterArcFaceLoss, fm.CosFaceLoss])
+def test_a_criterion_knows_its_sub_centres(name: str, kind: Any) -> None:
+    centers = 1 if kind is fm.CosFaceLoss else CENTERS
+    criterion: Any = kind(CLASSES, DIM, sub_centers=centers)
+    weight: Any = criterion.weight if hasattr(criterion, "weight") else criterion.W.t()
+    x, labels = _rows()
+    found = FUNCTIONS[name](x, criterion, labels)
+    expected = FUNCTIONS[name](x, weight.detach().clone(), labels, sub_centers=centers)
+    for actual, wanted in zip(_parts(found), _parts(expected), strict=True):
+        assert torch.equal(actual, wanted)
+    with pytest.raises(ValueError, match=rf"sub_centers is {centers} of this criterion, got 2"):
+        FUNCTIONS[name](x, criterion, labels, sub_centers=2)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_weight_of_sub_centres_is_noticed(name: str) -> None:
+    """Of the parameter, of what shares its memory, and of a criterion that was copied."""
+    x, labels = _rows()
+    buffer = io.BytesIO()
+    torch.save(_criterion(), buffer)
+    buffer.seek(0)
+    first = _criterion()
+    alive = [
+        first, copy.deepcopy(first), pickle.loads(pickle.dumps(first)),
+        torch.load(buffer, weights_only=False), _criterion().double().float(),
+        _criterion(device="meta").to_empty(device="cpu"),
+    ]  # fmt: skip
+    weights = [one.weight for one in alive]
+    for weight in [*weights, first.weight.detach(), first.weight.data]:
+        with pytest.raises(ValueError, match=r"sub_centers=3, 3 rows .* pass the criterion"):
+            FUNCTIONS[name](x, weight, labels)
+        FUNCTIONS[name](x, weight, labels, sub_centers=CENTERS)
+    each = FUNCTIONS[name](x, first.weight, labels, sub_centers=1)
+    copied = FUNCTIONS[name](x, first.weight.detach().clone(), labels)
+    for actual, wanted in zip(_parts(each), _parts(copied), strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_a_criterion_knows_its_ignored_label() -> None:
+    criterion = _criterion(ignore_index=7)
+    x, labels = _rows(7)
+    found = metrics.evaluate(x, criterion, labels)
+    assert len(found.rank) == int((labels != 7).sum())
+    everything = metrics.evaluate(x, criterion, labels, ignore_index=-100)
+    assert len(everything.rank) == len(labels)
+    counts = metrics.center_counts(x, criterion, labels)
+    assert int(counts.sum()) == len(found.rank)
+    assert int(counts[7].sum()) == 0
+
+
+def test_a_module_that_is_no_criterion() -> None:
+    x, labels = _rows()
+    for module in (torch.nn.Linear(DIM, CLASSES), torch.nn.Sequential(_criterion())):
+        with pytest.raises(
+            TypeError, match=r"a criterion must be a loss .* got (Linear|Sequential);"
+        ):
+            metrics.predict(x, module)
+    with pytest.raises(TypeError, match="weight must be a tensor, got NoneType"):
+        metrics.evaluate(x, None, labels)  # pyright: ignore[reportArgumentType]
+
+
+def test_outliers() -> None:
+    """Row, class and angle, farthest first, row by row."""
+    criterion, (x, labels) = _criterion(), _rows()
+    x[5] = math.nan
+    centers = metrics.dominant_centers(metrics.center_counts(x, criterion, labels))
+    angles = metrics.outlier_angles(x, criterion.weight, labels, centers)
+    assert torch.equal(
+        metrics.outlier_angles(x, criterion, labels).nan_to_num(9.0), angles.nan_to_num(9.0)
+    )
+    expected = sorted(
+        (-angle, row)
+        for row, angle in enumerate(angles.tolist())
+        if labels[row] != -100 and not math.isnan(angle)
+    )
+    found = metrics.outliers(x, criterion, labels, angle=0.0)
+    assert found.rows.tolist() == [5, *(row for _, row in expected)]
+    assert found.classes.tolist() == [int(labels[row]) for row in found.rows.tolist()]
+    assert torch.equal(found.angles[1:], angles[found.rows[1:]])
+    limit = -expected[6][0]
+    assert len(metrics.outliers(x, criterion, labels, angle=limit).rows) == 7
+    given = metrics.outliers(x, criterion.weight, labels, centers, angle=0.0)
+    assert torch.equal(given.rows, found.rows)
+    assert metrics.outliers(x[:0], criterion, labels[:0]).rows.shape == (0,)
+    equal = metrics.outliers(x[:1].repeat(4, 1), criterion, labels[:1].repeat(4), angle=0.0)
+    assert equal.rows.tolist() == [0, 1, 2, 3]
+    with pytest.raises(
+        ValueError, match=r"angle must be in \[0, 3.14159\], got 75.0; it is in rad"
+    ):
+        metrics.outliers(x, criterion, labels, angle=75)
+
+
+def test_outliers_without_sub_centres() -> None:
+    criterion, (x, labels) = fm.CosFaceLoss(CLASSES, DIM), _rows()
+    found = metrics.outliers(x, criterion, labels, angle=0.0)
+    own = criterion.weight.detach()[found.classes]
+    expected = torch.nn.functional.cosine_similarity(x[found.rows], own).acos()
+    torch.testing.assert_close(found.angles, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,12 +12,14 @@ import dense_formulas as dense
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SHAPED_BACKENDS, check_no_rows, device_of, in_blocks, problem
+from helpers import SHAPED_BACKENDS, ahead, check_no_rows, device_of, in_blocks, problem
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_margin as fm
 import fused_margin.functional as fmf
 from fused_margin import margins, negatives
+from fused_margin._cpu import others
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -224,6 +227,75 @@ def test_labels_out_of_range(backend: str) -> None:
     for name in ("curricularface", "mv_softmax", "circle_softmax"):
         with pytest.raises(ValueError, match=r"labels must be in \[0, 40\)"):
             CASES[name].call(x, w, labels, backend=backend)
+
+
+PHIS = list(
+    itertools.product(
+        (0.0, 0.1), (1.0, 0.7), (0.0, 0.3), (None, 0.4), (None, 0.5), (1.0, 0.5, 0.0), (0.0, 0.2)
+    )
+)
+
+
+@pytest.mark.parametrize("centers", [1, 2])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("cpu", marks=mark, id=mark.name) for mark in (in_blocks, ahead)]
+)
+def test_any_coefficients(backend: str, centers: int) -> None:
+    """Numbers of eq. 20 that no loss has together, the slope another function's than phi's."""
+    x, w, labels = leaves(backend)
+    w = w.detach()[: CLASSES - CLASSES % centers].requires_grad_()
+    labels = labels.clamp(max=len(w) // centers - 1)
+    for d, a, b, e, f, below, h in PHIS:
+        phi = (d, a, b, a if e is None else e, b if f is None else f, below, h)
+        shape = negatives.Negatives(0.1, phi)
+        found, expected = (
+            _with(shape)(x, w, labels, sub_centers=centers, backend=one)
+            for one in (backend, "reference")
+        )
+        compare(found, expected, (x, w))
+
+
+class _Passes(TorchDispatchMode):
+    """Counts operators over (B, N), which write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        is_view = "view" in func.name() or "slice" in func.name()
+        shape = (CLASSES, ROWS)
+        self.count += isinstance(found, Tensor) and found.shape == shape and not is_view
+        return found
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("curricularface", 6), ("mv_softmax", 5), ("circle_softmax", 6), ("inter_topk", 3),
+        ("filtered", 3),
+    ],
+)  # fmt: skip
+@ahead
+def test_passes_over_a_block(name: str, allowed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is that for the rows' own classes; each is a hundredth of a step at D = 512."""
+    counts = []
+    shape = others.Others.shape
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        with _Passes() as passes:
+            slopes = shape(self, *arguments)
+        counts.append(passes.count)
+        return slopes
+
+    monkeypatch.setattr(others.Others, "shape", counted)
+    x, w, labels = leaves("cpu", torch.float32)
+    CASES[name].call(x, w, labels.clamp_min(0)).backward()
+    assert counts
+    assert set(counts) == {allowed}
 
 
 # --- modules --------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import sharded_cases as cases
+from combined_cases import SHARDED, cells
 from helpers import needs_triton
 from two_processes import Pair, assert_close
 
@@ -36,6 +38,16 @@ def test_every_loss_equals_a_whole_one(ranks: Pair, index: int) -> None:
     problems = PROBLEMS[ranks.ranks]
     if index < len(problems):
         _check(ranks.run(cases.differences, list(cases.CRITERIA), *problems[index]))
+
+
+def test_every_loss_of_the_table(ranks: Pair) -> None:
+    """What README.md says of losses and shards; none is said not to be."""
+    names = [loss for loss, column, goes in cells() if column == SHARDED and goes]
+    assert sorted(names) == sorted(cases.OF_TABLE)
+    if ranks.ranks == 2:
+        found = ranks.run(cases.differences, names, *PROBLEMS[2][1])
+        assert all(list(one) == names for one in found)
+        _check(found)
 
 
 @needs_triton
@@ -70,6 +82,51 @@ def test_an_optimiser_in_the_backward_too(ranks: Pair, name: str) -> None:
     expected = cases.train(name, False, False)
     for state in ranks.run(functools.partial(cases.train, in_backward=True), name, True, False):
         assert_close(state, expected)
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("name", ["cosface", "sub-centres"])
+def test_metrics(ranks: Pair, name: str, index: int) -> None:
+    """Of this rank's rows, NaN and ignored ones among them, over the classes of all."""
+    problems = PROBLEMS[ranks.ranks]
+    if index < len(problems):
+        for found in ranks.run(cases.metrics_differ, name, *problems[index]):
+            assert all(value <= TOLERANCE for value in found.values()), found
+
+
+def test_metrics_of_one_rank(tmp_path: Path) -> None:
+    alone = Pair(tmp_path, 1)
+    try:
+        for name in ("cosface", "sub-centres"):
+            (found,) = alone.run(cases.metrics_differ, name, [5], 8)
+            assert found
+            assert all(value <= TOLERANCE for value in found.values()), found
+        _check(alone.run(cases.differences, ["inter-topk", "cosface"], [5], 8))
+    finally:
+        alone.stop()
+
+
+def test_equally_near_classes(ranks: Pair) -> None:
+    """The same order on all ranks, those of the first rank first."""
+    found = ranks.run(cases.ties, 11)
+    assert all(one == found[0] for one in found)
+    for row in found[0]:
+        shards = [number // -(-11 // ranks.ranks) for number in row]
+        assert shards == sorted(shards)
+        assert sorted(row) == list(range(11))
+
+
+def test_ranks_that_ask_for_different_numbers(ranks: Pair) -> None:
+    for message in ranks.run(cases.other_numbers):
+        assert message.startswith("k differs between ranks, 1, 2")
+
+
+def test_what_metrics_send_does_not_grow_with_the_classes(ranks: Pair) -> None:
+    few, many = (ranks.run(cases.metrics_traffic, 6, count, 3) for count in (40, 4000))
+    assert few == many
+    of_row = ranks.run(cases.metrics_traffic, 12, 40, 3)[0] - few[0]  # of six rows
+    limit = (ranks.ranks - 1) * (2 * 4 * cases.DIM + 12 * 3 + 100)
+    assert of_row <= 6 * limit
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,13 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "sub_centers = 4 rows for each of at least two classes.*got 6 rows",
     ),
     "one class": (lambda: fmf.arcface(X, W, Y, sub_centers=6), ValueError, "two classes"),
-    "none": (lambda: fm.ArcFaceLoss(3, 4, sub_centers=0), ValueError, ">= 1, got 0"),
+    "none": (
+        lambda: fm.ArcFaceLoss(3, 4, sub_centers=0), ValueError, ">= 1, got 0; 1 is one row of wei"
+    ),
+    "None": (
+        lambda: fm.ArcFaceLoss(3, 4, sub_centers=None),  # pyright: ignore[reportArgumentType]
+        TypeError, "sub_centers must be an int, got None; 1 is one row of weights",
+    ),
     "half": (
         lambda: fm.ArcFaceLoss(3, 4, sub_centers=1.5), TypeError,  # pyright: ignore[reportArgumentType]
         "sub_centers must be an int",

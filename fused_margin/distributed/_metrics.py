@@ -1,0 +1,93 @@
+"""Nearest classes and standings of this rank's rows among the classes of all ranks.
+
+Every rank looks for the rows of all among its own classes. What it finds of each row goes to the
+rank that has the row: embeddings and numbers for each row are sent, nothing that grows with C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fused_margin import _validate_shards
+from fused_margin.distributed import _collectives
+from fused_margin.distributed._logits import _widths
+from fused_margin.distributed._shards import ClassShard
+from fused_margin.distributed._sweep import NO_TARGET, Rows, gather_rows
+
+Tensor = torch.Tensor
+
+
+def nearest(
+    local_nearest: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+    x: Tensor,
+    weight: Any,
+    k: int,
+    sub_centers: int,
+) -> tuple[Tensor, Tensor]:
+    """The k nearest classes of this rank's rows and their cosines, (n, k), nearest first.
+
+    ``local_nearest``: the same of embeddings, weights and k; of no class, (N, 0). Of classes of
+    different ranks that are equally near, the first comes first.
+    """
+    shard = ClassShard.of(weight)
+    widths = _widths(weight.shape[0], shard.ranks, sub_centers)
+    told = _collectives.numbers([k], x.device, shard.group)
+    _validate_shards.same_numbers("k", [one for (one,) in told])
+    rows, x_all, _ = gather_rows(x.detach(), x.new_zeros(len(x), dtype=torch.int64), shard)
+    most = [min(k, width) for width in widths]
+    classes, cosines = local_nearest(x_all, weight.to_local().detach(), most[shard.rank])
+    classes = _to_their_rows(classes + shard.start // sub_centers, rows, most)
+    cosines = _to_their_rows(cosines, rows, most)
+    cosines, order = cosines.sort(dim=1, descending=True, stable=True)
+    return classes.gather(1, order[:, :k]), cosines[:, :k]
+
+
+def _to_their_rows(found: Tensor, rows: Rows, columns: list[int]) -> Tensor:
+    """What this rank found of all rows, (R n, k_r), as what all found of its own, (n, sum k_r)."""
+    shard = rows.shard
+    shapes = [torch.Size((rows.most, width)) for width in columns]
+    parts = list(found.split(rows.most)) if rows.most else [found] * shard.ranks
+    return torch.cat(_collectives.exchange(parts, shapes, shard.group), dim=1)[: rows.mine]
+
+
+def standings(
+    local_targets: Callable[[Tensor, Tensor, Tensor], Tensor],
+    local_standings: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    x: Tensor,
+    weight: Any,
+    labels: Tensor,
+    sub_centers: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Target cosines, ranks, hardest other classes and their cosines, (n,), of this rank's rows.
+
+    Args:
+        local_targets: cosines of embeddings, weights and labels, 0 where a label is outside.
+        local_standings: ranks, hardest classes and their cosines, of the same and the target
+            cosines, (N,).
+        x: (n, D).
+        weight: (C K, D), sharded on classes.
+        labels: (n,) int64.
+        sub_centers: K.
+    """
+    shard = ClassShard.of(weight)
+    _validate_shards.whole_classes(weight.shape[0], shard.ranks, sub_centers)
+    rows, x_all, labels_all = gather_rows(x.detach(), labels, shard)
+    w, first_class = weight.to_local().detach(), shard.start // sub_centers
+    labels_here = labels_all - first_class
+    is_empty = shard.start == shard.stop
+    if is_empty:  # one class that counts for nothing
+        w, labels_here = w.new_zeros(sub_centers, w.shape[1]), labels_here.fill_(NO_TARGET)
+    mine = rows.added(local_targets(x_all, w, labels_here))
+    u = rows.gathered(mine)
+    assert u is not None
+    rank, hardest, cosine = local_standings(x_all, w, labels_here, u)
+    if is_empty:
+        rank, cosine = torch.zeros_like(rank), torch.full_like(cosine, -float("inf"))
+    largest = _collectives.largest(cosine.clone(), shard.group)
+    none = torch.iinfo(torch.int64).max
+    first = torch.where(cosine == largest, hardest + first_class, none)
+    hardest = -_collectives.largest(-first, shard.group)[rows.here]
+    return mine, rows.added(rank), hardest, largest[rows.here]
