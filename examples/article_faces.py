@@ -68,14 +68,18 @@ from study.runner import (
     run_jobs,
 )
 from study.store import digest
-from study.tables import number, plus_minus, text_table
+from study.tables import lowest_to_highest, number, plus_minus, text_table
 from study.training import Network, Progress, Recipe
 from torch import Tensor, nn
 
 import fused_margin as fm
 
 DEFAULT_LOSSES = ["arcface", "arcface+regular_face", "cosface", "fixed_adacos", "cross_entropy"]
-MARGIN_UNITS = {"arcface": "rad", "cosface": "cos"}  # an angle, an offset of the cosine
+MARGIN_UNITS = {  # an angle, an offset of the cosine
+    "arcface": "rad",
+    "subcenter_arcface": "rad",
+    "cosface": "cos",
+}
 METRICS: dict[str, Callable[[dict[str, Any]], float]] = {
     "test_nearest": lambda run: run["test_nearest"],
     "test_nearest_euclidean": lambda run: run["test_nearest_euclidean"],
@@ -96,7 +100,7 @@ def variants(published: bool) -> dict[str, Variant]:
 
     if published:
         known = as_published()
-        others = {name: known[name] for name in ("fixed_adacos", "cross_entropy")}
+        others = {name: known[name] for name in ("fixed_adacos", "adacos", "cross_entropy")}
         return with_regular_face({"arcface": known["arcface"]}) | others
     plain = losses()
     return plain | with_regular_face(plain)
@@ -299,11 +303,6 @@ def metric_text(metric: dict[str, float | None], decimals: int = 2) -> str:
 
 def format_table(runs: Sequence[dict[str, Any]]) -> str:
     """Lay the results out as text, one line for each loss, and say below what they are."""
-
-    def scale(bounds: tuple[float, float] | None) -> str:
-        low, high = map(number, bounds or (None, None))
-        return low if low == high else f"{low} to {high}"
-
     rows = summarise(runs)
     rate = next(iter(reversed(quoted_rates(runs))), None) if runs else None
     header = (
@@ -313,7 +312,7 @@ def format_table(runs: Sequence[dict[str, Any]]) -> str:
     lines = [
         [
             row["loss"],
-            scale(row["scale"]),
+            lowest_to_highest(row["scale"] or ()),
             f"{number(row['margin'])} {MARGIN_UNITS.get(row['loss'].split('+')[0], '')}".rstrip(),
             metric_text(row["test_nearest"]),
             metric_text(row["test_arg_max"]),

@@ -47,7 +47,7 @@ from study.runner import (
     run_jobs,
 )
 from study.store import digest
-from study.tables import missing_runs, number, spread, text_table
+from study.tables import lowest_to_highest, missing_runs, number, spread, text_table
 from study.training import Network, Progress, Recipe
 from torch import Tensor
 
@@ -130,7 +130,7 @@ def rows(runs: Sequence[dict[str, Any]], titles: dict[str, Variant]) -> list[lis
         lines.append(
             [
                 titles[name].title,
-                number(mine[0]["scale"]),
+                lowest_to_highest([run["scale"] for run in mine]),
                 *(spread([run[column] for run in mine]) for column in columns),
                 number(statistics.median(second for run in mine for second in run["seconds"]), 1),
                 str(len(mine)),

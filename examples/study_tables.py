@@ -13,7 +13,7 @@ import scale_sweep
 from study import published
 from study.comparisons import Comparison
 from study.store import read_study
-from study.tables import markdown_table, number, spread
+from study.tables import lowest_to_highest, markdown_table, number, spread
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OPEN_SWEEPS = {"sweep-open-242": "Omniglot"}
@@ -157,7 +157,7 @@ def mnist() -> Table:
     lines = [
         [
             titles[name].title,
-            number(study.runs[study.losses.index(name)]["scale"]),
+            lowest_to_highest(study.of(name, "scale")),
             spread(nearest(name)),
             lead(nearest, name),
             spread(study.of(name, "test_arg_max")),

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 # Okabe and Ito's colours, told apart by colour-blind readers
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY = "#E69F00", "#56B4E9"
-GREY, INK, PALE = "#8C8C8C", "#333333", "#E4E4E4"
+BLACK, GREY, INK, PALE = "#000000", "#8C8C8C", "#333333", "#E4E4E4"
 LOSS_COLORS = {
     "arcface": VERMILION,
     "cosface": GREEN,
@@ -26,6 +26,7 @@ LOSS_COLORS = {
     "simple_arcface": ORANGE,
     "adacos": SKY,
     "adaface": PURPLE,
+    "subcenter_arcface": BLACK,
 }
 DPI = 110
 STYLE: dict[Any, Any] = {
@@ -78,8 +79,10 @@ def spheres(path: Path, subtitle: str, panels: Sequence[tuple[str, Mapping[str, 
                 *points.T, c=[colors[label] for label in labels], s=9, depthshade=True, lw=0
             )
             if sphere["weights"] is not None:
-                for label, weight in enumerate(np.array(sphere["weights"])):
-                    axes.plot(*np.stack([0.0 * weight, 1.25 * weight]).T, c=colors[label], lw=1.4)
+                rows_per_class = len(sphere["weights"]) // len(colors)
+                for row, weight in enumerate(np.array(sphere["weights"])):
+                    color = colors[row // rows_per_class]
+                    axes.plot(*np.stack([0.0 * weight, 1.25 * weight]).T, c=color, lw=1.4)
             axes.set_title(name, fontsize=10, loc="left", y=1.03)
             axes.set_box_aspect((1, 1, 1), zoom=1.2)
             axes.set_axis_off()

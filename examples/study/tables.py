@@ -12,6 +12,13 @@ def number(value: float | None, decimals: int = 2) -> str:
     return "–" if value is None else f"{value:.{decimals}f}"
 
 
+def lowest_to_highest(values: Sequence[float | None], decimals: int = 2) -> str:
+    """One number if all look alike, a dash if none is known."""
+    known = [value for value in values if value is not None]
+    low, high = (number(found(known, default=None), decimals) for found in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
 def spread(values: Sequence[float], decimals: int = 2) -> str:
     """Mean ± sample standard deviation, or the value if it is the only one."""
     mean, deviation, _ = mean_and_interval(values)

@@ -200,6 +200,8 @@ def cosine_histograms(
     embeddings = embed(network, images[:PROBE_IMAGES])
     rows = labels[:PROBE_IMAGES, None]
     cosines = F.normalize(embeddings) @ F.normalize(weight.float()).T
+    rows_per_class = getattr(criterion, "sub_centers", 1)
+    cosines = cosines.unflatten(1, (-1, rows_per_class)).amax(dim=2)
     target = cosines.gather(1, rows)
     hardest = cosines.scatter(1, rows, -math.inf).amax(dim=1)
 

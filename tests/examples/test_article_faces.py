@@ -26,7 +26,7 @@ from torch import nn
 import fused_margin as fm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PUBLISHED = ["arcface+regular_face", "fixed_adacos", "cross_entropy"]
+PUBLISHED = ["arcface+regular_face", "fixed_adacos", "adacos", "cross_entropy"]
 
 
 def without_seconds(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def test_end_to_end(people: Path, tmp_path: Path) -> None:
 
 def test_every_loss_learns(people: Path, tmp_path: Path) -> None:
     path = tmp_path / "faces.json"
-    every = [*LOSSES, "adacos", "adaface"]
+    every = [*LOSSES, "adacos", "adaface", "subcenter_arcface"]
     arguments = ["--losses", *every, "--epochs", "5", "--batch-size", "30", "--lr", "0.003"]
     assert run_main(people, *arguments, "--no-flip", "--json", str(path)) == 0
     runs = read_runs(path)
@@ -323,7 +323,7 @@ def test_as_published(
             assert torch.equal(before, parameter)
         trained = zip(run["weights"], run["network"].parameters(), strict=True)
         assert not any(torch.equal(before, parameter) for before, parameter in trained)
-    assert list(table_rows(capsys.readouterr().out, 3)) == PUBLISHED
+    assert list(table_rows(capsys.readouterr().out, 4)) == PUBLISHED
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from helpers import ROOT
 from mnist_command import SMALL, run_main
 from mnist_files import IDX_NAMES
 from study import criteria, runner, store, training
+from study.measure import embed
 
 import fused_margin as fm
 
@@ -46,8 +47,12 @@ def test_end_to_end(mnist: Path, tmp_path: Path) -> None:
     assert len(content["settings"]["images_sha256"]) == 64
     assert content["versions"]["torch"] == torch.__version__
     names = [run["loss"] for run in content["runs"]]
-    plain = ["arcface", "cosface", "fixed_adacos", "adacos", "adaface", "cross_entropy"]
-    assert names == plain + [f"{name}+center_invariant" for name in plain]
+    plain = [
+        "arcface", "cosface", "fixed_adacos", "adacos", "adaface", "subcenter_arcface",
+        "cross_entropy",
+    ]  # fmt: skip
+    regularized = [name for name in plain if name != "subcenter_arcface"]
+    assert names == plain + [f"{name}+center_invariant" for name in regularized]
     for run in content["runs"]:
         assert run["seed"] == 4
         assert len(run["losses"]) == len(run["seconds"]) == 2
@@ -74,7 +79,9 @@ def test_as_published(mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert run_main(mnist, "--as-published", "--seeds", "0", "--json", str(path)) == 0
     content = json.loads(path.read_text())
     assert content["settings"]["lr"] == 0.01
-    losses = ["arcface+center_invariant", "simple_arcface", "fixed_adacos", "cross_entropy"]
+    losses = [
+        "arcface+center_invariant", "simple_arcface", "fixed_adacos", "adacos", "cross_entropy",
+    ]  # fmt: skip
     assert [run["loss"] for run in content["runs"]] == losses
     assert "Simple ArcFace" in capsys.readouterr().out
 
@@ -229,6 +236,17 @@ def test_cosine_histograms_against_a_loop() -> None:
         expected["target"][int((target + 1) * 20)] += 1
         expected["hardest_negative"][int((max(cosines) + 1) * 20)] += 1
     assert counts == expected
+
+
+def test_cosines_of_sub_centres_are_those_of_the_nearest_row_of_a_class() -> None:
+    setup = small_setup(criteria.losses()["subcenter_arcface"])
+    assert setup.criterion.sub_centers == 3
+    counts = training.cosine_histograms(setup.network, setup.criterion, setup.images, setup.labels)
+    cosines = setup.criterion.logits(embed(setup.network, setup.images)) / 64
+    target = cosines.gather(1, setup.labels[:, None])
+    hardest = cosines.scatter(1, setup.labels[:, None], -1.0).amax(dim=1)
+    assert counts["target"] == target.histc(40, -1, 1).tolist()
+    assert counts["hardest_negative"] == hardest.histc(40, -1, 1).tolist()
 
 
 def test_embeddings_that_are_not_finite_are_not_measured(

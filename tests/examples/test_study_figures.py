@@ -37,6 +37,20 @@ def test_digits_of_classes_that_coincide_are_in_a_legend(
     assert all(not axes.texts for axes in figure.axes)
 
 
+def test_every_row_of_a_class_points_in_the_colour_of_its_class(
+    drawn: list[Figure], tmp_path: Path
+) -> None:
+    weights = np.eye(3)[np.arange(30) % 3].tolist()  # three rows for each of ten classes
+    sphere = {"points": [[1.0, 0.0, 0.0]], "labels": [3], "weights": weights}
+    figures.spheres(tmp_path / "a.png", "", [("sub-centres", sphere)])
+    (figure,) = drawn
+    (axes,) = figure.axes
+    (legend,) = figure.legends
+    keys = [line.get_color() for line in legend.get_lines()]
+    lines = [line.get_color() for line in axes.get_lines()]
+    assert lines == [key for key in keys for _ in range(3)]
+
+
 def test_every_loss_has_a_curve_and_a_name_once(drawn: list[Figure], tmp_path: Path) -> None:
     points = [(0.01, 0.5), (1.0, 1.0)]
     plain = ("ArcFace", points, figures.VERMILION, False)
