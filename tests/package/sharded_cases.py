@@ -397,7 +397,7 @@ def train(name: str, is_sharded: bool, foreach: bool, *, in_backward: bool = Fal
     groups = [{"params": model.parameters()}]
     groups += [{"params": others if in_backward else criterion.parameters()}]
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, foreach=foreach)
-    optimizers = [optimizer]
+    optimizers: list[torch.optim.Optimizer] = [optimizer]
     if in_backward:
         optimizers.append(SGDInBackward([criterion.weight], lr=0.01, momentum=0.9))
     generator = torch.Generator().manual_seed(2)

@@ -284,26 +284,6 @@ def test_opcheck_of_extras(backend: str, centers: int) -> None:
         torch.library.opcheck(OPS.cosine_lse_backward.default, backward)
 
 
-@needs_triton
-@pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("budget", [-1, 1 << 20])
-def test_opcheck_of_a_list_of_classes(budget: int) -> None:
-    x, w, labels = (part.detach() for part in _arguments("triton", torch.float32))
-    numbers = torch.tensor([9.0], dtype=torch.float64)
-    extras = Extras(classes=torch.arange(0, len(w), 2, device=x.device))
-    labels = labels.clamp_max(len(w) // 2 - 1)
-    checked = ("test_schema", "test_faketensor")
-    arguments = (x, w, labels, numbers, None, *extras, torch.float32, "triton", budget)
-    torch.library.opcheck(OPS.cosine_lse.default, arguments, test_utils=checked)
-    lse, u, inv_x, inv_w, kept, *_ = OPS.cosine_lse(*arguments)
-    assert len(inv_w) == (len(w) + 1) // 2
-    backward = (
-        torch.randn_like(lse), torch.randn_like(u), None, None, None, x, w, labels, numbers, None,
-        *extras, torch.float32, "triton", lse, u, inv_x, inv_w, kept, None, True, True, False,
-    )  # fmt: skip
-    torch.library.opcheck(OPS.cosine_lse_backward.default, backward, test_utils=checked)
-
-
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)

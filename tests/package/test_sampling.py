@@ -115,6 +115,28 @@ def test_kernels_take_the_list_of_classes(
             assert torch.equal(one, other)
 
 
+@needs_triton
+@pytest.mark.parametrize("budget", [-1, 1 << 20])
+def test_opcheck_of_a_list_of_classes(budget: int) -> None:
+    device = device_of("triton")
+    x, w = torch.randn(7, 12, device=device), torch.randn(11, 12, device=device)
+    labels = torch.arange(-1, 6, device=device)
+    numbers = torch.tensor([9.0], dtype=torch.float64)
+    extras = Extras(classes=torch.arange(0, len(w), 2, device=x.device))
+    checked = ("test_schema", "test_faketensor")
+    arguments = (x, w, labels, numbers, None, *extras, torch.float32, "triton", budget)
+    torch.library.opcheck(torch.ops.fused_margin.cosine_lse.default, arguments, test_utils=checked)
+    lse, u, inv_x, inv_w, kept, *_ = torch.ops.fused_margin.cosine_lse(*arguments)
+    assert len(inv_w) == (len(w) + 1) // 2
+    backward = (
+        torch.randn_like(lse), torch.randn_like(u), None, None, None, x, w, labels, numbers, None,
+        *extras, torch.float32, "triton", lse, u, inv_x, inv_w, kept, None, True, True, False,
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.fused_margin.cosine_lse_backward.default, backward, test_utils=checked
+    )
+
+
 def test_full_softmax_at_rate_one_and_in_evaluation() -> None:
     criterion, x, labels = _problem()
     expected = criterion(x, labels)
