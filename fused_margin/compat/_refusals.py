@@ -231,6 +231,14 @@ def not_converted(value: Any, what: str) -> NoReturn:
     )
 
 
+def grow(name: str) -> NoReturn:
+    """New classes for W, (D, C)."""
+    raise ValueError(
+        f"{name} has its classes in the columns of W and can't grow; convert.from_pml(loss) makes a"
+        " loss that can, and convert.transpose_moments brings the optimizer's state along"
+    )
+
+
 def no_counterpart(value: Any, what: str = "") -> NoReturn:
     """A loss of this package that pytorch-metric-learning doesn't have."""
     raise ValueError(

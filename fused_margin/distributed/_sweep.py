@@ -243,7 +243,7 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Any) -> Tensor:
-        ctx.weight = weight
+        ctx.weight, ctx.shape = weight, weight.shape
         local = weight.to_local()
         return local.view_as(local)
 
@@ -252,6 +252,7 @@ class _Local(torch.autograd.Function):
         from torch.distributed.tensor import DTensor
 
         weight, (grad,) = ctx.weight, grad_outputs
+        _validate_shards.same_size(ctx.shape, weight.shape)
         if grad.layout is torch.strided:
             return DTensor.from_local(
                 grad, weight.device_mesh, weight.placements, run_check=False,
