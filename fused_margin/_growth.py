@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fused_margin import _setup, _validate, _validate_growth, _validate_shards
@@ -72,7 +71,7 @@ def grow(
         error = found
     if shard is not None:
         asked = None if plan is None else plan.asked
-        reports, mine = _told(_Report(asked, seed, "" if error is None else str(error)), shard)
+        reports, mine = shard.told(_Report(asked, seed, "" if error is None else str(error)))
         if error is None:
             _validate_growth.agreed(reports, mine)
         seed = reports[0].seed
@@ -182,17 +181,6 @@ def _rows_of_state(optimizer: torch.optim.Optimizer, parameter: Any) -> list[tup
 def _is_of_all_rows(value: Tensor) -> bool:
     """Whether a state has one number, or one for each column, as Adafactor's."""
     return value.numel() == 1 or value.shape[0] == 1
-
-
-def _told(report: _Report, shard: ClassShard) -> tuple[list[_Report], int]:
-    """The reports of all ranks that hold shards or copies of them, and where this one's is."""
-    reports, mine = [report], 0
-    for group in (shard.group, *shard.replicas):
-        gathered: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, reports, group=group)
-        mine += dist.get_rank(group) * len(reports)
-        reports = [one for some in gathered for one in some]
-    return reports, mine
 
 
 def _at_their_start(criterion: Any) -> list[str]:

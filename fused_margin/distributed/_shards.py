@@ -51,6 +51,19 @@ class ClassShard(NamedTuple):
         replicas = tuple(mesh.get_group(index) for index in others if mesh.size(index) > 1)
         return cls(mesh.get_group(dim), rank, ranks, start, stop, replicas)
 
+    def told(self, value: Any) -> tuple[list[Any], int]:
+        """The objects of all ranks that hold shards or copies of them, and where this one's is.
+
+        What can fail on one rank alone is told so, before the others wait for it in a collective.
+        """
+        values, mine = [value], 0
+        for group in (self.group, *self.replicas):
+            gathered: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, values, group=group)
+            mine += dist.get_rank(group) * len(values)
+            values = [one for some in gathered for one in some]
+        return values, mine
+
 
 def bounds(num_classes: int, rank: int, ranks: int) -> tuple[int, int]:
     """The classes of a rank, as `torch.chunk` and DTensor cut: the last may have fewer, or none."""

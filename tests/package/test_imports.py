@@ -89,7 +89,7 @@ LAYERS = (
     {"functional", "regularizers", "metrics", "config", "optim", "plan", "sampling"},
     {"losses"},
     {"compat", "schedules"},
-    {"convert"},
+    {"convert", "_rank_files"},
     {"__init__"},
 )
 
