@@ -150,6 +150,22 @@ def of_small_size(name: str) -> str:
     return "; 1 is one row of weights for each class" if name == "sub_centers" else ""
 
 
+def of_other_classes(kind: str, given: int, present: int, sub_centers: int) -> list[str]:
+    """What to do with a checkpoint that has other rows of weights; nothing if it hasn't."""
+    if given == present:
+        return []
+    said = f"the checkpoint has weights of {given} rows, this {kind} of {present}: "
+    count = given // sub_centers
+    if given % sub_centers:
+        return [said + f"it has other sub-centres than {sub_centers}; build the loss with the same"]
+    if given < present:
+        more = (present - given) // sub_centers
+        remedy = f", load it, and add the others with criterion.grow({more}, optimizer)"
+    else:
+        remedy = ", as it had when it was saved"
+    return [f"{said}build the loss with num_classes={count}{remedy}"]
+
+
 def of_forgotten(criterion: str, names: list[str]) -> str:
     """The message about parameters that no optimiser holds."""
     return (

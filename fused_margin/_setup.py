@@ -66,20 +66,37 @@ def _with_subclasses(kinds: Iterable[type]) -> set[type]:
     return found
 
 
-def _data_parallel_modules() -> list[nn.Module]:
-    """Every module of this process that averages gradients over several ranks.
+def _wrappers() -> list[nn.Module]:
+    """Every module of DDP or FSDP2 in this process.
 
     PyTorch keeps no list of them, and DDP leaves no mark on a parameter that Python can see.
     """
     ddp, fsdp = nn.parallel.DistributedDataParallel, _fsdp_module()
     kinds = _with_subclasses([ddp] if fsdp is None else [ddp, fsdp])
     modules = [candidate for candidate in gc.get_objects() if type(candidate) in kinds]
-    return [module for module in modules if not isinstance(module, ddp) or _is_shared(module)]
+    # not one whose constructor raised
+    return [one for one in modules if not isinstance(one, ddp) or hasattr(one, "reducer")]
 
 
-def _is_shared(module: nn.parallel.DistributedDataParallel) -> bool:
-    is_complete = hasattr(module, "reducer")  # not one whose constructor raised
-    return is_complete and _ranks(module.process_group) > 1
+def _data_parallel_modules() -> list[nn.Module]:
+    """Of these, those that average gradients over several ranks."""
+    ddp = nn.parallel.DistributedDataParallel
+    return [one for one in _wrappers() if not isinstance(one, ddp) or _ranks(one.process_group) > 1]
+
+
+def wrapper_of(weight: Any) -> nn.Module | None:
+    """A module of DDP or FSDP2 that the weight is a parameter of; None if there is none."""
+
+    def search() -> nn.Module | None:
+        for module in _wrappers():
+            if any(parameter is weight for parameter in module.parameters()):
+                return module
+        return None
+
+    if search() is None:
+        return None
+    gc.collect()  # DDP refers to itself, so that one that nobody has any more may still be there
+    return search()
 
 
 def warn_if_unsynchronized(criterion: nn.Module, weight: Any = None) -> None:

@@ -68,6 +68,15 @@ def same_numbers(name: str, values: list[int]) -> None:
         )
 
 
+def same_size(before: torch.Size, now: torch.Size) -> None:
+    """Check that the classes of a backward are those of its forward."""
+    if before != now:
+        raise ValueError(
+            f"the criterion had {before[0]} rows of weights in this loss's forward and has {now[0]}"
+            " now; call backward() before grow()"
+        )
+
+
 def no_copies(replicas: tuple[Any, ...]) -> None:
     """Check that sampled classes are held by one rank, whose gradient has rows of its own."""
     if replicas:

@@ -16,40 +16,33 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-import os
-import pickle
 import re
-import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from fused_margin import _rank_files
+from fused_margin._rank_files import Checkpoint, RankFiles
 from fused_margin.compat import _refusals
 from fused_margin.losses import ArcFaceLoss, CosFaceLoss, MarginSoftmaxLoss, NormalizedSoftmaxLoss
 from fused_margin.losses.base import DEFAULTS
 
 __all__ = [
+    "RankFiles",
     "Source",
     "class_weights",
     "from_pml",
     "load_class_weights",
+    "load_rank_files",
+    "merge_rank_files",
     "to_pml",
     "transpose_moments",
 ]
 
-Checkpoint = str | os.PathLike[str] | Mapping[str, Any]
-
 # By the last part of a key, what the rows of a matrix are: classes, dimensions, or either.
 LAYOUTS = {"weight": "CD", "kernel": "DC", "W": None}
-# How torch says that a readable file holds what weights_only=True refuses
-_UNSAFE = re.compile(r"Unsupported (global|class)|GLOBAL|not an allowed global")
-# What torch.load raises of bytes that are no checkpoint; of a file that isn't there an OSError
-_UNREADABLE = (
-    pickle.UnpicklingError, struct.error, EOFError, RuntimeError, LookupError, ValueError,
-    TypeError, AttributeError,
-)  # fmt: skip
 # Parts of a checkpoint whose matrices are no weights
 OPTIMIZERS = ("optimizer", "optim", "scheduler")
 
@@ -139,6 +132,55 @@ def load_class_weights(
     return source
 
 
+def merge_rank_files(files: Any, num_classes: int) -> torch.Tensor:
+    """The class weights of insightface's arcface_torch, which writes a file for each rank.
+
+    Known are ``checkpoint_gpu_{rank}.pt`` and the older ``softmax_fc_gpu_{rank}.pt`` and
+    ``rank_{rank}_softmax_weight.pt``. Rank r of R had C // R classes, and one more if r < C % R.
+
+    Args:
+        files: their folder; or paths, in any order; or what was loaded from each, or paths of other
+            names, in the order of ranks.
+        num_classes: C of all ranks, without which the last one's absence wouldn't show.
+
+    Returns:
+        (C, D), in their dtype, on the CPU.
+
+    Raises:
+        ValueError: a rank's file is missing, twice there, or damaged; they are of different runs:
+            other numbers of classes, columns, epochs or steps; ``weights_only=True`` refuses one.
+    """
+    return _rank_files.merged(files, num_classes)
+
+
+def load_rank_files(
+    criterion: nn.Module, files: Any, optimizer: torch.optim.Optimizer | None = None
+) -> RankFiles:
+    """Copy class weights out of insightface's files of each rank into a loss, sharded or not.
+
+    The number of ranks then has nothing to do with that now. Of a sharded criterion
+    (`distributed.shard_classes`) each rank reads the files that overlap its shard, and it is a
+    collective: where one can't, all raise.
+
+    Args:
+        criterion: a loss of this package, or of `fused_margin.compat`.
+        files: see `merge_rank_files`; every rank sees all their names.
+        optimizer: holds the class weights, and gets their momentum (or Adam's moments) too: torch's
+            SGD, Adam or AdamW, or one of `fused_margin.optim`. Theirs is of the same gradient, that
+            of the mean over the rows of all ranks.
+
+    Returns:
+        How many files there were, their epoch and step, and what went into the optimiser's state.
+
+    Raises:
+        ValueError: see `merge_rank_files`; or the files have no such state, or of sampled rows only
+            (before `PartialFC_V2`).
+    """
+    parameter = _parameter(criterion)
+    is_transposed = not isinstance(getattr(criterion, "weight", None), nn.Parameter)
+    return _rank_files.load(parameter, is_transposed, files, optimizer)
+
+
 def _parameter(criterion: nn.Module) -> nn.Parameter:
     """Its class weights, as it has them."""
     for name in ("weight", "W"):
@@ -159,13 +201,7 @@ def _rows(criterion: nn.Module) -> torch.Tensor:
 
 
 def _loaded(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    if isinstance(checkpoint, (str, os.PathLike)):
-        try:
-            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except _UNREADABLE as error:
-            if _UNSAFE.search(str(error)):
-                _refusals.unsafe(checkpoint, error)
-            _refusals.unreadable(checkpoint, error)
+    checkpoint = _rank_files.loaded(checkpoint)
     _refusals.checkpoint(checkpoint)
     return checkpoint  # pyright: ignore[reportReturnType]
 

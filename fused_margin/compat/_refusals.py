@@ -231,6 +231,14 @@ def not_converted(value: Any, what: str) -> NoReturn:
     )
 
 
+def grow(name: str) -> NoReturn:
+    """New classes for W, (D, C)."""
+    raise ValueError(
+        f"{name} has its classes in the columns of W and can't grow; convert.from_pml(loss) makes a"
+        " loss that can, and convert.transpose_moments brings the optimizer's state along"
+    )
+
+
 def no_counterpart(value: Any, what: str = "") -> NoReturn:
     """A loss of this package that pytorch-metric-learning doesn't have."""
     raise ValueError(
@@ -276,4 +284,123 @@ def moment(name: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> NoRetu
     raise ValueError(
         f"the saved {name} of the class weights has shape {given}, where {wanted[::-1]} is to be"
         f" transposed to {wanted}; {remedy}"
+    )
+
+
+# --- files of each rank ---------------------------------------------------------------------------
+
+
+RANK_FILES = "checkpoint_gpu_0.pt, softmax_fc_gpu_0.pt or rank_0_softmax_weight.pt"
+
+
+def rank_files(value: Any) -> NoReturn:
+    """Neither a folder nor files."""
+    raise TypeError(
+        f"files must be a folder or a list of one file for each rank, got {type(value).__name__}"
+    )
+
+
+def no_rank_files(folder: Any) -> NoReturn:
+    """A folder of other files."""
+    raise ValueError(
+        f"{folder} has no file of a rank, as {RANK_FILES}; files of other names are given as a"
+        " list, in the order of ranks"
+    )
+
+
+def mixed_rank_files(names: list[str]) -> NoReturn:
+    """Files of several kinds."""
+    raise ValueError(
+        f"files of several kinds are there: {', '.join(names)}; give a list of those of one kind,"
+        " and of one run"
+    )
+
+
+def missing_ranks(missing: list[int], twice: list[int], example: str) -> NoReturn:
+    """Not one file for each rank."""
+    what = [f"those of ranks {missing} are missing"] if missing else []
+    what += [f"those of ranks {twice} are there more than once"] if twice else []
+    raise ValueError(
+        f"of files as {example} {' and '.join(what)}; bring the files of all ranks of one run into"
+        " one folder, which each of several nodes may have written on its own disk"
+    )
+
+
+def rank_weight(name: str, weight: Any) -> None:
+    """Check that a file has a matrix of class weights."""
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"{name} has no class weights: expected a matrix, or one named weight, alone or in"
+            " state_dict_softmax_fc"
+        )
+
+
+def same_rows(name: str, weight: torch.Tensor, expected: int, ranks: int) -> None:
+    """Check that a file has as many classes as its place among the ranks says."""
+    if weight.shape[0] != expected:
+        raise ValueError(
+            f"{name} has {weight.shape[0]} classes, where its rank of {ranks} had {expected}: a"
+            " rank's file is missing, it is of a run with other classes, the files aren't in the"
+            " order of ranks, or num_classes (of the criterion) is another than that of the run"
+        )
+
+
+def same_run(first: Any, other: Any) -> None:
+    """Check that two files were written by one run at one time."""
+    dtypes = first.weight.dtype, other.weight.dtype
+    if first.facts != other.facts or dtypes[0] != dtypes[1]:
+        raise ValueError(
+            f"{first.name} and {other.name} are of different runs or times: (D, epoch, step,"
+            f" updates) are {first.facts} and {other.facts}, dtypes {dtypes[0]} and {dtypes[1]};"
+            " give those that were saved together"
+        )
+
+
+def same_rank_files(reports: list[Any], mine: int) -> Any:
+    """Check that all ranks could read files of one run; what they say."""
+    for rank, (_, error) in enumerate(reports):
+        if error and rank != mine:
+            raise ValueError(f"rank {rank} of the shards can't read its files: {error}")
+    known = [facts for facts, _ in reports if tuple(facts[1:]) != (None, None, None)]
+    found = known or [reports[mine][0]]
+    counts = {facts[0] for facts, _ in reports}
+    if len(counts) > 1 or any(facts != found[0] for facts in known):
+        raise ValueError(
+            "ranks see files of different runs, (files, epoch, step, updates) by rank:"
+            f" {[tuple(facts) for facts, _ in reports]}; let them read one folder"
+        )
+    return found[0]
+
+
+def rank_columns(name: str, weight: torch.Tensor, dim: int) -> None:
+    """Check the embedding size of a file."""
+    if weight.shape[1] != dim:
+        raise ValueError(
+            f"{name} has weights of D = {weight.shape[1]}, the criterion of {dim}; build it with"
+            f" embedding_size={weight.shape[1]}"
+        )
+
+
+def rank_moment(name: str, moment: str, found: Mapping[str, Any], weight: torch.Tensor) -> None:
+    """Check that a file has what the optimiser keeps, of every row."""
+    value = found.get(moment)
+    if not isinstance(value, torch.Tensor):
+        there = f"it has {', '.join(found)}" if found else "it has no state of an optimizer"
+        raise ValueError(
+            f"{name} has no {moment} of the class weights ({there}); leave optimizer out to begin"
+            " without, or build the one that was trained with"
+        )
+    if value.shape != weight.shape:
+        raise ValueError(
+            f"{name} has {moment} of shape {tuple(value.shape)} for weights {tuple(weight.shape)}:"
+            " that of the rows sampled last, as PartialFC kept it before PartialFC_V2; leave"
+            " optimizer out to begin without"
+        )
+
+
+def no_moments(name: str) -> NoReturn:
+    """An optimiser without momentum, or of another kind."""
+    raise ValueError(
+        f"this {name} keeps neither momentum, as SGD, nor two moments, as Adam without amsgrad, so"
+        " that nothing can be loaded into it: leave optimizer out"
     )

@@ -146,6 +146,10 @@ class _ClassWeights(nn.Module):
         with torch.no_grad():
             self.W.copy_(drawn)
 
+    def grow(self, num_new: int, optimizer: Any = None, **_: Any) -> None:
+        """Raise: `MarginSoftmaxLoss.grow` is of weights with a row for each class."""
+        _refusals.grow(type(self).__name__)
+
     def sub_loss_names(self) -> list[str]:
         """Names of what is summed, in the order in which reducers get it."""
         names = ["loss"]

@@ -95,6 +95,22 @@ def exchange(parts: list[Tensor], shapes: list[torch.Size], group: Group) -> lis
     return [one.view(shape) for one, shape in zip(found.split(sizes), shapes, strict=True)]
 
 
+def move(rows: Tensor, found: Tensor, sent: list[int], kept: list[int], group: Group) -> None:
+    """Send ``sent[q]`` of ``rows``, in their order, to rank q, and fill ``found`` with its own.
+
+    Args:
+        rows: (k, ...), contiguous.
+        found: (l, ...), contiguous; ``kept[q]`` of its rows come from rank q.
+        sent: how many go to each rank.
+        kept: how many come from each.
+        group: of these ranks.
+    """
+    rank, row_bytes = dist.get_rank(group), rows[:1].nbytes
+    for counter in _counters:
+        counter["all_to_all"] += (rows.shape[0] - sent[rank]) * row_bytes
+    dist.all_to_all_single(found, rows.contiguous(), kept, sent, group=group)
+
+
 def numbers(values: list[int], device: torch.device, group: Group) -> list[list[int]]:
     """Integers of every rank, as Python's.
 

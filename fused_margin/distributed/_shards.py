@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_margin import _validate, _validate_shards
+from fused_margin.distributed import _collectives
 
 Criterion = TypeVar("Criterion", bound=nn.Module)
 
@@ -49,6 +50,19 @@ class ClassShard(NamedTuple):
         others = (index for index in range(mesh.ndim) if index != dim)
         replicas = tuple(mesh.get_group(index) for index in others if mesh.size(index) > 1)
         return cls(mesh.get_group(dim), rank, ranks, start, stop, replicas)
+
+    def told(self, value: Any) -> tuple[list[Any], int]:
+        """The objects of all ranks that hold shards or copies of them, and where this one's is.
+
+        What can fail on one rank alone is told so, before the others wait for it in a collective.
+        """
+        values, mine = [value], 0
+        for group in (self.group, *self.replicas):
+            gathered: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, values, group=group)
+            mine += dist.get_rank(group) * len(values)
+            values = [one for some in gathered for one in some]
+        return values, mine
 
 
 def bounds(num_classes: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -148,6 +162,51 @@ def _distributed(whole: torch.Tensor, shard: ClassShard, mesh: Any, placements: 
     return DTensor.from_local(
         rows, mesh, placements, run_check=False, shape=whole.shape, stride=stride
     )
+
+
+def like(tensor: Any, local: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """This rank's rows as a tensor of ``num_rows`` in all, sharded as ``tensor`` if that is."""
+    if not _validate.is_dtensor(tensor):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((num_rows, *tensor.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def grown(tensor: Any, weight: Any, old: int, added: int) -> tuple[torch.Tensor, int]:
+    """This rank's rows of a tensor with ``added`` rows of zeros after its ``old`` ones.
+
+    Shards are cut anew: rows are sent to the ranks that hold them now, each once.
+
+    Args:
+        tensor: has a row for each of ``weight``, sharded or this rank's alone where that is.
+        weight: of which the mesh counts, and not the size.
+        old: rows of all ranks.
+        added: how many more there will be.
+
+    Returns:
+        The rows, and which of all is the first.
+    """
+    local = tensor.to_local() if _validate.is_dtensor(tensor) else tensor
+    if not _validate.is_dtensor(weight):
+        return torch.cat([local, local.new_zeros(added, *local.shape[1:])]), 0
+    shard = ClassShard.on(weight.device_mesh, weight.placements, old + added)
+    before = [bounds(old, rank, shard.ranks) for rank in range(shard.ranks)]
+    after = [bounds(old + added, rank, shard.ranks) for rank in range(shard.ranks)]
+    sent = [_overlap(before[shard.rank], one) for one in after]
+    kept = [_overlap(one, after[shard.rank]) for one in before]
+    result = local.new_empty(shard.stop - shard.start, *local.shape[1:])
+    _collectives.move(local, result[: sum(kept)], sent, kept, shard.group)
+    result[sum(kept) :].zero_()
+    return result, shard.start
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> int:
+    return max(0, min(one[1], other[1]) - max(one[0], other[0]))
 
 
 def fitted(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -247,7 +247,7 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Any) -> Tensor:
-        ctx.weight = weight
+        ctx.weight, ctx.shape = weight, weight.shape
         ctx.set_materialize_grads(False)  # an optimiser may have used up the gradient
         local = weight.to_local()
         return local.view_as(local)
@@ -257,6 +257,7 @@ class _Local(torch.autograd.Function):
         from torch.distributed.tensor import DTensor
 
         weight, (grad,) = ctx.weight, grad_outputs
+        _validate_shards.same_size(ctx.shape, weight.shape)
         if grad is None:
             return None
         if grad.layout is torch.strided:

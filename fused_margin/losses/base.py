@@ -12,8 +12,10 @@ from typing_extensions import TypedDict, Unpack
 from fused_margin import (
     _centers,
     _compiled,
+    _growth,
     _names,
     _ops,
+    _remedies,
     _setup,
     _validate,
     _validate_settings,
@@ -231,6 +233,56 @@ class MarginSoftmaxLoss(nn.Module):
         if self.sampler is not None:
             self.sampler.reset_parameters()
 
+    def grow(
+        self, num_new: int, optimizer: Any = None, *, weight: torch.Tensor | None = None,
+        **of_new_classes: float | torch.Tensor | None,
+    ) -> range:  # fmt: skip
+        """Add classes to a loss that is being trained, between two steps.
+
+        The weights of the classes so far stay, with what the optimisers keep of them. The new ones
+        begin without momentum or moments. Parameters stay the same objects, so that optimisers and
+        their schedulers go on; the sampler goes on too. `AdaCosLoss` keeps the scale that its
+        batches have made (before the first it is that of the new number); the next batch adapts it
+        to all classes. `torch.optim.Adam` corrects its moments by a count of steps that is the
+        weight's as a whole, so that new rows' first updates are up to three times as long;
+        `optim.RowSparseAdam` counts for each row.
+
+        **Sharded** (`distributed.shard_classes`) it is a collective: every rank makes the same call
+        with the same arguments. Shards are cut anew, rows are sent to the ranks that hold them now,
+        and the result is that of one process with the same seed. No rank ever has more than its old
+        and its new shard.
+
+        **Memory**: old and new weights are there at once for a moment, then old and new of each
+        state of the optimiser, one after the other: 20 GB more for 10 million classes at D = 512 in
+        fp32. If that fails, go on from a checkpoint.
+
+        ```python
+        new = criterion.grow(len(new_people), optimizer)  # labels of the new classes
+        new = criterion.grow(2, optimizer, weight=class_means, class_weight=1.0, margin=0.3)
+        ```
+
+        A checkpoint from before has fewer classes: build a criterion of as many, load it, and grow.
+
+        Args:
+            num_new: how many, >= 1.
+            optimizer: the one that holds the weight, or several; each that has made a step with it.
+            weight: (num_new, D) of the new classes (num_new K rows with sub-centres), as means of
+                their embeddings; by default drawn from normal(0, 1/D).
+            of_new_classes: for each tensor with a number for each class, as ``class_weight``, a
+                margin, or what a subclass has registered: a number, or a tensor (num_new, ...).
+                None for one whose first dimension only happens to be C.
+
+        Returns:
+            The new classes.
+
+        Raises:
+            ValueError: the weight has a gradient, belongs to a module of DDP or FSDP2, or is held
+                by a graph; a tensor with a number for each class isn't named; an optimiser keeps
+                what can't grow. Nothing has changed then.
+        """
+        draws_normal = type(self).reset_parameters is MarginSoftmaxLoss.reset_parameters
+        return _growth.grow(self, num_new, optimizer, weight, of_new_classes, draws_normal)
+
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
@@ -239,6 +291,11 @@ class MarginSoftmaxLoss(nn.Module):
         name = f"{prefix}weight"
         if isinstance(state_dict.get(name), torch.Tensor):
             state_dict[name] = _shards.fitted(state_dict[name], self.weight)
+            given = state_dict[name]
+            if given.ndim == 2 and given.shape[1] == self.weight.shape[1]:
+                error_msgs += _remedies.of_other_classes(
+                    type(self).__name__, given.shape[0], self.weight.shape[0], self.sub_centers
+                )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

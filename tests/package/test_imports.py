@@ -79,13 +79,14 @@ LAYERS = (
         "_validate_others",
         "_validate_shards",
         "_validate_updates",
+        "_validate_growth",
     },
     {"margins"},
     {"negatives"},
     {"_cpu", "_triton", "_reference", "_loans", "_total", "_updates"},
     {"_schemas"},
     {"_ops", "_weight_sweeps", "_centers"},
-    {"_flops", "tuning", "_setup", "_collectives", "distributed"},
+    {"_flops", "tuning", "_setup", "_collectives", "_growth", "distributed"},
     {
         "functional",
         "regularizers",
@@ -98,7 +99,7 @@ LAYERS = (
     },
     {"losses"},
     {"compat", "schedules"},
-    {"convert"},
+    {"convert", "_rank_files"},
     {"__init__"},
 )
 

@@ -1,0 +1,223 @@
+"""New classes for a loss in training: rows of its weight, of the optimiser's state, of settings.
+
+Parameters keep their identity (`torch.utils.swap_tensors`), so that optimisers, schedulers and
+whoever else holds them go on. Everything that may be refused is refused before anything changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fused_margin import _setup, _validate, _validate_growth, _validate_shards
+from fused_margin.distributed import _shards
+from fused_margin.distributed._shards import ClassShard
+
+Tensor = torch.Tensor
+Optimizers = list[torch.optim.Optimizer]
+
+
+class _Sizes(NamedTuple):
+    """Of classes, each of which has ``sub_centers`` rows of the weight."""
+
+    old: int
+    added: int
+    sub_centers: int
+
+    def of(self, tensor: Tensor) -> tuple[int, int]:
+        """Rows of a tensor with one or K for each class: how many there are, how many come."""
+        rows = tensor.shape[0]
+        return rows, self.added * rows // self.old
+
+
+class _Report(NamedTuple):
+    """What one rank of the shards tells the others: what it is asked, or why it can't."""
+
+    asked: Any
+    seed: int
+    error: str
+
+
+class _Plan(NamedTuple):
+    """What changes beside the weight: parameters, and what is assigned, by name."""
+
+    sizes: _Sizes
+    optimizers: Optimizers
+    parameters: dict[str, tuple[nn.Parameter, Tensor]]
+    assigned: dict[str, Tensor]
+    asked: Any
+
+
+@torch.no_grad()
+def grow(
+    criterion: Any,
+    num_new: int,
+    optimizer: Any,
+    weight: Tensor | None,
+    of_new_classes: Mapping[str, Any],
+    draws_normal: bool,
+) -> range:
+    """See `MarginSoftmaxLoss.grow`; ``draws_normal``: whether that is how its weight is drawn."""
+    present: Any = criterion.weight
+    shard = ClassShard.of(present) if _validate.is_class_sharded(present) else None
+    seed = int(torch.randint(1 << 62, ()))
+    plan = error = None
+    try:
+        plan = _planned(criterion, num_new, optimizer, weight, of_new_classes, draws_normal)
+    except (TypeError, ValueError) as found:
+        error = found
+    if shard is not None:
+        asked = None if plan is None else plan.asked
+        reports, mine = shard.told(_Report(asked, seed, "" if error is None else str(error)))
+        if error is None:
+            _validate_growth.agreed(reports, mine)
+        seed = reports[0].seed
+    if plan is None:
+        assert error is not None
+        raise error
+    statistics = _at_their_start(criterion)
+    sizes, optimizers = plan.sizes, plan.optimizers
+    _grow_weight(present, sizes, weight, seed, optimizers)
+    for parameter, values in plan.parameters.values():
+        _exchange(parameter, torch.cat([parameter, values]), values.shape[0], optimizers)
+    for name, value in plan.assigned.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(criterion.get_submodule(owner), leaf, value)
+    for name in statistics:
+        getattr(criterion, name).fill_(criterion.initial_statistics()[name])
+    return range(sizes.old, sizes.old + sizes.added)
+
+
+def _planned(
+    criterion: Any,
+    num_new: int,
+    optimizer: Any,
+    weight: Tensor | None,
+    of_new_classes: Mapping[str, Any],
+    draws_normal: bool,
+) -> _Plan:
+    """Check everything, and make what is small."""
+    kind, present = type(criterion).__name__, criterion.weight
+    num_new = _validate.size("num_new", num_new, 1)
+    sizes = _Sizes(criterion.num_classes, num_new, criterion.sub_centers)
+    optimizers = _validate.optimizers(optimizer)
+    _validate_growth.not_wrapped(kind, _setup.wrapper_of(present))
+    _validate_growth.parameter("weight", present)
+    _validate_growth.held(kind, optimizers, present)
+    if _validate.is_class_sharded(present):
+        rows, ranks = sum(sizes.of(present)), ClassShard.of(present).ranks
+        _validate_shards.whole_classes(rows, ranks, sizes.sub_centers)
+    size = (sizes.added * sizes.sub_centers, criterion.embedding_size)
+    if weight is not None:
+        _validate_growth.rows(weight, size)
+    elif not draws_normal:
+        _validate_growth.own_draw(kind, size)
+    found = _per_class(criterion)
+    counts = {name: sizes.of(tensor)[1] for name, tensor in found.items()}
+    _validate_growth.names(kind, of_new_classes, found, counts)
+    parameters, assigned = {}, {}
+    for name, value in of_new_classes.items():
+        if value is None:
+            continue
+        before = found[name]
+        values = _validate_growth.values(name, value, before, counts[name])
+        if isinstance(before, nn.Parameter):
+            _validate_growth.parameter(name, before)
+            parameters[name] = before, values
+        else:
+            whole = torch.cat([before, values])
+            assigned[name] = criterion.settings.get(name, lambda given: given)(whole)
+    states = [
+        [(name, tuple(value.shape)) for name, value in _rows_of_state(one, parameter)]
+        for one in optimizers
+        for parameter in (present, *(each for each, _ in parameters.values()))
+    ]
+    given = {"weight": weight, **assigned, **{name: new for name, (_, new) in parameters.items()}}
+    sums = {name: _setup._checksum(tensor) for name, tensor in given.items()}
+    return _Plan(sizes, optimizers, parameters, assigned, (sizes.added, sums, states))
+
+
+def _per_class(criterion: Any) -> dict[str, Tensor]:
+    """Its tensors beside the weight with a row for each class, or for each row of the weight."""
+    counts = (criterion.num_classes, criterion.weight.shape[0])
+    named = dict(criterion.named_buffers(remove_duplicate=False))
+    named |= dict(criterion.named_parameters(remove_duplicate=False))
+    named |= {name: one for name, one in vars(criterion).items() if isinstance(one, Tensor)}
+    return {
+        name: tensor
+        for name, tensor in named.items()
+        if name != "weight" and tensor.ndim and tensor.shape[0] in counts
+    }
+
+
+def _rows_of_state(optimizer: torch.optim.Optimizer, parameter: Any) -> list[tuple[str, Tensor]]:
+    """What an optimiser keeps of each row of a parameter, by name."""
+    is_sharded = _validate.is_dtensor(parameter)
+    here = parameter.to_local().shape[0] if is_sharded else parameter.shape[0]
+    found = []
+    for name, value in sorted(optimizer.state.get(parameter, {}).items()):
+        if not isinstance(value, torch.Tensor):
+            is_fixed = isinstance(value, (bool, int, float, str, type(None)))
+        elif _validate.is_dtensor(value) and is_sharded:
+            like: Any = value
+            has_rows = value.shape[:1] == parameter.shape[:1]
+            if has_rows and like.placements == parameter.placements:
+                found.append((name, value))
+                continue
+            is_fixed = not has_rows and _is_of_all_rows(value)
+        else:
+            if value.shape[:1] == (here,):
+                found.append((name, value))
+                continue
+            is_fixed = _is_of_all_rows(value)
+        if not is_fixed:
+            _validate_growth.state(name, value)
+    return found
+
+
+def _is_of_all_rows(value: Tensor) -> bool:
+    """Whether a state has one number, or one for each column, as Adafactor's."""
+    return value.numel() == 1 or value.shape[0] == 1
+
+
+def _at_their_start(criterion: Any) -> list[str]:
+    """Statistics that no batch has changed yet: AdaCos's scale then follows the classes."""
+    return [
+        name
+        for name, value in criterion.initial_statistics().items()
+        if bool(getattr(criterion, name).float() == torch.tensor(value, dtype=torch.float32))
+    ]
+
+
+def _grow_weight(
+    parameter: Any, sizes: _Sizes, given: Tensor | None, seed: int, optimizers: Optimizers
+) -> None:
+    """Append rows to the weight: those given, or drawn ones, the same on any number of ranks."""
+    old, added = sizes.of(parameter)
+    local, first = _shards.grown(parameter, parameter, old, added)
+    rows, skipped = local[max(0, old - first) :], max(0, first - old)
+    if given is None:
+        _shards.draw_rows(rows, skipped, local.shape[1] ** -0.5, seed)
+    else:
+        rows.copy_(given[skipped : skipped + rows.shape[0]])
+    _exchange(parameter, local, added, optimizers)
+
+
+def _exchange(parameter: Any, local: Tensor, added: int, optimizers: Optimizers) -> None:
+    """Give a parameter other contents, and rows of zeros to what optimisers keep of it."""
+    names = [(one, [name for name, _ in _rows_of_state(one, parameter)]) for one in optimizers]
+    old = parameter.shape[0]
+    new: Any = nn.Parameter(_shards.like(parameter, local, old + added), parameter.requires_grad)
+    vars(new).update(vars(parameter))  # what others have set
+    torch.utils.swap_tensors(parameter, new)
+    del new, local
+    for optimizer, found in names:
+        state: Any = optimizer.state[parameter]
+        for name in found:  # one after the other, so that one is there twice at a time
+            value = state.pop(name)
+            more, _ = _shards.grown(value, parameter, old, added)
+            state[name] = _shards.like(value, more, old + added)
+            del value, more

@@ -1,0 +1,149 @@
+"""Errors of a loss that gets new classes, with the remedy in the message."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from fused_margin import _validate
+
+# the Python object, and one node that accumulates gradients, as a loss that is still there keeps it
+_OWN_REFERENCES = 2
+
+
+def parameter(name: str, value: Any) -> None:
+    """Check that a parameter can take the place of another size, and keep its identity."""
+    if not isinstance(value, nn.Parameter):
+        raise TypeError(
+            f"{name} is no parameter ({type(value).__name__}), so that there is nothing to grow;"
+            " grow the criterion itself, before it is parametrized or wrapped"
+        )
+    if value.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device; build the criterion with as many classes as it needs"
+        )
+    if value.grad is not None:
+        raise ValueError(
+            f"{name} has a gradient, which growing would lose: call optimizer.step() if it is to be"
+            " used, and optimizer.zero_grad()"
+        )
+    hooks: Any = value
+    if hooks._backward_hooks or hooks._post_accumulate_grad_hooks:
+        raise ValueError(
+            f"{name} has hooks, which growing would lose; remove them, and register them afterwards"
+        )
+    if weakref.getweakrefs(value) or hooks._use_count() > _OWN_REFERENCES:
+        raise ValueError(
+            f"something besides the criterion holds {name}: a loss whose backward wasn't called, or"
+            " weak references to it; drop these first, as with del loss"
+        )
+
+
+def not_wrapped(name: str, wrapper: nn.Module | None) -> None:
+    """Check that nothing has made buckets or shards of the old size."""
+    if wrapper is not None:
+        kind = type(wrapper).__name__
+        raise ValueError(
+            f"the class weights of this {name} belong to a module of {kind}, which keeps their old"
+            " size: take the criterion out (ddp.module; then del ddp), grow it, and wrap it anew."
+            " Weights of fully_shard() can't grow: load them into a criterion of the new size, or"
+            " split the classes by fused_margin.distributed.shard_classes, which can"
+        )
+
+
+def held(name: str, optimizers: Collection[Any], weight: Any) -> None:
+    """Check that what was given as optimisers has to do with the weight."""
+    groups = [group for one in optimizers for group in one.param_groups]
+    if optimizers and not any(weight is one for group in groups for one in group["params"]):
+        raise ValueError(
+            f"the optimizer doesn't hold the class weights of this {name}; give the one that does,"
+            " or none if there is none yet"
+        )
+
+
+def own_draw(name: str, size: tuple[int, int]) -> NoReturn:
+    """A loss that draws its weights otherwise."""
+    raise ValueError(
+        f"{name} has a reset_parameters of its own, so how its rows are drawn isn't known here:"
+        f" pass weight=, {size}, drawn as it draws them, as 0.01 * torch.randn{size}"
+    )
+
+
+def rows(value: Any, size: tuple[int, int]) -> None:
+    """Check the weights that are given for the new classes."""
+    _validate._tensor("weight", value)
+    _validate.plain("weight", value)
+    _validate._dense("weight", value)
+    if tuple(value.shape) != size:
+        raise ValueError(
+            f"weight must have shape {size}, one row for each new class"
+            f" (sub_centers rows with sub-centres), got {tuple(value.shape)}"
+        )
+    if not bool(value.isfinite().all()):
+        raise ValueError("weight of the new classes must be finite; it has NaN or infinite rows")
+
+
+def names(
+    kind: str,
+    given: Mapping[str, Any],
+    found: Mapping[str, torch.Tensor],
+    counts: Mapping[str, int],
+) -> None:
+    """Check that each tensor with a number for each class is given more of them, and none else."""
+    unknown = sorted(given.keys() - found.keys())
+    if unknown:
+        there = f"it has {', '.join(found)}" if found else "it has none"
+        raise ValueError(
+            f"this {kind} has no tensor {unknown[0]} with a number for each class; {there}"
+        )
+    missing = [name for name in found if name not in given]
+    if missing:
+        calls = ", ".join(
+            f"{name}=a number or a tensor {(counts[name], *found[name].shape[1:])}"
+            for name in missing
+        )
+        raise ValueError(
+            f"this {kind} has tensors with a number for each class: give those of the new classes,"
+            f" grow(..., {calls}), or None where the first dimension isn't that of classes"
+        )
+
+
+def values(name: str, value: Any, like: torch.Tensor, count: int) -> torch.Tensor:
+    """What new classes have in a tensor that is like ``like``, (count, ...)."""
+    shape = (count, *like.shape[1:])
+    if not isinstance(value, torch.Tensor):
+        number = _validate._real(name, value, f"a number or a tensor of shape {shape}")
+        return torch.full(shape, number, dtype=like.dtype, device=like.device)
+    _validate.plain(name, value)
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name} of the new classes must have shape {shape}, got {tuple(value.shape)}"
+        )
+    return value.detach().to(device=like.device, dtype=like.dtype)
+
+
+def state(name: str, value: Any) -> NoReturn:
+    """What an optimiser keeps of the weight, and nobody can say how it grows."""
+    shown = f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
+    raise ValueError(
+        f"the optimizer keeps {name}, {shown}, of the class weights, which has no row for each"
+        " class and can't grow: let it start anew, optimizer.state.pop(criterion.weight), or grow"
+        " before it is built"
+    )
+
+
+def agreed(reports: list[Any], mine: int) -> None:
+    """Check that all ranks ask for the same; every rank raises."""
+    for rank, report in enumerate(reports):
+        if report.error and rank != mine:
+            raise ValueError(f"rank {rank} of the shards can't grow: {report.error}")
+    asked = [report.asked for report in reports]
+    if any(one != asked[0] for one in asked):
+        raise ValueError(
+            "ranks ask for different growths (new classes, sums of the bits of what is given,"
+            f" optimisers' states), by rank: {asked}; give each rank the same"
+        )

@@ -1,0 +1,372 @@
+"""New classes for a loss in training: what stays, what is new, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from sharded_cases import CRITERIA, FP64, TOO_FEW
+from torch import Tensor, nn
+from two_processes import Pair
+
+# Not imported at all where torch has no gloo: two_processes skips the file.
+# isort: split
+from torch.nn.parallel import DistributedDataParallel
+
+import fused_margin as fm
+from fused_margin import _setup
+from fused_margin.compat import insightface, pml
+from fused_margin.distributed import _shards
+from fused_margin.optim import RowSparseAdam, RowSparseSGD
+
+OLD, NEW, DIM = 7, 3, 6
+ALL = OLD + NEW
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
+    "sgd without momentum": lambda p: torch.optim.SGD(p, 0.1),
+    "adam": lambda p: torch.optim.Adam(p, 0.1, amsgrad=True),
+    "adamw, foreach": lambda p: torch.optim.AdamW(p, 0.1, foreach=True),
+    "adam, fused": lambda p: torch.optim.Adam(p, 0.1, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.5, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
+    "adafactor": lambda p: torch.optim.Adafactor(p, 0.1),
+    "row-sparse sgd": lambda p: RowSparseSGD(p, 0.1, 0.9, 0.01),
+    "row-sparse adam": lambda p: RowSparseAdam(p, 0.1),
+}
+
+
+def _batch(num_classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(8, DIM, generator=generator, dtype=FP64)
+    return x, torch.randint(num_classes, (8,), generator=generator)
+
+
+def _train(criterion: Any, *optimizers: Any, steps: int = 3, seed: int = 0) -> Tensor:
+    """The last loss, which holds its graph as the variable of a training loop does."""
+    loss = torch.zeros(())
+    for step in range(steps):
+        x, labels = _batch(criterion.num_classes, seed + step)
+        loss = criterion(x.requires_grad_(), labels)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return loss
+
+
+def _padded(value: Any, rows: int) -> Any:
+    if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != rows:
+        return copy.deepcopy(value)
+    return torch.cat([value, value.new_zeros(NEW, *value.shape[1:])])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_as_with_all_classes_and_that_state(name: str) -> None:
+    criterion = fm.ArcFaceLoss(OLD, DIM, scale=8.0, dtype=FP64)
+    optimizer = OPTIMIZERS[name](criterion.parameters())
+    last = _train(criterion, optimizer)
+    weight, before = criterion.weight, criterion.weight.detach().clone()
+    state = {key: _padded(value, OLD) for key, value in optimizer.state[weight].items()}
+
+    given = torch.randn(NEW, DIM, dtype=FP64)
+    assert criterion.grow(NEW, optimizer, weight=given) == range(OLD, ALL)
+    assert criterion.weight is weight
+    assert criterion.num_classes == ALL
+    torch.testing.assert_close(criterion.weight, torch.cat([before, given]), rtol=0, atol=0)
+    for key, value in state.items():
+        torch.testing.assert_close(optimizer.state[weight][key], value, rtol=0, atol=0)
+
+    other = fm.ArcFaceLoss(ALL, DIM, scale=8.0, dtype=FP64)
+    with torch.no_grad():
+        other.weight.copy_(criterion.weight)
+    expected = OPTIMIZERS[name](other.parameters())
+    expected.state[other.weight] = state
+    for one, opt in ((criterion, optimizer), (other, expected)):
+        _train(one, opt, seed=10)
+    torch.testing.assert_close(criterion.weight, other.weight, rtol=0, atol=0)
+    assert (criterion.weight[OLD:] != given).any(dim=1).all()
+    assert not last.isnan()
+
+
+def test_drawn_rows_are_those_of_the_seed_and_of_norm_one() -> None:
+    criterion = fm.CosFaceLoss(OLD, 400)
+    torch.manual_seed(5)
+    criterion.grow(2000)
+    torch.manual_seed(5)
+    expected = torch.empty(2000, 400)
+    _shards.draw_rows(expected, 0, 400**-0.5, int(torch.randint(1 << 62, ())))
+    assert torch.equal(criterion.weight[OLD:], expected)
+    assert criterion.weight[OLD:].norm(dim=1).mean().item() == pytest.approx(1.0, rel=0.01)
+    assert isinstance(criterion.weight, nn.Parameter)
+    assert criterion.weight.requires_grad
+
+
+def test_twice_frozen_and_with_attributes() -> None:
+    criterion = fm.CosFaceLoss(OLD, DIM)
+    criterion.weight.requires_grad_(False)
+    mark: Any = criterion.weight
+    mark.lr_scale = 10.0
+    assert criterion.grow(1) == range(OLD, OLD + 1)
+    assert criterion.grow(2) == range(OLD + 1, ALL)
+    assert not criterion.weight.requires_grad
+    assert mark.lr_scale == 10.0
+
+
+def test_several_optimizers_and_a_scheduler() -> None:
+    criterion = fm.CosFaceLoss(OLD, DIM, dtype=FP64)
+    backbone = nn.Linear(2, 2)
+    optimizers = [OPTIMIZERS["sgd"](one.parameters()) for one in (backbone, criterion)]
+    schedule = torch.optim.lr_scheduler.StepLR(optimizers[1], 2, 0.5)
+    _train(criterion, optimizers[1])
+    schedule.step()
+    criterion.grow(NEW, optimizers)
+    _train(criterion, optimizers[1])
+    schedule.step()
+    assert optimizers[1].param_groups[0]["lr"] == 0.05
+    copied = OPTIMIZERS["sgd"](criterion.parameters())
+    copied.load_state_dict(optimizers[1].state_dict())
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_every_loss(name: str) -> None:
+    criterion = CRITERIA[name](max(OLD, TOO_FEW.get(name, 0)), dtype=FP64)
+    optimizer = OPTIMIZERS["sgd"](criterion.parameters())
+    _train(criterion, optimizer) if criterion.reduction != "none" else None
+    given = {
+        key: torch.linspace(0.2, 0.4, NEW, dtype=FP64)
+        for key in criterion.settings
+        if isinstance(getattr(criterion, key), Tensor) and getattr(criterion, key).numel() > 1
+    }
+    before = criterion.weight.detach().clone()
+    criterion.grow(NEW, optimizer, **given)
+    assert torch.equal(criterion.weight[: len(before)], before)
+    assert criterion.weight.shape[0] == ALL * criterion.sub_centers
+    for key, value in given.items():
+        assert torch.equal(getattr(criterion, key)[OLD:], value)
+        assert key not in criterion.state_dict()
+    if criterion.reduction != "none":
+        _train(criterion, optimizer)
+    repr(criterion)
+
+
+def test_settings_of_each_class() -> None:
+    margin, counts = torch.linspace(0.1, 0.5, OLD), torch.linspace(1.0, 2.0, OLD)
+    criterion: Any = fm.ArcFaceLoss(OLD, DIM, margin, class_weight=counts)
+    before = criterion.weight.detach().clone()
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"margin": 0.3}, r"class_weight=a number or a tensor \(3,\)"),
+        ({"margin": 4.0, "class_weight": 1.0}, "margin"),
+        ({"margin": torch.ones(2), "class_weight": 1.0}, r"margin .* must have shape \(3,\)"),
+        ({"margin": 0.3, "class_weight": -1.0}, "class_weight must be finite and >= 0"),
+        ({"margin": 0.3, "class_weight": 1.0, "scale": 2.0}, "no tensor scale .* class_weight"),
+        ({"margin": "0.3", "class_weight": 1.0}, "margin must be a number or a tensor"),
+    ]
+    for given, message in wrong:
+        with pytest.raises((ValueError, TypeError), match=message):
+            criterion.grow(NEW, **given)
+        assert torch.equal(criterion.weight, before)
+        assert criterion.margin.shape == (OLD,)
+    criterion.grow(NEW, margin=torch.full((NEW,), 0.2), class_weight=3.0)
+    assert torch.equal(criterion.margin, torch.cat([margin, torch.full((NEW,), 0.2)]))
+    assert torch.equal(criterion.class_weight[OLD:], torch.full((NEW,), 3.0))
+    assert list(criterion.state_dict()) == ["weight"]
+
+
+class Own(fm.MarginSoftmaxLoss):
+    """Numbers for each class of every kind, and a buffer of as many that isn't one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(OLD, DIM, 8.0, dtype=FP64, **options)
+        self.register_buffer("sizes", torch.arange(OLD))
+        self.offsets = nn.Parameter(torch.zeros(OLD, dtype=FP64))
+        self.inner = nn.Module()
+        self.inner.register_buffer("means", torch.ones(OLD, 2), persistent=False)
+        self.names = torch.arange(OLD)
+        self.register_buffer("window", torch.zeros(OLD))
+
+    def psi(self, embeddings: Tensor, labels: Tensor) -> Any:
+        return lambda u: u - self.offsets[labels.clamp(0, self.num_classes - 1)]
+
+
+def test_what_a_subclass_registers() -> None:
+    criterion: Any = Own()
+    optimizer = OPTIMIZERS["adam"](criterion.parameters())
+    _train(criterion, optimizer)
+    offsets = criterion.offsets
+    with pytest.raises(ValueError, match=r"sizes=.*inner.means=a number or a tensor \(3, 2\)"):
+        criterion.grow(NEW, optimizer, offsets=0.0)
+    given: dict[str, Any] = {"inner.means": torch.zeros(NEW, 2), "window": None}
+    criterion.grow(NEW, optimizer, offsets=0.25, sizes=torch.tensor([4, 5, 6]), names=7, **given)
+    assert criterion.offsets is offsets
+    assert offsets.shape == (ALL,)
+    assert (offsets[OLD:] == 0.25).all()
+    assert optimizer.state[offsets]["max_exp_avg_sq"].shape == (ALL,)
+    assert criterion.sizes[OLD:].tolist() == [4, 5, 6]
+    assert criterion.names[OLD:].tolist() == [7, 7, 7]
+    assert criterion.inner.means.shape == (ALL, 2)
+    assert criterion.window.shape == (OLD,)
+    assert set(criterion.state_dict()) == {"weight", "offsets", "sizes", "window"}
+    _train(criterion, optimizer)
+
+
+def test_sub_centers_have_their_rows_together() -> None:
+    criterion = fm.ArcFaceLoss(OLD, DIM, sub_centers=2)
+    before = criterion.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"weight must have shape \(6, 6\)"):
+        criterion.grow(NEW, weight=torch.randn(NEW, DIM))
+    given = torch.randn(2 * NEW, DIM)
+    criterion.grow(NEW, weight=given)
+    assert criterion.num_classes == ALL
+    assert torch.equal(criterion.weight, torch.cat([before, given]))
+
+
+def test_the_sampler_goes_on() -> None:
+    """As one that has had all classes from this step on."""
+    criterion = fm.sampling.sample_negatives(fm.CosFaceLoss(OLD, DIM, dtype=FP64), 0.5, seed=3)
+    optimizer = RowSparseSGD(criterion.parameters(), 0.1, 0.9)
+    _train(criterion, optimizer)
+    criterion.grow(NEW, optimizer)
+    assert criterion.sampler.step == 3
+    other = fm.sampling.sample_negatives(fm.CosFaceLoss(ALL, DIM, dtype=FP64), 0.5, seed=3)
+    other.load_state_dict(criterion.state_dict())
+    x, labels = _batch(ALL)
+    assert criterion(x, labels) == other(x, labels)
+
+
+def test_scales_that_follow_the_classes() -> None:
+    fixed = fm.FixedAdaCosLoss(OLD, DIM)
+    fixed.grow(NEW)
+    assert fixed.scale == fm.FixedAdaCosLoss(ALL, DIM).scale
+    fresh = fm.AdaCosLoss(OLD, DIM, dtype=FP64)
+    fresh.grow(NEW)
+    assert fresh.scale == fm.AdaCosLoss(ALL, DIM).scale
+    trained = fm.AdaCosLoss(OLD, DIM, dtype=FP64)
+    trained(*_batch(OLD))
+    scale = trained.scale.clone()
+    trained.grow(NEW)
+    assert trained.scale == scale
+    assert trained.double().scale.dtype is FP64
+
+
+def test_refusals() -> None:
+    criterion = fm.ArcFaceLoss(OLD, DIM, dtype=FP64)
+    optimizer = OPTIMIZERS["sgd"](criterion.parameters())
+    before = criterion.weight.detach().clone()
+
+    def refuses(match: str, *arguments: Any, **given: Any) -> None:
+        with pytest.raises((ValueError, TypeError), match=match):
+            criterion.grow(*arguments, **given)
+        assert torch.equal(criterion.weight, before)
+
+    refuses("num_new must be >= 1, got 0", 0)
+    refuses("optimizer must be a torch.optim.Optimizer", NEW, criterion.parameters())
+    refuses("doesn't hold the class weights", NEW, OPTIMIZERS["sgd"](nn.Linear(2, 2).parameters()))
+    refuses(r"weight must have shape \(3, 6\)", NEW, weight=torch.randn(NEW, DIM + 1))
+    refuses("must be fp16, bf16", NEW, weight=torch.ones(NEW, DIM, dtype=torch.int64))
+    refuses("must be finite", NEW, weight=torch.full((NEW, DIM), float("nan")))
+    refuses("weight must be a tensor, got list", NEW, weight=[1.0])
+    x, labels = _batch(OLD)
+    loss = criterion(x, labels)
+    refuses("whose backward wasn't called", NEW, optimizer)
+    loss.backward()
+    refuses("has a gradient, which growing would lose", NEW, optimizer)
+    criterion.weight.grad = None
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        handle = getattr(criterion.weight, register)(lambda grad: None)
+        refuses("has hooks", NEW, optimizer)
+        handle.remove()
+    lbfgs = torch.optim.LBFGS(criterion.parameters())
+    lbfgs.step(lambda: criterion(x, labels).backward() or torch.zeros(()))
+    criterion.weight.grad = None
+    before = criterion.weight.detach().clone()
+    refuses("the optimizer keeps .* can't grow", NEW, lbfgs)
+    optimizer.state[criterion.weight] = {"buckets": torch.zeros(5)}
+    refuses(r"keeps buckets, a tensor \(5,\)", NEW, optimizer)
+    optimizer.state.clear()
+    assert criterion.grow(NEW, optimizer) == range(OLD, ALL)
+
+
+def test_refusals_of_kinds() -> None:
+    with torch.device("meta"):
+        criterion = fm.ArcFaceLoss(OLD, DIM)
+    with pytest.raises(ValueError, match="meta device"):
+        criterion.grow(NEW)
+    with pytest.raises(ValueError, match=r"convert.from_pml\(loss\) makes a loss that can"):
+        pml.ArcFaceLoss(OLD, DIM).grow(NEW)
+    head = insightface.PartialFC_V2(insightface.CosFace(), DIM, OLD)
+    with pytest.raises(ValueError, match=r"reset_parameters of its own.*pass weight=, \(3, 6\)"):
+        head.grow(NEW)
+    head.grow(NEW, weight=0.01 * torch.randn(NEW, DIM))
+    assert head.num_classes == ALL
+    parametrized: Any = fm.ArcFaceLoss(OLD, DIM)
+    nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Tanh())
+    with pytest.raises(TypeError, match="weight is no parameter"):
+        parametrized.grow(NEW)
+
+
+def test_a_checkpoint_of_other_sizes_says_what_to_do() -> None:
+    small = fm.ArcFaceLoss(OLD, DIM, sub_centers=2)
+    grown = copy.deepcopy(small)
+    grown.grow(NEW)
+    with pytest.raises(RuntimeError, match=r"num_classes=7, load it, and .* criterion.grow\(3"):
+        grown.load_state_dict(small.state_dict())
+    with pytest.raises(RuntimeError, match="num_classes=10, as it had when it was saved"):
+        small.load_state_dict(grown.state_dict(), strict=False)
+    with pytest.raises(RuntimeError, match="other sub-centres than 2"):
+        small.load_state_dict({"weight": torch.zeros(5, DIM)})
+    again = fm.ArcFaceLoss(ALL, DIM, sub_centers=2)
+    again.load_state_dict(grown.state_dict())
+
+
+def test_compiled_code_takes_the_new_classes() -> None:
+    criterion = fm.CosFaceLoss(OLD, DIM, dtype=FP64)
+    compiled = torch.compile(criterion, backend="aot_eager")
+    compiled(*_batch(OLD))
+    criterion.grow(NEW)
+    x, labels = _batch(ALL)
+    assert compiled(x, labels) == criterion(x, labels)
+
+
+def wrapped() -> list[str]:
+    """Refused while the criterion is in DDP; grown and wrapped anew it trains on."""
+    torch.manual_seed(3)
+    criterion = fm.CosFaceLoss(OLD, DIM, dtype=FP64)
+    optimizer = torch.optim.SGD(criterion.parameters(), 0.1, 0.9)
+    ddp: Any = DistributedDataParallel(criterion)
+    _train_wrapped(ddp, optimizer)
+    said = []
+    try:
+        ddp.module.grow(NEW, optimizer)
+    except ValueError as error:
+        said.append(str(error))
+    del ddp
+    criterion.grow(NEW, optimizer)
+    ddp = DistributedDataParallel(criterion)
+    _train_wrapped(ddp, optimizer)
+    fm.check_setup(ddp, optimizer)
+    return said
+
+
+def _train_wrapped(ddp: Any, optimizer: Any) -> None:
+    for step in range(2):
+        x, labels = _batch(ddp.module.num_classes, step + 5 * torch.distributed.get_rank())
+        optimizer.zero_grad()
+        ddp(x, labels).backward()
+        optimizer.step()
+    fm.check_setup(ddp, optimizer)
+    optimizer.zero_grad()
+
+
+def test_in_ddp(pair: Pair) -> None:
+    for said in pair.run(wrapped):
+        assert len(said) == 1
+        assert re.search(r"DistributedDataParallel.*take the criterion out.*wrap it anew", said[0])
+
+
+def test_only_what_wraps_the_weight_counts() -> None:
+    assert _setup.wrapper_of(fm.CosFaceLoss(OLD, DIM).weight) is None
