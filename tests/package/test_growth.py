@@ -21,7 +21,7 @@ import fused_margin as fm
 from fused_margin import _setup
 from fused_margin.compat import insightface, pml
 from fused_margin.distributed import _shards
-from fused_margin.optim import RowSparseAdam, RowSparseSGD
+from fused_margin.optim import RowSparseAdam, RowSparseSGD, SGDInBackward
 
 OLD, NEW, DIM = 7, 3, 6
 ALL = OLD + NEW
@@ -36,6 +36,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
     "adafactor": lambda p: torch.optim.Adafactor(p, 0.1),
     "row-sparse sgd": lambda p: RowSparseSGD(p, 0.1, 0.9, 0.01),
+    "sgd in the backward": lambda p: SGDInBackward(p, 0.1, 0.9, 0.01),
     "row-sparse adam": lambda p: RowSparseAdam(p, 0.1),
 }
 
