@@ -9,12 +9,14 @@ as many ranks as it is started with: batches are drawn by the step's number, who
 rows, and losses are summed over the batch, so that only the order of sums depends on the ranks.
 
 A checkpoint is written under another name and renamed when every rank is done: one that a kill cut
-short is never loaded.
+short is never loaded. It says what it was trained with, and another loss, number of identities,
+embedding size or seed of the data is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -38,6 +40,7 @@ import fused_margin as fm
 
 FEATURES, NOISE = 64, 0.7
 KEPT = 2  # complete checkpoints
+SETTINGS = "settings.json"  # in each
 TEST_ROWS = 2048
 
 
@@ -88,6 +91,16 @@ class Training:
         groups = [{"params": self.backbone.parameters()}, {"params": criterion.parameters()}]
         self.optimizer = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
         self.step = 0
+
+    @property
+    def trained_with(self) -> dict[str, Any]:
+        """What a checkpoint fits: of other settings it has other weights, or other people."""
+        return {
+            "loss": f"{type(self.criterion).__name__}, scale {self.criterion.scale:g}",
+            "identities": self.settings.identities,
+            "dim": self.settings.dim,
+            "seed": self.settings.seed,
+        }
 
     def train_step(self) -> Tensor:
         """The mean loss over the batch of all ranks."""
@@ -145,6 +158,10 @@ def save(training: Training, folder: Path) -> None:
     write(training.state(), checkpoint_id=part)  # its files are synchronised to the disk
     dist.barrier()
     if is_first:
+        with (part / SETTINGS).open("w", encoding="utf-8") as file:
+            json.dump(training.trained_with, file)
+            file.flush()
+            os.fsync(file.fileno())
         part.rename(final)
         _synchronise(folder)
         for path in complete(folder)[:-KEPT]:
@@ -160,11 +177,32 @@ def _synchronise(folder: Path) -> None:
     os.close(handle)
 
 
-def newest(folder: Path) -> Path | None:
-    """The checkpoint that all ranks load: what rank 0 finds."""
-    found: list[Any] = [complete(folder)[-1:] if dist.get_rank() == 0 else None]
+def newest(folder: Path, trained_with: dict[str, Any]) -> Path | None:
+    """The checkpoint that all ranks load: what rank 0 finds, if it is of such a training."""
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        paths = complete(folder)[-1:]
+        found = [paths, difference(paths[0], trained_with) if paths else None]
     dist.broadcast_object_list(found)
-    return found[0][0] if found[0] else None
+    paths, what = found
+    if what is not None:
+        dist.destroy_process_group()
+        message = f"error: {what}; give the same settings, or another --checkpoints folder"
+        raise SystemExit(message)
+    return paths[0] if paths else None
+
+
+def difference(checkpoint: Path, trained_with: dict[str, Any]) -> str | None:
+    """What a checkpoint was trained with that differs; None if nothing does."""
+    path = checkpoint / SETTINGS
+    if not path.is_file():
+        return f"{checkpoint} has no {SETTINGS}, so it isn't of this example"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    names = [name for name in trained_with if saved.get(name) != trained_with[name]]
+    if not names:
+        return None
+    pairs = (f"{name} {saved.get(name)}, not {trained_with[name]}" for name in names)
+    return f"{checkpoint} was trained with {'; '.join(pairs)}"
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -226,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = start(settings.timeout)
     is_first = dist.get_rank() == 0
     training = Training(settings, device)
-    folder = newest(settings.checkpoints)
+    folder = newest(settings.checkpoints, training.trained_with)
     if folder is not None:
         training.load(folder)
     if is_first:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fused_margin import _remedies, _validate
+from fused_margin import _remedies, _validate, _validate_shards
 
 __all__ = ["UnsynchronizedWeightsWarning", "WeightDecayWarning", "check_setup"]
 
@@ -28,6 +28,7 @@ _BLOCK = 1 << 18  # elements at a time, whose int64 copies, 2 MiB, stay in cache
 # Calls that trained a criterion while nothing could be said about it; afterwards `_DECIDED`.
 _calls: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _DECIDED = -1
+_sampled_calls: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 REMEDY = (
     "wrap the criterion too, criterion = DistributedDataParallel(criterion), or make it a"
@@ -84,13 +85,14 @@ def _data_parallel_modules() -> list[nn.Module]:
     return [one for one in _wrappers() if not isinstance(one, ddp) or _ranks(one.process_group) > 1]
 
 
-def wrapper_of(weight: Any) -> nn.Module | None:
-    """A module of DDP or FSDP2 that the weight is a parameter of; None if there is none."""
+def wrapper_of(weight: Any) -> str | None:
+    """What has made a module of which the weight is a parameter; None if nothing has."""
 
-    def search() -> nn.Module | None:
+    def search() -> str | None:
         for module in _wrappers():
             if any(parameter is weight for parameter in module.parameters()):
-                return module
+                is_ddp = isinstance(module, nn.parallel.DistributedDataParallel)
+                return "DistributedDataParallel" if is_ddp else "fully_shard()"
         return None
 
     if search() is None:
@@ -139,6 +141,53 @@ def warn_if_unsynchronized(criterion: nn.Module, weight: Any = None) -> None:
         UnsynchronizedWeightsWarning,
         stacklevel=6,  # the caller of the criterion, past forward's two frames and nn.Module's two
     )
+
+
+def check_sampled(criterion: nn.Module, weight: Any) -> None:
+    """Refuse wrappers and optimisers that can't do with the sparse gradient of sampled classes.
+
+    Before anything is trained with it, and searched for as in `warn_if_unsynchronized`: until an
+    optimiser is found that holds the weight.
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
+        return
+    calls = _sampled_calls.get(criterion, 0) + 1
+    if calls == _DECIDED + 1:
+        return
+    if calls & (calls - 1) == 0:
+        wrapper, is_sharded = wrapper_of(weight), _validate.is_class_sharded(weight)
+        if wrapper is not None:
+            _validate_shards.sampled_in(wrapper)
+        kinds = _with_subclasses([torch.optim.Optimizer])
+        found = _holding((one for one in gc.get_objects() if type(one) in kinds), weight)
+        # one that nobody steps any more may still be there beside the one that fits
+        if found and not any(_validate_shards.takes_sparse(*one, is_sharded) for one in found):
+            _validate_shards.sampled_by(found[0][0], is_sharded)
+        calls = _DECIDED if found else calls
+    _sampled_calls[criterion] = calls
+
+
+def _holding(optimizers: Iterable[Any], weight: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """The optimisers that have the weight, with its group."""
+    return [
+        (one, group)
+        for one in optimizers
+        for group in getattr(one, "param_groups", ())
+        if any(parameter is weight for parameter in group["params"])
+    ]
+
+
+def _check_optimizers_of_samplers(
+    criterion: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> None:
+    """Refuse optimisers that don't take the gradients of criteria with a sampler."""
+    for module in criterion.modules():
+        sampler, weight = getattr(module, "sampler", None), getattr(module, "weight", None)
+        if sampler is not None and hasattr(module, "psi") and sampler.rate < 1.0:
+            is_sharded = _validate.is_class_sharded(weight)
+            for optimizer, group in _holding(optimizers, weight):
+                if not _validate_shards.takes_sparse(optimizer, group, is_sharded):
+                    _validate_shards.sampled_by(optimizer, is_sharded)
 
 
 class _Report(NamedTuple):
@@ -226,7 +275,8 @@ def check_setup(
     Raises:
         TypeError: ``criterion`` is no module, or ``optimizer`` no ``torch.optim.Optimizer``.
         ValueError: ``criterion`` has no parameters, or ``optimizer`` lacks some of them on a rank,
-            or two optimisers hold the same.
+            or two optimisers hold the same, or one doesn't take the sparse gradient of sampled
+            classes: the error says which do.
         RuntimeError: the parameters or their gradients differ between ranks.
 
     Warns:
@@ -244,6 +294,7 @@ def check_setup(
     forgotten = sorted({item.name for report in reports for item in report if item.is_forgotten})
     shared = sorted({item.name for report in reports for item in report if item.is_shared})
     _validate.setup(name, forgotten, shared, has_parameters=all(reports))
+    _check_optimizers_of_samplers(criterion, optimizers)
     _warn_of_weight_decay(criterion, optimizers)
     if len({tuple(item[:3] for item in report) for report in reports}) > 1:
         raise RuntimeError(

@@ -43,15 +43,14 @@ def parameter(name: str, value: Any) -> None:
         )
 
 
-def not_wrapped(name: str, wrapper: nn.Module | None) -> None:
+def not_wrapped(name: str, wrapper: str | None) -> None:
     """Check that nothing has made buckets or shards of the old size."""
     if wrapper is not None:
-        kind = type(wrapper).__name__
         raise ValueError(
-            f"the class weights of this {name} belong to a module of {kind}, which keeps their old"
-            " size: take the criterion out (ddp.module; then del ddp), grow it, and wrap it anew."
-            " Weights of fully_shard() can't grow: load them into a criterion of the new size, or"
-            " split the classes by fused_margin.distributed.shard_classes, which can"
+            f"the class weights of this {name} belong to a module of {wrapper}, which keeps their"
+            " old size: take the criterion out (ddp.module; then del ddp), grow it, and wrap it"
+            " anew. Weights of fully_shard() can't grow: load them into a criterion of the new"
+            " size, or split the classes by fused_margin.distributed.shard_classes, which can"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -85,6 +85,47 @@ def no_copies(replicas: tuple[Any, ...]) -> None:
             " copies, which would sample other rows; split the classes over all ranks, or set"
             " criterion.sampler.rate = 1.0"
         )
+
+
+def sampled_in(wrapper: str) -> NoReturn:
+    """DDP or FSDP2 around a criterion with a sampler."""
+    raise ValueError(
+        f"the gradient of sampled classes is sparse, which {wrapper} can't average;"
+        " split the classes over the ranks instead, fused_margin.distributed.shard_classes("
+        "criterion), and wrap the backbone alone; or set criterion.sampler.rate = 1.0"
+    )
+
+
+def takes_sparse(optimizer: Any, group: Any, is_sharded: bool) -> bool:
+    """Whether an optimiser updates weights by gradients of some rows; those not of torch may."""
+    kind = type(optimizer)
+    if kind.__name__ == "SGDInBackward":
+        return False
+    if not kind.__module__.startswith("torch.optim"):
+        return True
+    if group.get("fused") or group.get("weight_decay"):
+        return False
+    return kind.__name__ == "SGD" or (not is_sharded and kind.__name__ in ("SparseAdam", "Adagrad"))
+
+
+def sampled_by(optimizer: Any, is_sharded: bool) -> NoReturn:
+    """An optimiser that doesn't take the sparse gradient of sampled classes."""
+    others = "" if is_sharded else ", as SparseAdam and Adagrad do"
+    raise ValueError(
+        f"{type(optimizer).__name__} with these settings doesn't take the sparse gradient of"
+        " sampled classes; use fused_margin.optim.RowSparseSGD (momentum, weight decay) or"
+        " RowSparseAdam for criterion.parameters(), which update the sampled rows alone. torch's"
+        f" SGD takes it without weight_decay and fused{others}; at criterion.sampler.rate = 1.0"
+        " any does"
+    )
+
+
+def norm_type(value: float) -> float:
+    """Check which norm of gradients is asked for."""
+    number = _validate._real("norm_type", value, "a number")
+    if not number > 0:
+        raise ValueError(f"norm_type must be > 0, got {number:g}; inf is the largest element")
+    return number
 
 
 def sampled(value: Any) -> None:

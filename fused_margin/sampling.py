@@ -35,7 +35,10 @@ class NegativeSampler(nn.Module):
     rate of 0 is the positives alone (or one class, where a shard has none); at 1 nothing is
     sampled. Subsets depend on the seed, the step and the shard alone: the buffer ``step``, part of
     ``state_dict()``, counts the training forwards, so that a run that is resumed, on as many ranks,
-    goes on with the same ones. On a GPU a step synchronises, to know how many classes it has.
+    goes on with the same ones. A checkpoint of a criterion without sampler loads and leaves the
+    step as it is, and one with loads into a criterion without. Keep the criterion out of what
+    activation checkpointing runs twice, whose second forward would take other classes. On a GPU a
+    step synchronises, to know how many classes it has.
 
     Args:
         rate: of the classes, in [0, 1]; may be assigned between any two steps, so that the last
@@ -56,6 +59,16 @@ class NegativeSampler(nn.Module):
         if name == "rate":
             value = _validate.between("rate", value, 0.0, 1.0)
         super().__setattr__(name, value)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """As for any module, but a checkpoint of a criterion without sampler leaves the step."""
+        state_dict.setdefault(f"{prefix}step", self.step)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def reset_parameters(self) -> None:
         """Begin with the first step again."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_margin import _loans, _updates, _validate_shards, _validate_updates
+from fused_margin import _loans, _updates, _validate, _validate_shards, _validate_updates
 from fused_margin._arguments import Found
 from fused_margin.distributed import _collectives
 from fused_margin.distributed._shards import ClassShard
@@ -267,10 +267,18 @@ class _Local(torch.autograd.Function):
             )  # fmt: skip
         if weight.grad is not None:
             grad = weight.grad._local_tensor + grad
-        # from_local() takes views, which sparse tensors don't have
-        make: Any = DTensor
-        weight.grad = make(grad, weight._spec, requires_grad=False)
+        weight.grad = like_grad(grad, weight)
         return None
+
+
+def like_grad(grad: Tensor, weight: Any) -> Tensor:
+    """A sparse gradient of this rank's part as one of the weight, a DTensor if that is."""
+    if not _validate.is_dtensor(weight):
+        return grad
+    from torch.distributed.tensor import DTensor
+
+    make: Any = DTensor  # from_local() takes views, which sparse tensors don't have
+    return make(grad, weight._spec, requires_grad=False)
 
 
 class _AveragedOver(torch.autograd.Function):

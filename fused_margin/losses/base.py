@@ -296,6 +296,8 @@ class MarginSoftmaxLoss(nn.Module):
                 error_msgs += _remedies.of_other_classes(
                     type(self).__name__, given.shape[0], self.weight.shape[0], self.sub_centers
                 )
+        if self.sampler is None:  # as a setting, it isn't of the state of a loss without
+            state_dict.pop(f"{prefix}sampler.step", None)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -379,7 +381,11 @@ class MarginSoftmaxLoss(nn.Module):
             _ops.check_labels(labels, self.num_classes, ignore_index)  # before they change anything
             with torch.no_grad():
                 self.update_statistics(embeddings, labels)
-        sampler = self.sampler.begin() if self.training and self.sampler is not None else None
+        sampler = None
+        if self.training and self.sampler is not None:
+            if self.sampler.rate < 1.0:
+                _setup.check_sampled(self, weight)
+            sampler = self.sampler.begin()
         options = Options(
             reduction=self.reduction, ignore_index=ignore_index, backend=self.backend,
             memory_budget=memory_budget, class_weight=self.class_weight,

@@ -111,6 +111,32 @@ def test_a_killed_rank_and_a_resumed_run(tmp_path: Path, alone: dict[str, str]) 
     assert names == ["step-00000040", "step-00000060"]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_checkpoints_of_other_settings_are_refused(tmp_path: Path, ranks: int) -> None:
+    """On every rank, with what differs, and nothing is changed."""
+    short = ["--steps", "20"]
+    finish(launch(tmp_path, ranks, *short))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]
+    for option, value, said in (
+        ("--identities", "62", "identities 61, not 62"),
+        ("--dim", "8", "dim 16, not 8"),
+        ("--seed", "1", "seed 0, not 1"),
+    ):
+        for process in launch(tmp_path, ranks, *short, option, value):
+            output, errors = process.communicate(timeout=120)
+            assert process.returncode == 1
+            assert f"step-00000020 was trained with {said}; give the same settings" in errors
+            assert "Traceback" not in errors
+            assert not output
+    settings = tmp_path / "step-00000020" / "settings.json"
+    settings.write_text(settings.read_text().replace("CosFaceLoss", "ArcFaceLoss"))
+    errors = [one.communicate(timeout=120)[1] for one in launch(tmp_path, ranks, *short)]
+    assert all("loss ArcFaceLoss, scale 16, not CosFaceLoss, scale 16" in one for one in errors)
+    settings.unlink()
+    errors = [one.communicate(timeout=120)[1] for one in launch(tmp_path, ranks, *short)]
+    assert all("has no settings.json" in one for one in errors)
+
+
 def test_help() -> None:
     command = [sys.executable, "examples/train_sharded.py", "--help"]
     done = subprocess.run(

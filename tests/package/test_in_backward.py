@@ -246,20 +246,15 @@ def _on_the_reference(criterion: Any) -> Tensor:
     return _step(criterion)
 
 
-def _sampled(criterion: Any) -> Tensor:
-    return _step(fm.sampling.sample_negatives(criterion, 0.3))
-
-
 @pytest.mark.parametrize(
     "loss",
     [
         lambda criterion: criterion.weight.square().sum(),
         lambda criterion: fm.regularizers.regular_face(criterion.weight),
         _compiled,
-        _sampled,
         _on_the_reference,
     ],
-    ids=["plain", "regulariser", "compiled", "sampled", "reference"],
+    ids=["plain", "regulariser", "compiled", "reference"],
 )  # fmt: skip
 def test_a_whole_gradient_raises_at_the_step(loss: Callable[[Any], Tensor]) -> None:
     criterion = _criterion()
@@ -269,6 +264,15 @@ def test_a_whole_gradient_raises_at_the_step(loss: Callable[[Any], Tensor]) -> N
     with pytest.raises(RuntimeError, match="gradient as a whole"):
         optimizer.step()
     assert torch.equal(criterion.weight, before)
+
+
+def test_sampled_classes_are_refused() -> None:
+    criterion = _criterion()
+    optimizer = SGDInBackward([criterion.weight], lr=0.3)
+    fm.sampling.sample_negatives(criterion, 0.3)
+    with pytest.raises(ValueError, match=r"SGDInBackward .*use fused_margin\.optim\.RowSparseSGD"):
+        _step(criterion)
+    optimizer.release()
 
 
 def _both(criterion: Any, optimizer: Any) -> None:

@@ -1,0 +1,179 @@
+"""Sampled negatives beside torch's optimisers, wrappers, clipping and checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import pytest
+import sampled_training as training
+import torch
+from sampled_training import OPTIMIZERS, RATE, TWINS, C, problem
+from torch import nn
+from two_processes import Pair
+
+import fused_margin as fm
+from fused_margin.distributed import clip_grad_norm_
+from fused_margin.optim import RowSparseSGD
+from fused_margin.sampling import sample_negatives
+
+REMEDY = r"doesn't take the sparse gradient.*use fused_margin.optim.RowSparseSGD \(momentum"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name: str) -> None:
+    """Those that take a sparse gradient do with it as with a dense one; others are refused."""
+    make, fits, _ = OPTIMIZERS[name]
+    criterion, x, labels = problem()
+    sample_negatives(criterion, RATE)
+    optimizer = make(criterion.parameters())
+    before = criterion.weight.detach().clone()
+    if not fits:
+        for _ in range(3):
+            with pytest.raises(ValueError, match=REMEDY):
+                criterion(x, labels)
+        with pytest.raises(ValueError, match=REMEDY):
+            fm.check_setup(criterion, optimizer)
+        assert criterion.sampler.step == 0
+        criterion.sampler.rate = 1.0
+        criterion(x, labels).backward()
+        optimizer.step()
+        return
+    other = nn.Parameter(before)
+    twin = make([other])
+    for _ in range(4):
+        criterion(x, labels).backward()
+        sparse = criterion.weight.grad
+        other.grad = sparse.clone() if name in TWINS else sparse.to_dense()
+        optimizer.step()
+        twin.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(criterion.weight.detach(), other.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_not_asked_about() -> None:
+    """Evaluation, frozen weights, no optimiser yet, a stale one beside one that fits, others'."""
+    criterion, x, labels = problem()
+    sample_negatives(criterion, RATE)
+    criterion(x, labels)
+    adam = torch.optim.Adam(criterion.parameters())
+    criterion.eval()(x, labels)
+    with torch.no_grad():
+        criterion.train()(x, labels)
+    criterion.weight.requires_grad_(False)
+    criterion(x, labels)
+    criterion.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=REMEDY):
+        criterion(x, labels)  # the second of those that train
+    RowSparseSGD(criterion.parameters())
+    gc.collect()
+    with pytest.raises(ValueError, match=REMEDY):
+        criterion(x, labels)
+    fitting = RowSparseSGD(criterion.parameters())
+    criterion(x, labels)
+    assert adam.param_groups[0]["params"] == fitting.param_groups[0]["params"]
+
+    class Mine(torch.optim.Adam):
+        """Nobody knows what it does with a sparse gradient."""
+
+    other, x, labels = problem()
+    sample_negatives(other, RATE)
+    mine = Mine(other.parameters())
+    other(x, labels).backward()
+    assert mine.param_groups
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("num_classes", [3, C])
+def test_optimizers_of_shards(ranks: Pair, name: str, num_classes: int) -> None:
+    """With a rank without classes, too (of 3 and 4 ranks)."""
+    _, _, fits = OPTIMIZERS[name]
+    for found in ranks.run(training.steps, name, num_classes):
+        if fits:
+            assert isinstance(found, float)
+            assert found < 1e-12
+        else:
+            assert "use fused_margin.optim.RowSparseSGD" in str(found)
+
+
+@pytest.mark.parametrize("norm_type", training.NORMS)
+@pytest.mark.parametrize("backwards", [1, 3])
+def test_clipping(norm_type: float, backwards: int) -> None:
+    criterion, x, labels = problem()
+    sample_negatives(criterion, RATE)
+    for _ in range(backwards):
+        criterion(x, labels).backward()
+    plain = nn.Parameter(torch.zeros_like(criterion.weight))
+    plain.grad = criterion.weight.grad.to_dense()
+    with pytest.raises(NotImplementedError, match="Sparse"):  # which clip_grad_norm_ is there for
+        nn.utils.clip_grad_norm_(criterion.parameters(), 0.1)
+    expected = nn.utils.clip_grad_norm_([plain], 0.1, norm_type)
+    found = clip_grad_norm_(criterion.parameters(), 0.1, norm_type)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert plain.grad is not None
+    grad = criterion.weight.grad
+    torch.testing.assert_close(grad.to_dense(), plain.grad, rtol=1e-12, atol=1e-14)
+    assert grad.layout is torch.sparse_coo
+    with pytest.raises(ValueError, match="norm_type must be > 0, got 0"):
+        clip_grad_norm_(criterion.parameters(), 0.1, 0)
+
+
+@pytest.mark.parametrize("norm_type", training.NORMS)
+@pytest.mark.parametrize(("num_classes", "backwards"), [(C, 1), (C, 2), (3, 1)])
+def test_clipping_of_shards(
+    ranks: Pair, num_classes: int, norm_type: float, backwards: int
+) -> None:
+    for found in ranks.run(training.clipped, num_classes, norm_type, backwards):
+        assert max(found.values()) < 1e-12, found
+
+
+def test_a_grad_scaler_unscales_and_skips() -> None:
+    """Of two backwards, and with an overflow; as without it."""
+    criterion, x, labels = problem()
+    plain = copy.deepcopy(criterion)
+    for one in (criterion, plain):
+        sample_negatives(one, RATE)
+    optimizer, other = (RowSparseSGD(one.parameters(), 0.1, 0.9) for one in (criterion, plain))
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for factor in (1.0, float("inf"), 1.0):
+        for _ in range(2):
+            scaler.scale(criterion(x, labels) * factor).backward()
+            loss = plain(x, labels)
+            loss.backward() if factor == 1.0 else None
+        scaler.step(optimizer)
+        scaler.update()
+        other.step()
+        for one in (optimizer, other):
+            one.zero_grad()
+    assert scaler.get_scale() == 128.0
+    torch.testing.assert_close(criterion.weight, plain.weight, rtol=1e-12, atol=1e-12)
+
+
+def test_sampled_and_plain_checkpoints_fit_each_other() -> None:
+    sampled, x, labels = problem()
+    sample_negatives(sampled, RATE)
+    sampled(x, labels)
+    plain = fm.ArcFaceLoss(C, training.D, dtype=torch.float64)
+    plain.load_state_dict(sampled.state_dict())
+    assert torch.equal(plain.weight, sampled.weight)
+    with torch.no_grad():
+        plain.weight.mul_(2.0)
+    for module, state in (
+        (sampled, plain.state_dict()),
+        (nn.ModuleDict({"a": sampled}), nn.ModuleDict({"a": plain}).state_dict()),
+    ):
+        module.load_state_dict(state)
+        assert torch.equal(sampled.weight, plain.weight)
+        assert sampled.sampler.step == 1
+    nn.ModuleDict({"a": plain}).load_state_dict(nn.ModuleDict({"a": sampled}).state_dict())
+    other: Any = fm.ArcFaceLoss(C, training.D)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*sampler.other"):
+        other.load_state_dict({**plain.state_dict(), "sampler.other": torch.ones(1)})
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_sampled_classes_in_a_wrapper(ranks: Pair, wrapper: str) -> None:
+    kind = r"fully_shard()" if wrapper == "fsdp" else "DistributedDataParallel"
+    for said in ranks.run(training.wrapped, wrapper):
+        assert f"which {kind} can't average" in said
