@@ -42,6 +42,7 @@ OPTIMIZERS: dict[str, tuple[Make, bool, bool]] = {
     "row-sparse adam": (lambda p: RowSparseAdam(p, 0.1), True, True),
 }
 TWINS = {"sparse adam", "row-sparse sgd", "row-sparse adam"}  # lazy: no dense gradient equals them
+NORMS = (1.0, 2.0, 3.5, float("inf"))
 
 
 def problem(num_classes: int = C) -> tuple[Any, Tensor, Tensor]:

@@ -238,7 +238,8 @@ def test_whoever_uses_the_gradient_is_told(use: Callable[[Any], Any]) -> None:
 
 
 def _compiled(criterion: Any) -> Tensor:
-    return torch.compile(_step, backend="aot_eager")(criterion)
+    x, labels = next(_batches(criterion.weight.device, criterion.weight.dtype))
+    return torch.compile(criterion, backend="aot_eager")(x, labels)
 
 
 def _on_the_reference(criterion: Any) -> Tensor:
