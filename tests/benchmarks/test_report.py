@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from helpers import ROOT
 
-from benchmarks import charts, harness, report
+from benchmarks import charts, harness, planned, report
+from fused_margin import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -221,6 +222,19 @@ def test_report_names_a_file_of_cases_it_can_not_use(
     assert report.main([*folders, "--bench", str(path)]) == 1
     assert capsys.readouterr().err.startswith(f"error: {path}: ")
     assert not (tmp_path / "results").exists()
+
+
+def test_pictures_of_the_planner(tmp_path: Path) -> None:
+    assert planned.main(["--out", str(tmp_path)]) == 0
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    for what in ("memory", "time"):
+        name = f"scaling-{what}.png"
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert (ROOT / "docs" / "images" / name).is_file()
+        assert f"(images/{name})" in text
+    of_one, *_, of_many = planned.lines("memory")[-1].values
+    found = [plan.plan(plan.Setting(10**9, 512, gpus)) for gpus in (1, 1024)]
+    assert [of_one, of_many] == [sum(one.memory.values()) / 1e9 for one in found]
 
 
 def test_report_refuses_an_empty_folder(tmp_path: Path) -> None:
