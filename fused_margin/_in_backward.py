@@ -89,6 +89,7 @@ class SGDInBackward(Optimizer):
             "seed": _validate.size("seed", seed, 0),
         }
         self.grad_scaler = _validate_updates.grad_scaler(grad_scaler)
+        _validate_updates.parameters(params)
         super().__init__(params, settings)
         _updates.add(self)
 
@@ -112,8 +113,9 @@ class SGDInBackward(Optimizer):
         if "step" not in state:  # nor is it in a state of torch's SGD
             state["step"] = torch.zeros((), dtype=torch.int64, device="cpu")
         velocity = state.get("momentum_buffer")
-        is_elsewhere = velocity is not None and velocity.device != parameter.device
-        if group["momentum"] and (velocity is None or (is_elsewhere and not state["step"])):
+        now = parameter.device, parameter.dtype
+        is_other = velocity is not None and (velocity.device, velocity.dtype) != now
+        if group["momentum"] and (velocity is None or (is_other and not state["step"])):
             state["momentum_buffer"] = torch.zeros_like(parameter.detach())
         return state
 

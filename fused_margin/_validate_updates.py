@@ -17,6 +17,15 @@ SPENT = (
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
+def parameters(value: Any) -> None:
+    """Refuse a module, whose parameters are meant."""
+    if isinstance(value, torch.nn.Module):
+        raise TypeError(
+            f"SGDInBackward takes class weights, got {type(value).__name__}; give [criterion"
+            ".weight]"
+        )
+
+
 def parameter(value: Any) -> None:
     """Check that a parameter can be class weights that are updated by blocks of rows."""
     if not isinstance(value, torch.nn.Parameter) or value.ndim != 2:
@@ -47,8 +56,9 @@ def no_gradient(grad: torch.Tensor | None, *, is_spent: bool) -> None:
     if is_spent:
         raise RuntimeError(
             "a second backward has come to class weights that SGDInBackward has updated since the"
-            " last step() or zero_grad(): gradients can't be accumulated. Call optimizer.step()"
-            " after each backward; or use torch.optim.SGD for accumulation"
+            " last step() or zero_grad(): gradients can't be accumulated, nor those of two losses"
+            " over the same weights added. Call optimizer.step() after each backward; or use"
+            " torch.optim.SGD"
         )
     if grad is not None:
         _other_gradient()
@@ -64,8 +74,8 @@ def _other_gradient() -> None:
     raise RuntimeError(
         "class weights of SGDInBackward have a gradient as a whole, which it can't apply. It comes"
         ' from a regulariser of the weights, from backend="reference", from torch.compile, a'
-        " torch.func transform or another mode, from sampled negatives (RowSparseSGD is for those),"
-        " or was there before; use torch.optim.SGD, or set criterion.weight.grad = None"
+        " torch.func transform or another mode, from the columns of compat.pml's W, or was there"
+        " before; use torch.optim.SGD, or set criterion.weight.grad = None"
     )
 
 

@@ -262,6 +262,8 @@ class MarginSoftmaxLoss(nn.Module):
         ```
 
         A checkpoint from before has fewer classes: build a criterion of as many, load it, and grow.
+        A moving average of the weights, as `torch.optim.swa_utils.AveragedModel` keeps, has fewer
+        too: make it anew.
 
         Args:
             num_new: how many, >= 1.

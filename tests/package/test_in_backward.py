@@ -299,6 +299,22 @@ def test_what_is_no_class_weight_is_refused(given: str) -> None:
         SGDInBackward([parameter])
 
 
+def test_a_module_is_told_from_its_weights() -> None:
+    module: Any = _criterion()
+    with pytest.raises(TypeError, match=r"got ArcFaceLoss; give \[criterion\.weight\]"):
+        SGDInBackward(module)
+
+
+def test_weights_may_be_cast_before_the_first_step() -> None:
+    criterion = _criterion(dtype=torch.float32)
+    optimizer = SGDInBackward([criterion.weight], **MOMENTUM)
+    criterion.double()
+    expected = copy.deepcopy(criterion)
+    want = _train(expected, torch.optim.SGD([expected.weight], **MOMENTUM), 3)
+    for one, other in zip(_train(criterion, optimizer, 3), want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
 def test_other_gradients_update_nothing() -> None:
     criterion = _criterion()
     SGDInBackward([criterion.weight], lr=0.3)
