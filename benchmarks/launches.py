@@ -58,7 +58,7 @@ REPORTED = (*tiles.OPERANDS, "autocast-bf16", "autocast-fp16")
 # N and C of calls: with several chunks of the classes; with one, whose d_x takes no partials
 MANY, ONE = (1024, 300_000), (1024, 256)
 SHAPED_DIM = 512  # of calls that make more of other classes than exp(s c), and with centres of 3
-LISTED = ("bf16", "tf32")  # operands of calls over a part of the classes
+LISTED = ("bf16",)  # operands of calls over a part of the classes
 MULTIPROCESSORS = 132  # as an H100 has; no other code comes of it
 
 

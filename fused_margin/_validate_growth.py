@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
@@ -36,11 +37,17 @@ def parameter(name: str, value: Any) -> None:
         raise ValueError(
             f"{name} has hooks, which growing would lose; remove them, and register them afterwards"
         )
-    if weakref.getweakrefs(value) or hooks._use_count() > _OWN_REFERENCES:
+    if _is_held(value):
+        gc.collect()  # graphs that nobody has any more may wait for it
+    if _is_held(value):
         raise ValueError(
             f"something besides the criterion holds {name}: a loss whose backward wasn't called, or"
             " weak references to it; drop these first, as with del loss"
         )
+
+
+def _is_held(value: Any) -> bool:
+    return bool(weakref.getweakrefs(value)) or value._use_count() > _OWN_REFERENCES
 
 
 def not_wrapped(name: str, wrapper: str | None) -> None:
