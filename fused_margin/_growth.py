@@ -20,6 +20,20 @@ Tensor = torch.Tensor
 Optimizers = list[torch.optim.Optimizer]
 
 
+class Asked(NamedTuple):
+    """What `MarginSoftmaxLoss.grow` is asked, as it was given.
+
+    Attributes:
+        draws_normal: whether the loss draws its weight from normal(0, 1/D).
+    """
+
+    num_new: int
+    optimizer: Any
+    weight: Tensor | None
+    of_new_classes: Mapping[str, Any]
+    draws_normal: bool
+
+
 class _Sizes(NamedTuple):
     """Of classes, each of which has ``sub_centers`` rows of the weight."""
 
@@ -52,21 +66,14 @@ class _Plan(NamedTuple):
 
 
 @torch.no_grad()
-def grow(
-    criterion: Any,
-    num_new: int,
-    optimizer: Any,
-    weight: Tensor | None,
-    of_new_classes: Mapping[str, Any],
-    draws_normal: bool,
-) -> range:
-    """See `MarginSoftmaxLoss.grow`; ``draws_normal``: whether that is how its weight is drawn."""
+def grow(criterion: Any, given: Asked) -> range:
+    """See `MarginSoftmaxLoss.grow`."""
     present: Any = criterion.weight
     shard = ClassShard.of(present) if _validate.is_class_sharded(present) else None
     seed = int(torch.randint(1 << 62, ()))
     plan = error = None
     try:
-        plan = _planned(criterion, num_new, optimizer, weight, of_new_classes, draws_normal)
+        plan = _planned(criterion, given)
     except (TypeError, ValueError) as found:
         error = found
     if shard is not None:
@@ -80,7 +87,7 @@ def grow(
         raise error
     statistics = _at_their_start(criterion)
     sizes, optimizers = plan.sizes, plan.optimizers
-    _grow_weight(present, sizes, weight, seed, optimizers)
+    _grow_weight(present, sizes, given.weight, seed, optimizers)
     for parameter, values in plan.parameters.values():
         _exchange(parameter, torch.cat([parameter, values]), values.shape[0], optimizers)
     for name, value in plan.assigned.items():
@@ -91,19 +98,12 @@ def grow(
     return range(sizes.old, sizes.old + sizes.added)
 
 
-def _planned(
-    criterion: Any,
-    num_new: int,
-    optimizer: Any,
-    weight: Tensor | None,
-    of_new_classes: Mapping[str, Any],
-    draws_normal: bool,
-) -> _Plan:
+def _planned(criterion: Any, given: Asked) -> _Plan:
     """Check everything, and make what is small."""
     kind, present = type(criterion).__name__, criterion.weight
-    num_new = _validate.size("num_new", num_new, 1)
+    num_new = _validate.size("num_new", given.num_new, 1)
     sizes = _Sizes(criterion.num_classes, num_new, criterion.sub_centers)
-    optimizers = _validate.optimizers(optimizer)
+    optimizers = _validate.optimizers(given.optimizer)
     _validate_growth.not_wrapped(kind, _setup.wrapper_of(present))
     _validate_growth.parameter("weight", present)
     _validate_growth.held(kind, optimizers, present)
@@ -111,15 +111,15 @@ def _planned(
         rows, ranks = sum(sizes.of(present)), ClassShard.of(present).ranks
         _validate_shards.whole_classes(rows, ranks, sizes.sub_centers)
     size = (sizes.added * sizes.sub_centers, criterion.embedding_size)
-    if weight is not None:
-        _validate_growth.rows(weight, size)
-    elif not draws_normal:
+    if given.weight is not None:
+        _validate_growth.rows(given.weight, size)
+    elif not given.draws_normal:
         _validate_growth.own_draw(kind, size)
     found = _per_class(criterion)
     counts = {name: sizes.of(tensor)[1] for name, tensor in found.items()}
-    _validate_growth.names(kind, of_new_classes, found, counts)
+    _validate_growth.names(kind, given.of_new_classes, found, counts)
     parameters, assigned = {}, {}
-    for name, value in of_new_classes.items():
+    for name, value in given.of_new_classes.items():
         if value is None:
             continue
         before = found[name]
@@ -129,14 +129,15 @@ def _planned(
             parameters[name] = before, values
         else:
             whole = torch.cat([before, values])
-            assigned[name] = criterion.settings.get(name, lambda given: given)(whole)
+            assigned[name] = criterion.settings.get(name, lambda value: value)(whole)
     states = [
         [(name, tuple(value.shape)) for name, value in _rows_of_state(one, parameter)]
         for one in optimizers
         for parameter in (present, *(each for each, _ in parameters.values()))
     ]
-    given = {"weight": weight, **assigned, **{name: new for name, (_, new) in parameters.items()}}
-    sums = {name: _setup._checksum(tensor) for name, tensor in given.items()}
+    made = {name: new for name, (_, new) in parameters.items()}
+    tensors = {"weight": given.weight, **assigned, **made}
+    sums = {name: _setup._checksum(tensor) for name, tensor in tensors.items()}
     return _Plan(sizes, optimizers, parameters, assigned, (sizes.added, sums, states))
 
 
@@ -156,7 +157,7 @@ def _per_class(criterion: Any) -> dict[str, Tensor]:
 def _rows_of_state(optimizer: torch.optim.Optimizer, parameter: Any) -> list[tuple[str, Tensor]]:
     """What an optimiser keeps of each row of a parameter, by name."""
     is_sharded = _validate.is_dtensor(parameter)
-    here = parameter.to_local().shape[0] if is_sharded else parameter.shape[0]
+    here = _validate.local(parameter).shape[0]
     found = []
     for name, value in sorted(optimizer.state.get(parameter, {}).items()):
         if not isinstance(value, torch.Tensor):
@@ -215,8 +216,8 @@ def _exchange(parameter: Any, local: Tensor, added: int, optimizers: Optimizers)
     torch.utils.swap_tensors(parameter, new)
     del new, local
     for optimizer, found in names:
-        state: Any = optimizer.state[parameter]
         for name in found:  # one after the other, so that one is there twice at a time
+            state: Any = optimizer.state[parameter]  # which makes one where there is none
             value = state.pop(name)
             more, _ = _shards.grown(value, parameter, old, added)
             state[name] = _shards.like(value, more, old + added)

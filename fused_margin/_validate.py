@@ -139,6 +139,11 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
+def local(tensor: Any) -> torch.Tensor:
+    """The part of this rank of a DTensor, in the same memory; any other tensor as it is."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
 def is_class_sharded(tensor: Any) -> bool:
     """Whether the tensor is a DTensor (C, D) of which ranks hold classes, or copies of these."""
     placements = tensor.placements if is_dtensor(tensor) else ()

@@ -283,7 +283,8 @@ class MarginSoftmaxLoss(nn.Module):
                 what can't grow. Nothing has changed then.
         """
         draws_normal = type(self).reset_parameters is MarginSoftmaxLoss.reset_parameters
-        return _growth.grow(self, num_new, optimizer, weight, of_new_classes, draws_normal)
+        asked = _growth.Asked(num_new, optimizer, weight, of_new_classes, draws_normal)
+        return _growth.grow(self, asked)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,

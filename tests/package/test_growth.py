@@ -66,6 +66,27 @@ def _padded(value: Any, rows: int) -> Any:
     return torch.cat([value, value.new_zeros(NEW, *value.shape[1:])])
 
 
+def test_an_optimiser_of_other_parameters_keeps_no_state_of_the_weight() -> None:
+    """Beside the one that holds it: its own state can be saved, and is as before."""
+    criterion = fm.ArcFaceLoss(OLD, DIM, dtype=FP64)
+    backbone = nn.Linear(DIM, DIM, dtype=FP64)
+    of_model = torch.optim.SGD(backbone.parameters(), 0.1, momentum=0.9)
+    of_classes = torch.optim.SGD(criterion.parameters(), 0.1, momentum=0.9)
+    x, labels = _batch(OLD)
+    criterion(backbone(x), labels).backward()
+    for one in (of_model, of_classes):
+        one.step()
+        one.zero_grad()
+    before = copy.deepcopy(of_model.state_dict())
+    criterion.grow(NEW, [of_model, of_classes])
+    assert criterion.weight not in of_model.state
+    after = of_model.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for number, state in before["state"].items():
+        assert torch.equal(after["state"][number]["momentum_buffer"], state["momentum_buffer"])
+    assert of_classes.state_dict()["state"][0]["momentum_buffer"].shape == (ALL, DIM)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_goes_on_as_with_all_classes_and_that_state(name: str) -> None:
     criterion = fm.ArcFaceLoss(OLD, DIM, scale=8.0, dtype=FP64)
