@@ -278,6 +278,31 @@ def interleave(
     return seconds
 
 
+class FailedError(RuntimeError):
+    """A command in a process of its own has failed."""
+
+
+def apart(module: str, options: Mapping[str, Any]) -> Any:
+    """What a module of this package writes to ``--json`` in a process of its own.
+
+    Args:
+        module: as ``"memory"``.
+        options: values by the names of its options; those that are None are left out.
+
+    Raises:
+        FailedError: with its exit status, and the last line that it wrote.
+    """
+    given = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "result.json")
+        command = [sys.executable, "-m", f"benchmarks.{module}", *given, f"--json={path}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            last_line = done.stderr.strip().rpartition("\n")[2]
+            raise FailedError(f"exit status {done.returncode}: {last_line}")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
     """Median, extremes and all samples, in seconds."""
     return {

@@ -14,11 +14,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -167,15 +164,10 @@ def measure_apart(
         "chunk": chunk,
         "threads": torch.get_num_threads(),
     }
-    given = [f"--{key}={value}" for key, value in options.items() if value is not None]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "memory.json")
-        command = [sys.executable, "-m", "benchmarks.memory", *given, f"--json={path}"]
-        done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True)
-        if done.returncode:
-            last_line = done.stderr.strip().rpartition("\n")[2]
-            return {"peak_not_measured": f"exit status {done.returncode}: {last_line}"}
-        result = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        result = harness.apart("memory", options)
+    except harness.FailedError as error:
+        return {"peak_not_measured": str(error)}
     return {key: result[key] for key in ("peak_growth_mib", "above_x_w_and_d_w_mib")}
 
 

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -63,28 +61,32 @@ def _within(criterion: Any, rate: float) -> torch.optim.Optimizer:
     return SGDInBackward(criterion.parameters(), **SETTINGS)
 
 
-def _within_bf16(criterion: Any, rate: float) -> torch.optim.Optimizer:
-    return SGDInBackward(criterion.bfloat16().parameters(), **SETTINGS)
-
-
 def _sampled(criterion: Any, rate: float) -> torch.optim.Optimizer:
     sample_negatives(criterion, rate)
     return RowSparseSGD(criterion.parameters(), **SETTINGS)
 
 
-CONTENDERS: dict[str, tuple[str, Callable[[Any, float], torch.optim.Optimizer]]] = {
-    "after": ("all classes, torch.optim.SGD", _after),
-    "within": ("all classes, SGDInBackward", _within),
-    "within_bf16": ("all classes in bf16, SGDInBackward", _within_bf16),
-    "sampled": ("sampled, RowSparseSGD", _sampled),
+class Contender(NamedTuple):
+    """A way to train, by what it is called, how its optimiser is made, and its weights' dtype."""
+
+    name: str
+    optimizer_of: Callable[[Any, float], torch.optim.Optimizer]
+    dtype: torch.dtype = torch.float32
+
+
+CONTENDERS = {
+    "after": Contender("all classes, torch.optim.SGD", _after),
+    "within": Contender("all classes, SGDInBackward", _within),
+    "within_bf16": Contender("all classes in bf16, SGDInBackward", _within, torch.bfloat16),
+    "sampled": Contender("sampled, RowSparseSGD", _sampled),
 }
 
 
 def build(key: str, num_rows: int, num_classes: int, dim: int, rate: float) -> Training:
     """A contender, with weights of its own."""
-    name, optimizer_of = CONTENDERS[key]
-    criterion = fm.ArcFaceLoss(num_classes, dim)
-    return Training(name, criterion, optimizer_of(criterion, rate), num_rows)
+    contender = CONTENDERS[key]
+    criterion = fm.ArcFaceLoss(num_classes, dim, dtype=contender.dtype)
+    return Training(contender.name, criterion, contender.optimizer_of(criterion, rate), num_rows)
 
 
 def peak(key: str, num_rows: int, num_classes: int, dim: int, rate: float) -> int:
@@ -111,12 +113,7 @@ def _peak_apart(key: str, given: argparse.Namespace) -> int:
         "n": given.n, "c": given.c, "d": given.d, "rate": given.rate,
         "threads": torch.get_num_threads(), "peak-of": key,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "peak.json")
-        arguments = [f"--{name}={value}" for name, value in options.items()]
-        command = [sys.executable, "-m", "benchmarks.steps", *arguments, f"--json={path}"]
-        subprocess.run(command, cwd=harness.ROOT, check=True)
-        return json.loads(path.read_text(encoding="utf-8"))
+    return harness.apart("steps", options)
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from fused_margin._numerics import mixed
 
 Tensor = torch.Tensor
 
+# Numbers that a CPU rounds in one go: what it makes of them, 22 bytes each, stays in its cache.
+_ROUNDED_AT_A_TIME = 1 << 16
+
 
 class SGDInBackward(Optimizer):
     r"""SGD with momentum whose updates happen in the backward, a block of classes at a time.
@@ -147,16 +150,16 @@ class SGDInBackward(Optimizer):
         state["step"] += 1
         rank = dist.get_rank() if ranks > 1 else 0
         velocity = state.get("momentum_buffer") if group["momentum"] else None
-        rows = _Rows(
-            _updates.local(parameter),
-            None if velocity is None else _updates.local(velocity),
+        weights = _Weights(
+            _validate.local(parameter),
+            None if velocity is None else _validate.local(velocity),
             group["lr"], group["momentum"], group["weight_decay"],
             1.0 if self.grad_scaler is None else 1.0 / self.grad_scaler.get_scale(),
         )  # fmt: skip
         if parameter.dtype is torch.bfloat16:
             seed = mixed(group["seed"], int(state["step"]), rank)
-            return _Rounding(rows, seed).update
-        return rows.update
+            return _Rounding(weights, seed).update
+        return weights.update
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -175,11 +178,11 @@ class SGDInBackward(Optimizer):
         self._forget()
         for parameter in self.updated():
             grad = parameter.grad
-            _validate_updates.nothing_left(None if grad is None else _updates.local(grad))
+            _validate_updates.nothing_left(None if grad is None else _validate.local(grad))
         return loss
 
 
-class _Rows(NamedTuple):
+class _Weights(NamedTuple):
     """What an update of rows of W takes: (C, D) tensors, and numbers.
 
     Attributes:
@@ -197,10 +200,12 @@ class _Rows(NamedTuple):
     @torch.no_grad()
     def update(self, start: int, grad: Tensor) -> None:
         """Of rows from ``start`` on, for their gradient (B, D), which is overwritten."""
-        here = slice(start, start + len(grad))
-        w = self.w[here]
-        velocity = None if self.velocity is None else self.velocity[here]
-        self.advance(w, velocity, grad)
+        self.advance(*self.rows(start, len(grad)), grad)
+
+    def rows(self, start: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """Rows of the weights and of their momentum, in the same memory."""
+        here = slice(start, start + count)
+        return self.w[here], None if self.velocity is None else self.velocity[here]
 
     def advance(self, w: Tensor, velocity: Tensor | None, grad: Tensor) -> None:
         """The update of w and its velocity, in place, all (B, D) of one dtype."""
@@ -216,21 +221,25 @@ class _Rows(NamedTuple):
 class _Rounding:
     """The same of bf16 weights and velocities, which are rounded stochastically."""
 
-    def __init__(self, rows: _Rows, seed: int) -> None:
-        self.rows = rows
-        device = rows.w.device
+    def __init__(self, weights: _Weights, seed: int) -> None:
+        self.weights = weights
+        device = weights.w.device
         self.on_cpu = np.random.Generator(np.random.SFC64(seed))
         self.elsewhere = None if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
 
     @torch.no_grad()
     def update(self, start: int, grad: Tensor) -> None:
-        """As `_Rows.update`, in fp32 until the end."""
-        here = slice(start, start + len(grad))
-        low = self.rows.w[here]
-        low_velocity = None if self.rows.velocity is None else self.rows.velocity[here]
+        """As `_Weights.update`, in fp32 until the end, of a few rows at a time."""
+        at_a_time = max(1, _ROUNDED_AT_A_TIME // grad.shape[1]) if grad.is_cpu else len(grad)
+        for piece in grad.split(at_a_time):
+            self._update(start, piece)
+            start += len(piece)
+
+    def _update(self, start: int, grad: Tensor) -> None:
+        low, low_velocity = self.weights.rows(start, len(grad))
         w = low.float()
         velocity = None if low_velocity is None else low_velocity.float()
-        self.rows.advance(w, velocity, grad)
+        self.weights.advance(w, velocity, grad)
         low.copy_(self.rounded(w))
         if low_velocity is not None and velocity is not None:
             low_velocity.copy_(self.rounded(velocity))

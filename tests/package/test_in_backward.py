@@ -447,9 +447,9 @@ def test_a_grad_scaler_is_told() -> None:
 
 
 def _rounding(weight: Tensor, seed: int = 0) -> Any:
-    from fused_margin._in_backward import _Rounding, _Rows
+    from fused_margin._in_backward import _Rounding, _Weights
 
-    return _Rounding(_Rows(weight, None, 1.0, 0.0, 0.0, 1.0), seed)
+    return _Rounding(_Weights(weight, None, 1.0, 0.0, 0.0, 1.0), seed)
 
 
 def test_rounding_is_right_on_average_and_to_a_neighbour() -> None:
