@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from fused_margin import _cpu
-from fused_margin._arguments import Extras
+from fused_margin import _cpu, _schemas
 
 Tensor = torch.Tensor
 
@@ -31,15 +30,8 @@ def _product(x: Tensor, w: Tensor) -> int:
     return 2 * x.shape[0] * w.shape[0] * w.shape[1]
 
 
-def _named(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by their names; ``w`` has as many rows as take part."""
-    names = (argument.name for argument in operator.default._schema.arguments)
-    call = dict(zip(names, args, strict=False)) | kwargs
-    return call | {"w": Extras(classes=call.get("classes")).rows_like(call["w"])}
-
-
 def _forward(*args: Any, **kwargs: Any) -> int:
-    call = _named(torch.ops.fused_margin.cosine_lse, args, kwargs)
+    call = _schemas.named(torch.ops.fused_margin.cosine_lse, args, kwargs)
     return _product(call["x"], call["w"])
 
 
@@ -49,7 +41,7 @@ def _forward_of_all(x: Tensor, w: Tensor, *args: Any, **kwargs: Any) -> int:
 
 def _backward(*args: Any, **kwargs: Any) -> int:
     """A product for each gradient, and the cosines as often as they are formed again."""
-    call = _named(torch.ops.fused_margin.cosine_lse_backward, args, kwargs)
+    call = _schemas.named(torch.ops.fused_margin.cosine_lse_backward, args, kwargs)
     x, w, kept, compute_dtype = (call[name] for name in ("x", "w", "kept", "compute_dtype"))
     gradients = (call["need_x"] or call["need_scale"]) + call["need_w"]
     product = _product(x, w)

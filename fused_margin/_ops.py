@@ -32,7 +32,7 @@ from fused_margin._arguments import (
     Update,
     rows_of,
 )
-from fused_margin._numerics import accumulation_dtype
+from fused_margin._numerics import accumulation_dtype, normalized
 from fused_margin.margins import Margin
 
 Tensor = torch.Tensor
@@ -225,12 +225,14 @@ def _differentiate(
     """
     centers, has_total, compute_dtype, backend, needs = settings
     inputs = _inputs(*saved, centers, has_total, compute_dtype)
-    x, w, g_total = inputs.x, inputs.w, None
+    x, w, g_total, unit = inputs.x, inputs.w, None, None
     if slopes.total is not None and omega is not None:
         # of all classes, and not of the target
         g_total, slopes = slopes.total, slopes._replace(u=slopes.u - slopes.total, total=None)
+        unit = normalized(x.double())
         if update is not None:
-            update = _total.completing(update, _total.direction(g_total, x), w, swept.inv_w)
+            of_hat = _total.direction(g_total, unit)
+            update = _total.completing(update, of_hat, w, swept.inv_w)
     if update is not None and not x.shape[0]:
         _updates.by_zeros(update, w, swept.inv_w.dtype)
         needs, update = needs._replace(w=False), None
@@ -242,12 +244,12 @@ def _differentiate(
     if update is not None and gradients.w is not None:  # of few classes, in one piece
         update(0, gradients.w.to(swept.inv_w.dtype))
         gradients = gradients._replace(w=None)
-    if g_total is not None and omega is not None:
+    if g_total is not None and omega is not None and unit is not None:
         with torch.autocast(x.device.type, enabled=False):
             if gradients.x is not None:
-                _total.add_to_d_x(gradients.x, g_total, omega, x)
+                _total.add_to_d_x(gradients.x, g_total, omega, unit)
             if gradients.w is not None:
-                of_hat = _total.direction(g_total, x)
+                of_hat = _total.direction(g_total, unit)
                 _total.add_to_d_w(gradients.w, of_hat, w, swept.inv_w)
     d_scale, scale_tensor = gradients.scale, saved.scale_tensor
     if d_scale is not None and scale_tensor is not None:

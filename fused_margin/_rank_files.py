@@ -246,7 +246,7 @@ def load(
         raise error
 
     def fill(whole: Any, of: Callable[[_Part], Tensor]) -> None:
-        local = whole.to_local() if _validate.is_dtensor(whole) else whole
+        local = _validate.local(whole)
         rows = local.t() if is_transposed else local
         for part in found:
             rows[part.first - start : part.last - start] = part.rows(of(part))

@@ -55,6 +55,13 @@ def triton() -> Any:
     return launch
 
 
+def named(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """An operator's arguments by their names; ``w`` has as many rows as take part."""
+    names = (argument.name for argument in operator.default._schema.arguments)
+    call = dict(zip(names, args, strict=not kwargs)) | kwargs
+    return call | {"w": Extras(classes=call.get("classes")).rows_like(call["w"])}
+
+
 @torch.library.register_fake("fused_margin::check_labels", lib=lib)
 def _(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return labels.new_empty(labels.shape, dtype=torch.int64)
@@ -88,9 +95,8 @@ def _(x, w, labels, numbers, straight_through, reduction, ignore_index, compute_
 
 @torch.library.register_fake("fused_margin::cosine_lse_backward", lib=lib)
 def _(*args):
-    names = (argument.name for argument in ops.cosine_lse_backward.default._schema.arguments)
-    call = dict(zip(names, args, strict=True))
-    x, w = call["x"], Extras(classes=call["classes"]).rows_like(call["w"])
+    call = named(ops.cosine_lse_backward, args, {})
+    x, w = call["x"], call["w"]
     like_scale = x if call["scale_tensor"] is None else call["scale_tensor"]
     return (
         x.new_empty(x.shape if call["need_x"] else (0,)),

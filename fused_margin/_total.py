@@ -59,23 +59,22 @@ def of_others(omega: Tensor, x: Tensor, u: Tensor) -> Tensor:
     return normalized(x.double())[0] @ omega - u
 
 
-def add_to_d_x(d_x: Tensor, g: Tensor, omega: Tensor, x: Tensor) -> None:
+def add_to_d_x(d_x: Tensor, g: Tensor, omega: Tensor, unit: tuple[Tensor, Tensor]) -> None:
     """Add the gradient of the sum over all classes by x, in place.
 
     Args:
         d_x: (N, D).
         g: gradient of the sum, (N,).
-        omega: see `class_sum`. x: (N, D).
+        omega: see `class_sum`. unit: x_hat (N, D) and inverse norms (N, 1), fp64.
     """
-    g = g.double()
-    x_hat, inv_x = normalized(x.double())
+    x_hat, inv_x = unit
     radial = (x_hat @ omega)[:, None].masked_fill(inv_x >= CLAMPED_INVERSE_NORM, 0.0)
-    d_x.add_((omega - radial * x_hat).mul_(inv_x).mul_(g[:, None]).to(d_x.dtype))
+    d_x.add_((omega - radial * x_hat).mul_(inv_x).mul_(g.double()[:, None]).to(d_x.dtype))
 
 
-def direction(g: Tensor, x: Tensor) -> Tensor:
+def direction(g: Tensor, unit: tuple[Tensor, Tensor]) -> Tensor:
     """The gradient by w_hat, the same of each class, (D,) fp64; arguments as for `add_to_d_x`."""
-    return g.double() @ normalized(x.double())[0]
+    return g.double() @ unit[0]
 
 
 def add_to_d_w(d_w: Tensor, direction: Tensor, w: Tensor, inv_w: Tensor) -> None:

@@ -34,7 +34,7 @@ class Updating(Protocol):
         ...
 
 
-class Found(NamedTuple):
+class Updated(NamedTuple):
     """A parameter, and who updates it."""
 
     optimizer: Updating
@@ -81,22 +81,17 @@ def remove(optimizer: Updating) -> None:
     _optimizers.discard(optimizer)
 
 
-def local(parameter: Any) -> Tensor:
-    """The part of this rank, in the same memory."""
-    return parameter.to_local() if _validate.is_dtensor(parameter) else parameter
-
-
-def of(w: Tensor) -> Found | None:
+def of(w: Tensor) -> Updated | None:
     """Who updates class weights ``w``, a parameter or the local part of one."""
     if not _optimizers or not w.requires_grad or not w.numel():
         return None
     for optimizer in tuple(_optimizers):
         for parameter in optimizer.updated():
             with torch.no_grad():
-                mine = local(parameter)
+                mine = _validate.local(parameter)
             is_same = mine.data_ptr() == w.data_ptr() and mine.shape == w.shape
             if is_same and mine.stride() == w.stride():
-                return Found(optimizer, parameter)
+                return Updated(optimizer, parameter)
     return None
 
 

@@ -27,11 +27,6 @@ __all__ = ["RowSparseAdam", "RowSparseSGD", "SGDInBackward"]
 Tensor = torch.Tensor
 
 
-def _local(tensor: Any) -> Tensor:
-    """The part of this rank, in the same memory."""
-    return tensor.to_local() if _validate.is_dtensor(tensor) else tensor
-
-
 class _Rows(NamedTuple):
     """A gradient: rows of a parameter, or all of it where ``chosen`` is None.
 
@@ -121,13 +116,13 @@ class RowSparseSGD(_RowSparse):
         super().__init__(params, settings)
 
     def _update(self, parameter: Any, grad: _Rows, group: dict[str, Any]) -> None:
-        w = _local(parameter)
+        w = _validate.local(parameter)
         d = _decayed(grad.taken(w), grad.values, group["weight_decay"])
         if group["momentum"]:
             state = self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            velocity = _local(state["momentum_buffer"])
+            velocity = _validate.local(state["momentum_buffer"])
             d = grad.taken(velocity).mul_(group["momentum"]).add_(d)
             grad.put(velocity, d)
         if grad.chosen is None:
@@ -170,13 +165,13 @@ SparseAdam` does, whose first update of a late row is too long): a row behaves a
         super().__init__(params, settings)
 
     def _update(self, parameter: Any, grad: _Rows, group: dict[str, Any]) -> None:
-        state, w = self.state[parameter], _local(parameter)
+        state, w = self.state[parameter], _validate.local(parameter)
         if not state:
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
             state["updates"] = torch.zeros_like(parameter[..., :1], dtype=torch.float32)
         first, second, updates = (
-            _local(state[name]) for name in ("exp_avg", "exp_avg_sq", "updates")
+            _validate.local(state[name]) for name in ("exp_avg", "exp_avg_sq", "updates")
         )
         beta_1, beta_2 = group["betas"]
         d = _decayed(grad.taken(w), grad.values, group["weight_decay"])

@@ -21,12 +21,12 @@ def logits(
 ) -> Tensor:  # fmt: skip
     """(N, C), of ``local_logits(embeddings, weight, scale)`` of each shard.
 
-    Every rank is sent its rows' logits by each other rank.
+    See `Rows.exchanged`.
     """
     shard, scale = ClassShard.of(weight), shared_scale(scale, weight)
     rows, x_all, _ = gather_rows(x, x.new_zeros(x.shape[0], dtype=torch.int64), shard)
     found = local_logits(x_all, local_classes(weight, shard), scaled(scale, shard))
-    widths = _widths(weight.shape[0], shard.ranks, sub_centers)
+    widths = class_counts(weight.shape[0], shard.ranks, sub_centers)
     return _Transposed.apply(found, rows, widths)
 
 
@@ -36,11 +36,7 @@ class _Transposed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, found: Tensor, rows: Rows, widths: list[int]) -> Tensor:
         ctx.rows, ctx.widths, ctx.columns = rows, widths, found.shape[1]
-        shard = rows.shard
-        shapes = [torch.Size((rows.most, width)) for width in widths]
-        parts = list(found.chunk(shard.ranks)) if rows.most else [found] * shard.ranks
-        whole = torch.cat(_collectives.exchange(parts, shapes, shard.group), dim=1)
-        return whole[: rows.mine]
+        return rows.exchanged(found, widths)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
@@ -53,7 +49,7 @@ class _Transposed(torch.autograd.Function):
         return torch.cat(_collectives.exchange(parts, shapes, shard.group)), None, None
 
 
-def _widths(num_rows: int, ranks: int, sub_centers: int) -> list[int]:
+def class_counts(num_rows: int, ranks: int, sub_centers: int) -> list[int]:
     """How many classes each rank has."""
     _validate_shards.whole_classes(num_rows, ranks, sub_centers)
     limits = (bounds(num_rows, rank, ranks) for rank in range(ranks))

@@ -13,9 +13,9 @@ import torch
 
 from fused_margin import _validate_shards
 from fused_margin.distributed import _collectives
-from fused_margin.distributed._logits import _widths
+from fused_margin.distributed._logits import class_counts
 from fused_margin.distributed._shards import ClassShard
-from fused_margin.distributed._sweep import NO_TARGET, Rows, gather_rows
+from fused_margin.distributed._sweep import gather_rows, hardest_of_all, stand_in
 
 Tensor = torch.Tensor
 
@@ -33,24 +33,16 @@ def nearest(
     different ranks that are equally near, the first comes first.
     """
     shard = ClassShard.of(weight)
-    widths = _widths(weight.shape[0], shard.ranks, sub_centers)
+    widths = class_counts(weight.shape[0], shard.ranks, sub_centers)
     told = _collectives.numbers([k], x.device, shard.group)
     _validate_shards.same_numbers("k", [one for (one,) in told])
     rows, x_all, _ = gather_rows(x.detach(), x.new_zeros(len(x), dtype=torch.int64), shard)
     most = [min(k, width) for width in widths]
     classes, cosines = local_nearest(x_all, weight.to_local().detach(), most[shard.rank])
-    classes = _to_their_rows(classes + shard.start // sub_centers, rows, most)
-    cosines = _to_their_rows(cosines, rows, most)
+    classes = rows.exchanged(classes + shard.start // sub_centers, most)
+    cosines = rows.exchanged(cosines, most)
     cosines, order = cosines.sort(dim=1, descending=True, stable=True)
     return classes.gather(1, order[:, :k]), cosines[:, :k]
-
-
-def _to_their_rows(found: Tensor, rows: Rows, columns: list[int]) -> Tensor:
-    """What this rank found of all rows, (R n, k_r), as what all found of its own, (n, sum k_r)."""
-    shard = rows.shard
-    shapes = [torch.Size((rows.most, width)) for width in columns]
-    parts = list(found.split(rows.most)) if rows.most else [found] * shard.ranks
-    return torch.cat(_collectives.exchange(parts, shapes, shard.group), dim=1)[: rows.mine]
 
 
 def standings(
@@ -78,16 +70,13 @@ def standings(
     w, first_class = weight.to_local().detach(), shard.start // sub_centers
     labels_here = labels_all - first_class
     is_empty = shard.start == shard.stop
-    if is_empty:  # one class that counts for nothing
-        w, labels_here = w.new_zeros(sub_centers, w.shape[1]), labels_here.fill_(NO_TARGET)
+    if is_empty:
+        w, labels_here = stand_in(w, labels_here, sub_centers)
     mine = rows.added(local_targets(x_all, w, labels_here))
     u = rows.gathered(mine)
     assert u is not None
     rank, hardest, cosine = local_standings(x_all, w, labels_here, u)
     if is_empty:
         rank, cosine = torch.zeros_like(rank), torch.full_like(cosine, -float("inf"))
-    largest = _collectives.largest(cosine.clone(), shard.group)
-    none = torch.iinfo(torch.int64).max
-    first = torch.where(cosine == largest, hardest + first_class, none)
-    hardest = -_collectives.largest(-first, shard.group)[rows.here]
-    return mine, rows.added(rank), hardest, largest[rows.here]
+    hardest, cosine = hardest_of_all(hardest + first_class, cosine, rows)
+    return mine, rows.added(rank), hardest, cosine

@@ -191,7 +191,7 @@ def grown(tensor: Any, weight: Any, old: int, added: int) -> tuple[torch.Tensor,
     Returns:
         The rows, and which of all is the first.
     """
-    local = tensor.to_local() if _validate.is_dtensor(tensor) else tensor
+    local = _validate.local(tensor)
     if not _validate.is_dtensor(weight):
         return torch.cat([local, local.new_zeros(added, *local.shape[1:])]), 0
     shard = ClassShard.on(weight.device_mesh, weight.placements, old + added)

@@ -58,6 +58,17 @@ class Rows(NamedTuple):
             return None
         return _collectives.gather(_filled(values, self), self.shard.group)
 
+    def exchanged(self, found: Tensor, columns: list[int]) -> Tensor:
+        """Of what each rank q found of all rows, (R n, columns[q]), that of this rank's, (n, sum).
+
+        Every rank is sent its rows' numbers by each other rank.
+        """
+        ranks = self.shard.ranks
+        shapes = [torch.Size((self.most, width)) for width in columns]
+        parts = list(found.chunk(ranks)) if self.most else [found] * ranks
+        whole = torch.cat(_collectives.exchange(parts, shapes, self.shard.group), dim=1)
+        return whole[: self.mine]
+
 
 def sweep(
     local_sweep: LocalSweep,
@@ -80,8 +91,7 @@ def sweep(
     labels_here = labels_all - first_class
     if shard.start == shard.stop:
         # one class that counts for nothing finds what the others find, and asks what they ask
-        nobody = w.new_zeros(sub_centers, w.shape[1]).detach()
-        no_targets = torch.full_like(labels_here, NO_TARGET)
+        nobody, no_targets = stand_in(w.detach(), labels_here, sub_centers)
         _, _, found = local_sweep(x_all.detach(), nobody, no_targets, 1.0, rows, None)
         lse, u = _NoClasses.apply(x_all, w)
         found = Found(
@@ -107,16 +117,27 @@ def _merged(
     has_total = found.total.numel() > 0
     total = found.total if has_total else torch.zeros_like(u)
     lse, u, total = _Merged.apply(lse, u, total, has_total, rows)
-    group = rows.shard.group
     hardest, cosine, rank = found.hardest, found.hardest_cosine, found.rank
     if hardest.numel():
-        largest = _collectives.largest(cosine.clone(), group)
-        # the first class of those that are as near
-        none = torch.iinfo(torch.int64).max
-        first = torch.where(cosine == largest, hardest + first_class, none)
-        hardest = -_collectives.largest(-first, group)[rows.here]
-        cosine, rank = largest[rows.here], rows.added(rank)
+        hardest, cosine = hardest_of_all(hardest + first_class, cosine, rows)
+        rank = rows.added(rank)
     return lse, u, Found(total if has_total else u[:0], found.class_sum, hardest, cosine, rank)
+
+
+def stand_in(w: Tensor, labels: Tensor, sub_centers: int) -> tuple[Tensor, Tensor]:
+    """For a rank without classes: weights of one that counts for nothing, and no targets."""
+    return w.new_zeros(sub_centers, w.shape[1]), torch.full_like(labels, NO_TARGET)
+
+
+def hardest_of_all(classes: Tensor, cosines: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """The nearest class of this rank's rows and its cosine, (n,), of each rank's nearest, (R n,).
+
+    Of several that are as near, the first.
+    """
+    largest = _collectives.largest(cosines.clone(), rows.shard.group)
+    first = torch.where(cosines == largest, classes, torch.iinfo(torch.int64).max)
+    nearest = -_collectives.largest(-first, rows.shard.group)
+    return nearest[rows.here], largest[rows.here]
 
 
 def target_cosines(
@@ -135,7 +156,7 @@ def target_cosines(
     rows, x_all, labels_all = gather_rows(x.detach(), labels, shard)
     w = local_classes(weight, shard).detach()
     if shard.start == shard.stop:
-        w, labels_all = w.new_zeros(sub_centers, w.shape[1]), torch.full_like(labels_all, NO_TARGET)
+        w, labels_all = stand_in(w, labels_all, sub_centers)
     return rows.added(of_shard(x_all, w, labels_all - shard.start // sub_centers))
 
 
