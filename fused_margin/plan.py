@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from fused_margin import _validate_shards
 from fused_margin.distributed import bytes_per_step
 
 STATES = {"sgd": 0, "momentum": 1, "adam": 2}  # numbers for each weight
@@ -39,6 +40,7 @@ class Setting(NamedTuple):
         gpu_memory: bytes of a GPU, of which ``reserved`` are for the backbone.
         network: bytes a second that a GPU sends. latency: seconds of one hop of a collective.
         products: flops a second. memory_rate: bytes a second.
+        sub_centers: K, rows of weights for each class.
     """
 
     classes: int
@@ -56,6 +58,7 @@ class Setting(NamedTuple):
     latency: float = 5e-6
     products: float = 200e12
     memory_rate: float = 2.5e12
+    sub_centers: int = 1
 
     @property
     def shard(self) -> int:
@@ -80,7 +83,7 @@ class Plan(NamedTuple):
 
 def plan(setting: Setting) -> Plan:
     """What a GPU needs, by the formulas of docs/scaling.md."""
-    row = setting.dim * DTYPES[setting.weights].itemsize
+    row = setting.sub_centers * setting.dim * DTYPES[setting.weights].itemsize  # of a class
     dtype = DTYPES[setting.embeddings]
     num_rows = setting.rows * setting.gpus
     is_sampled = setting.taken < setting.shard
@@ -90,11 +93,11 @@ def plan(setting: Setting) -> Plan:
         "gradient": BLOCK if setting.in_backward else setting.taken * row,
         "a permutation of classes": DRAWN * setting.shard if is_sampled else 0,
         "all embeddings, gradient": num_rows * setting.dim * (dtype.itemsize + 4),
-        "inverse norms": setting.taken * 4,
+        "inverse norms": setting.taken * setting.sub_centers * 4,
         "kernels": WORKSPACE,
     }
     sent = bytes_per_step(setting.rows, setting.dim, setting.gpus, dtype)
-    flops = 8 * num_rows * setting.taken * setting.dim
+    flops = 8 * num_rows * setting.taken * setting.sub_centers * setting.dim
     hops = COLLECTIVES * (setting.gpus - 1)
     seconds = {
         "products": flops / setting.products,
@@ -133,6 +136,7 @@ def fewest_gpus(setting: Setting) -> int | None:
 def advice(setting: Setting) -> list[str]:
     """What to turn on, one sentence each."""
     found = plan(setting)
+    can_sample = setting.rate >= 1.0 and setting.sub_centers == 1
     said = []
     if not fits(setting):
         said.append("It doesn't fit.")
@@ -148,13 +152,13 @@ def advice(setting: Setting) -> list[str]:
         if setting.optimizer == "adam" and fits(setting._replace(optimizer="momentum")):
             said.append("It fits with SGD and momentum, one state for each weight less.")
         said += _in_backward(setting)
-        if setting.rate >= 1.0 and fits(setting._replace(rate=SAMPLED)):
+        if can_sample and fits(setting._replace(rate=SAMPLED)):
             said.append(
                 f"It fits with sampled negatives, sample_negatives(criterion, {SAMPLED}): the"
                 " gradient has the sampled rows only."
             )
     times = found.seconds
-    if times["products"] > 0.05 and setting.rate >= 1.0:
+    if times["products"] > 0.05 and can_sample:
         faster = sum(plan(setting._replace(rate=SAMPLED)).seconds.values())
         said.append(
             f"Products take {1e3 * times['products']:.0f} ms; with sampled negatives at a rate of"
@@ -245,6 +249,7 @@ def parse_arguments(arguments: list[str] | None) -> Setting:
     parser.add_argument("--rows", type=_count, default=default.rows, help="of a GPU (%(default)s)")
     parser.add_argument("--optimizer", choices=STATES, default=default.optimizer)
     parser.add_argument("--embeddings", choices=DTYPES, default=default.embeddings)
+    parser.add_argument("--sub-centers", type=_count, default=1, help="K of each class")
     parser.add_argument("--rate", type=_positive, default=1.0, help="of sampled classes, up to 1")
     parser.add_argument(
         "--in-backward", action="store_true", help="class weights by fm.optim.SGDInBackward"
@@ -270,11 +275,19 @@ def parse_arguments(arguments: list[str] | None) -> Setting:
         parser.error("--in-backward updates all classes; leave --rate, or use RowSparseSGD with it")
     if given.in_backward and given.optimizer == "adam":
         parser.error("--in-backward is SGD, with or without momentum, not adam")
+    if given.sub_centers > 1 and given.rate < 1.0:
+        parser.error("sampled negatives can't be had with sub-centres; leave --rate")
+    try:
+        _validate_shards.whole_classes(
+            given.classes * given.sub_centers, given.gpus, given.sub_centers
+        )
+    except ValueError as error:
+        parser.error(str(error))
     return Setting(
         given.classes, given.dim, given.gpus, given.rows, given.optimizer, given.embeddings,
         min(given.rate, 1.0), given.in_backward, given.weights, given.gpu_memory * 1e9,
         given.reserved * 1e9, given.network * 1e9, given.latency * 1e-6, given.products * 1e12,
-        given.memory_rate * 1e9,
+        given.memory_rate * 1e9, given.sub_centers,
     )  # fmt: skip
 
 

@@ -45,6 +45,26 @@ def test_without_a_gradient() -> None:
         assert within.memory[name] == full.memory[name] == 2 * half.memory[name]
 
 
+def test_sub_centers_are_so_many_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    """Memory and time of as many classes, but what each class has once."""
+    several = plan.plan(PLANNED._replace(sub_centers=3))
+    rows = plan.plan(PLANNED._replace(classes=3 * PLANNED.classes))
+    assert several.memory == rows.memory
+    assert several.seconds == rows.seconds
+    assert several.sent == rows.sent
+    assert "sampled" not in " ".join(plan.advice(PLANNED._replace(sub_centers=3)))
+    line = ["--classes", "1e6", "--dim", "512", "--gpus", "4", "--sub-centers", "3"]
+    assert plan.main(line) == 0
+    assert re.search(r"class weights +1\.54 GB", capsys.readouterr().out)
+    for wrong, said in (
+        (["--rate", "0.1"], "sampled negatives can't be had with sub-centres"),
+        (["--gpus", "7"], "use a number of classes that is a multiple of 7"),
+    ):
+        with pytest.raises(SystemExit):
+            plan.main([*line, *wrong])
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_nothing_sent_grows_with_classes() -> None:
     assert plan.plan(PLANNED).sent == plan.plan(PLANNED._replace(classes=64)).sent
     assert bytes_per_step(5, 7, 1) == 0
