@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from fused_margin import _updates, _validate, _validate_updates
-from fused_margin._arguments import Update
+from fused_margin import _setup, _updates, _validate, _validate_updates
+from fused_margin._arguments import Slopes, Update
 from fused_margin._numerics import mixed
 
 Tensor = torch.Tensor
@@ -55,15 +56,22 @@ class SGDInBackward(Optimizer):
 
     - accumulation: a second backward before ``step()`` or ``zero_grad()`` raises, before anything
       is changed;
+    - two losses over the same weights, or one of `fused_margin.regularizers` beside the loss, in
+      one backward: it raises, before anything is changed. Mixup goes in one call, of 2N rows. Of
+      another function of the weights beside the loss the error comes, by nature, from the midst of
+      the backward, from here or from PyTorch ("modified by an inplace operation"): load the last
+      checkpoint;
     - clipping, other optimisers, or whatever reads ``criterion.weight.grad``: in its place is a
       tensor of which each use raises;
-    - regularisers of the weights, ``backend="reference"``, `torch.compile` of the loss,
-      `torch.func`, sampled negatives: a gradient is made as a whole then, and ``step()`` raises;
+    - ``backend="reference"``, `torch.compile` of the loss, `torch.func`, sampled negatives, a
+      regulariser alone: a gradient is made as a whole then, and ``step()`` raises. So it is of a
+      criterion in eval mode, whose backward updates nothing;
     - data-parallel ranks that each hold all class weights, or copies of shards. Shards of one mesh
       dimension, `fused_margin.distributed.shard_classes`, are updated each by its rank.
 
     An error in the midst of a backward, as running out of memory, leaves some classes updated and
-    some not: load the last checkpoint. `torch.autograd.grad` updates nothing.
+    some not: load the last checkpoint. `torch.autograd.grad` updates nothing. Of two made of the
+    same weights the later one updates, and a step of the other raises.
 
     Args:
         params: class weights of losses of this package, fp32, fp64 or bf16, or groups of them. A
@@ -73,8 +81,10 @@ class SGDInBackward(Optimizer):
         weight_decay: lambda.
         seed: of stochastic rounding, >= 0.
         grad_scaler: the `torch.amp.GradScaler` by which losses are scaled, if they are. Gradients
-            are divided by its scale. Don't give it this optimiser (``grad_scaler.step``); rows
-            whose embeddings overflowed are not left out.
+            are divided by its scale, and a batch whose loss has a gradient that isn't finite
+            updates nothing, as ``grad_scaler.step`` of other optimisers. Call this one's own
+            ``step()``. It doesn't travel in copies and pickles; where one is in use that wasn't
+            given, a backward or `check_setup` raises.
 
     Raises:
         TypeError: something else than class weights.
@@ -94,12 +104,16 @@ class SGDInBackward(Optimizer):
         self.grad_scaler = _validate_updates.grad_scaler(grad_scaler)
         _validate_updates.parameters(params)
         super().__init__(params, settings)
-        _updates.add(self)
+        self._begin_to_update()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, or from a pickle, which a GradScaler doesn't travel in."""
         super().__setstate__(state)
         self.grad_scaler = None
+        self._begin_to_update()
+
+    def _begin_to_update(self) -> None:
+        self._is_replaced, self._backwards = False, 0
         _updates.add(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -116,9 +130,9 @@ class SGDInBackward(Optimizer):
         if "step" not in state:  # nor is it in a state of torch's SGD
             state["step"] = torch.zeros((), dtype=torch.int64, device="cpu")
         velocity = state.get("momentum_buffer")
-        now = parameter.device, parameter.dtype
-        is_other = velocity is not None and (velocity.device, velocity.dtype) != now
-        if group["momentum"] and (velocity is None or (is_other and not state["step"])):
+        if velocity is not None:
+            state["momentum_buffer"] = velocity.to(parameter.device, parameter.dtype)
+        elif group["momentum"]:
             state["momentum_buffer"] = torch.zeros_like(parameter.detach())
         return state
 
@@ -132,6 +146,20 @@ class SGDInBackward(Optimizer):
         _updates.remove(self)
         self._forget()
 
+    def replace(self) -> None:
+        """Update no longer, for another optimiser like this; a step raises from now on."""
+        self.release()
+        self._is_replaced = True
+
+    def check_scaler(self) -> None:
+        """Raise where losses are scaled by a GradScaler that wasn't given."""
+        if self.grad_scaler is None:
+            kinds = _setup.with_subclasses([torch.amp.GradScaler])
+            found = [one for one in gc.get_objects() if type(one) in kinds]
+            # one that has scaled a loss has made its scale
+            used = [one for one in found if one.is_enabled() and one._scale is not None]
+            _validate_updates.no_other_scaler(len(used))
+
     def _forget(self) -> None:
         """Take away what is in place of the gradients that were used up."""
         for parameter in self.updated():
@@ -139,13 +167,18 @@ class SGDInBackward(Optimizer):
                 parameter.grad = None
 
     @torch.no_grad()
-    def begin(self, parameter: Tensor) -> Update:
+    def begin(self, parameter: Tensor, slopes: Slopes) -> Update:
         """What updates the rows of one parameter in a backward that has come to it."""
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         _validate_updates.one_process(parameter, ranks)
         (group,) = (
             group for group in self.param_groups if any(p is parameter for p in group["params"])
         )
+        self._backwards += 1
+        if self._backwards & (self._backwards - 1) == 0:  # a search of all Python objects
+            self.check_scaler()
+        if self.grad_scaler is not None and not _are_finite(slopes):
+            return _updates.nothing
         state = self._prepare(parameter, group)
         state["step"] += 1
         rank = dist.get_rank() if ranks > 1 else 0
@@ -169,8 +202,10 @@ class SGDInBackward(Optimizer):
             closure: evaluates the loss, and its backward, and returns it.
 
         Raises:
-            RuntimeError: the weights have a gradient as a whole, which nothing has applied.
+            RuntimeError: the weights have a gradient as a whole, which nothing has applied, or
+                another SGDInBackward was made of them.
         """
+        _validate_updates.not_replaced(self._is_replaced)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -180,6 +215,12 @@ class SGDInBackward(Optimizer):
             grad = parameter.grad
             _validate_updates.nothing_left(None if grad is None else _validate.local(grad))
         return loss
+
+
+def _are_finite(slopes: Slopes) -> bool:
+    """Whether a loss's gradient is, of every row; synchronises with a GPU."""
+    found = [slope.isfinite().all() for slope in slopes if slope is not None]
+    return bool(torch.stack(found).all())
 
 
 class _Weights(NamedTuple):

@@ -333,16 +333,16 @@ def _named(operator: str) -> contextlib.AbstractContextManager[Any]:
 
 def _lends_for(ctx: Any, w: Tensor, needs: Needs, classes: Tensor | None = None) -> Needs | None:
     """What a forward may prepare for in the memory of d_w; notes in ``ctx`` who updates W."""
-    ctx.updating = _updates.of(w) if needs.w and classes is None else None
+    ctx.updating = _updates.noted(ctx, w) if needs.w and classes is None else None
     return needs if needs.w and ctx.updating is None and _loans.may_lend(w) else None
 
 
-def _begin_update(ctx: Any, *incoming: Tensor | None) -> Update | None:
-    """What takes the rows of d_w, if an optimiser does, in a backward that nothing observes."""
+def _updating(ctx: Any, *incoming: Tensor | None) -> _updates.Updated | None:
+    """Who takes the rows of d_w, if an optimiser does, in a backward that nothing observes."""
     is_plain = torch._C._len_torch_dispatch_stack() == 0 and not torch.is_grad_enabled()
     if ctx.updating is None or not is_plain or _transforms.is_transformed(*incoming):
         return None
-    return ctx.updating.begin()
+    return ctx.updating if ctx.updating.is_due(ctx) else None
 
 
 def _gradients(
@@ -410,14 +410,14 @@ class _CosineLse(torch.autograd.Function):
         g_lse, g_u, g_total = grad_outputs[0], grad_outputs[1], grad_outputs[5]
         if g_lse is None and g_u is None and g_total is None:
             return (None,) * 14
-        update = _begin_update(ctx, g_lse, g_u, g_total)
+        updating = _updating(ctx, g_lse, g_u, g_total)
         *saved, lse, u, inv_x, inv_w, kept, omega = ctx.saved_tensors
         swept = Swept(lse, u, inv_x, inv_w, kept)
         g_lse = torch.zeros_like(swept.lse) if g_lse is None else g_lse
         g_u = torch.zeros_like(swept.u) if g_u is None else g_u
-        d_x, d_w, d_scale = _gradients(
-            Slopes(g_lse, g_u, None, None, g_total), _Saved(*saved), swept, omega, ctx, update
-        )
+        slopes = Slopes(g_lse, g_u, None, None, g_total)
+        update = None if updating is None else updating.begin(slopes)
+        d_x, d_w, d_scale = _gradients(slopes, _Saved(*saved), swept, omega, ctx, update)
         if d_w is not None and saved[-1] is not None:
             d_w = rows_of(d_w, saved[-1], saved[1].shape)
         return d_x, d_w, None, None, d_scale, *(None,) * 9
@@ -456,12 +456,12 @@ class _MarginCe(torch.autograd.Function):
         grad, *_ = grad_outputs
         if grad is None:
             return (None,) * 10
-        update = _begin_update(ctx, grad)
+        updating = _updating(ctx, grad)
         x, w, targets, numbers, slope_lse, slope_u, num_counted, *swept = ctx.saved_tensors
-        d_x, d_w, _ = _gradients(
-            Slopes(slope_lse, slope_u, grad, num_counted), _Saved(x, w, targets, numbers),
-            Swept(*swept), None, ctx, update,
-        )  # fmt: skip
+        slopes = Slopes(slope_lse, slope_u, grad, num_counted)
+        update = None if updating is None else updating.begin(slopes)
+        saved = _Saved(x, w, targets, numbers)
+        d_x, d_w, _ = _gradients(slopes, saved, Swept(*swept), None, ctx, update)
         return d_x, d_w, *(None,) * 8
 
 

@@ -57,7 +57,8 @@ def _fsdp_module() -> type[Any] | None:
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
-def _with_subclasses(kinds: Iterable[type]) -> set[type]:
+def with_subclasses(kinds: Iterable[type]) -> set[type]:
+    """The classes and all that are derived from them."""
     found: set[type] = set()
     left = list(kinds)
     while left:
@@ -73,7 +74,7 @@ def _wrappers() -> list[nn.Module]:
     PyTorch keeps no list of them, and DDP leaves no mark on a parameter that Python can see.
     """
     ddp, fsdp = nn.parallel.DistributedDataParallel, _fsdp_module()
-    kinds = _with_subclasses([ddp] if fsdp is None else [ddp, fsdp])
+    kinds = with_subclasses([ddp] if fsdp is None else [ddp, fsdp])
     modules = [candidate for candidate in gc.get_objects() if type(candidate) in kinds]
     # not one whose constructor raised
     return [one for one in modules if not isinstance(one, ddp) or hasattr(one, "reducer")]
@@ -158,7 +159,7 @@ def check_sampled(criterion: nn.Module, weight: Any) -> None:
         wrapper, is_sharded = wrapper_of(weight), _validate.is_class_sharded(weight)
         if wrapper is not None:
             _validate_shards.sampled_in(wrapper)
-        kinds = _with_subclasses([torch.optim.Optimizer])
+        kinds = with_subclasses([torch.optim.Optimizer])
         found = _holding((one for one in gc.get_objects() if type(one) in kinds), weight)
         # one that nobody steps any more may still be there beside the one that fits
         if found and not any(_validate_shards.takes_sparse(*one, is_sharded) for one in found):
@@ -277,7 +278,8 @@ def check_setup(
         ValueError: ``criterion`` has no parameters, or ``optimizer`` lacks some of them on a rank,
             or two optimisers hold the same, or one doesn't take the sparse gradient of sampled
             classes: the error says which do.
-        RuntimeError: the parameters or their gradients differ between ranks.
+        RuntimeError: the parameters or their gradients differ between ranks, or losses are scaled
+            by a GradScaler that `optim.SGDInBackward` wasn't given.
 
     Warns:
         WeightDecayWarning: an optimiser decays class weights whose norms the loss doesn't depend
@@ -295,6 +297,10 @@ def check_setup(
     shared = sorted({item.name for report in reports for item in report if item.is_shared})
     _validate.setup(name, forgotten, shared, has_parameters=all(reports))
     _check_optimizers_of_samplers(criterion, optimizers)
+    for one in optimizers:
+        check_scaler = getattr(one, "check_scaler", None)  # SGDInBackward's
+        if check_scaler is not None:
+            check_scaler()
     _warn_of_weight_decay(criterion, optimizers)
     if len({tuple(item[:3] for item in report) for report in reports}) > 1:
         raise RuntimeError(

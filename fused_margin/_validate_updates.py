@@ -11,7 +11,13 @@ from fused_margin import _validate
 SPENT = (
     "the gradient of these class weights has been used up in the backward: SGDInBackward has"
     " updated them, and no gradient is kept that could be clipped, scaled, read or given to an"
-    " optimiser. Leave them out of clip_grad_norm_, GradScaler.step and other optimisers; or use"
+    " optimiser. Leave them out of clip_grad_norm_, other optimisers and GradScaler.step (give"
+    " SGDInBackward the scaler, grad_scaler=scaler, and call optimizer.step() itself); or use"
+    " torch.optim.SGD"
+)
+ADDED = (
+    "a backward has another gradient for class weights that SGDInBackward has updated in it, as"
+    " that of a regulariser of the weights, which is lost: load the last checkpoint, and use"
     " torch.optim.SGD"
 )
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -35,6 +41,12 @@ def parameter(value: Any) -> None:
             f" {type(value).__name__}{shape}; give other parameters, as a learnt scale, to another"
             " optimiser"
         )
+    if not value.is_contiguous():
+        raise TypeError(
+            f"SGDInBackward takes class weights (C, D) in rows, got shape {tuple(value.shape)} with"
+            f" strides {value.stride()}; compat.pml's W are columns (D, C): use a loss of"
+            " fused_margin itself, or torch.optim.SGD"
+        )
     if value.dtype not in DTYPES:
         raise TypeError(
             f"SGDInBackward takes class weights in fp32, fp64 or bf16, got {value.dtype}; use"
@@ -56,12 +68,53 @@ def no_gradient(grad: torch.Tensor | None, *, is_spent: bool) -> None:
     if is_spent:
         raise RuntimeError(
             "a second backward has come to class weights that SGDInBackward has updated since the"
-            " last step() or zero_grad(): gradients can't be accumulated, nor those of two losses"
-            " over the same weights added. Call optimizer.step() after each backward; or use"
-            " torch.optim.SGD"
+            " last step() or zero_grad(): gradients can't be accumulated. Call optimizer.step()"
+            " after each backward; or use torch.optim.SGD"
         )
     if grad is not None:
         _other_gradient()
+
+
+def unchanged(is_unchanged: bool) -> None:
+    """Check that class weights are those of the forward."""
+    if not is_unchanged:
+        raise RuntimeError(
+            "class weights of SGDInBackward have changed since the forward of this loss, so that"
+            " its gradient can't be formed any more: a graph's backward updates them, and neither"
+            " its second one (retain_graph=True) nor that of a graph made before is possible. Call"
+            " the criterion again; or use torch.optim.SGD"
+        )
+
+
+def alone(has_other: bool) -> None:
+    """Check that a backward comes to class weights once only."""
+    if has_other:
+        raise RuntimeError(
+            "this backward comes to the class weights twice, by two losses or a regulariser beside"
+            " one, whose gradients SGDInBackward can't add; nothing has been changed. Mixtures of"
+            " two labels go in one call, criterion(torch.cat([x, x]), torch.cat([a, b]),"
+            " sample_weight=weights); for all else use torch.optim.SGD"
+        )
+
+
+def no_other_scaler(count: int) -> None:
+    """Check that losses are not scaled by what the optimiser doesn't know of."""
+    if count:
+        raise RuntimeError(
+            "there is a GradScaler in use that SGDInBackward wasn't given: class weights would be"
+            " updated with gradients as scaled as the loss. Give it,"
+            " SGDInBackward(..., grad_scaler=scaler); or, if that scaler scales other losses only,"
+            " grad_scaler=torch.amp.GradScaler(enabled=False)"
+        )
+
+
+def not_replaced(is_replaced: bool) -> None:
+    """Check that nobody else updates what a step ends."""
+    if is_replaced:
+        raise RuntimeError(
+            "this SGDInBackward updates nothing any more: another one was made of the same class"
+            " weights. Step that one, and keep one only"
+        )
 
 
 def nothing_left(grad: torch.Tensor | None) -> None:
@@ -73,9 +126,9 @@ def nothing_left(grad: torch.Tensor | None) -> None:
 def _other_gradient() -> None:
     raise RuntimeError(
         "class weights of SGDInBackward have a gradient as a whole, which it can't apply. It comes"
-        ' from a regulariser of the weights, from backend="reference", from torch.compile, a'
-        " torch.func transform or another mode, from the columns of compat.pml's W, or was there"
-        " before; use torch.optim.SGD, or set criterion.weight.grad = None"
+        ' from a regulariser of the weights, from backend="reference", from a criterion in eval'
+        " mode, from torch.compile, a torch.func transform or another mode, or was there before;"
+        " call criterion.train(), use torch.optim.SGD, or set criterion.weight.grad = None"
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fused_margin import _transforms
+from fused_margin import _transforms, _updates
 from fused_margin._numerics import (
     CLAMPED_INVERSE_NORM,
     NORM_EPS,
@@ -241,6 +241,7 @@ class _ClassCosines(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(w, index)
+        _updates.noted_whole(ctx, w)
         with torch._C._AutoDispatchBelowAutograd():
             return _ops.class_cosines(w, index)
 
@@ -258,6 +259,7 @@ class _SquaredNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> Tensor:
         ctx.save_for_backward(w)
+        _updates.noted_whole(ctx, w)
         with torch._C._AutoDispatchBelowAutograd():
             return _ops.squared_norms(w)
 

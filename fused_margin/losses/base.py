@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from fused_margin import (
     _ops,
     _remedies,
     _setup,
+    _updates,
     _validate,
     _validate_settings,
     functional,
@@ -397,10 +399,12 @@ class MarginSoftmaxLoss(nn.Module):
             negatives=_validate.negatives(self.negatives(embeddings, labels)),
             return_stats=_validate.flag("return_stats", return_stats),
         )  # fmt: skip
-        return margin_loss(
-            embeddings, weight, labels, self.psi(embeddings, labels), self._current_scale(),
-            options, self.penalty(embeddings, labels), sampler,
-        )  # fmt: skip
+        updates = self.training or torch.compiler.is_compiling()
+        with contextlib.nullcontext() if updates else _updates.paused():
+            return margin_loss(
+                embeddings, weight, labels, self.psi(embeddings, labels), self._current_scale(),
+                options, self.penalty(embeddings, labels), sampler,
+            )  # fmt: skip
 
     def _current_scale(self) -> float | torch.Tensor:
         """The scale; of a buffer a copy, which autograd may keep while the buffer changes."""
