@@ -10,6 +10,7 @@ gradients that silently require no grad.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -104,7 +105,7 @@ def _cosine_lse(
 
     Args:
         inputs: what to sweep over. backend, budget: as the operator's.
-        lends_for: the gradients that a backward will be asked for, if d_w may be lent.
+        lends_for: the gradients that a backward will be asked for, for which d_w may be lent.
     """
     x, w, labels, scale_tensor = inputs.x, inputs.w, inputs.labels, inputs.scale_tensor
     if backend == "triton":
@@ -183,7 +184,7 @@ def _margin_ce_on_cpu(
         slope_lse=_cpu.rounded(found.slope_lse, dtype),
         slope_u=_cpu.rounded(found.slope_u, dtype),
         num_counted=_cpu.rounded(np.array(float(count)), dtype),
-        targets=labels if ignored is not None else labels.clone(),  # no input is returned
+        targets=labels.clone() if labels.is_inference() else labels,  # which autograd can save
     )
     return losses, swept, loan
 
@@ -296,6 +297,8 @@ def _cosine_lse_operator(*args: Any) -> tuple[Tensor, ...]:
 
 def _margin_ce_operator(*args: Any) -> tuple[Tensor, ...]:
     losses, swept, _ = _margin_ce(*args)
+    if losses.targets is args[2]:  # no operator returns an input
+        losses = losses._replace(targets=losses.targets.clone())
     return losses + swept
 
 
@@ -334,7 +337,7 @@ def _named(operator: str) -> contextlib.AbstractContextManager[Any]:
 def _lends_for(ctx: Any, w: Tensor, needs: Needs, classes: Tensor | None = None) -> Needs | None:
     """What a forward may prepare for in the memory of d_w; notes in ``ctx`` who updates W."""
     ctx.updating = _updates.noted(ctx, w) if needs.w and classes is None else None
-    return needs if needs.w and ctx.updating is None and _loans.may_lend(w) else None
+    return needs if needs.w and ctx.updating is None else None
 
 
 def _updating(ctx: Any, *incoming: Tensor | None) -> _updates.Updated | None:
@@ -526,6 +529,13 @@ def _budget(memory_budget: int | None, *tensors: Tensor | None) -> int:
     return DEFAULT_BUDGET if memory_budget is None else memory_budget
 
 
+@functools.lru_cache(maxsize=64)
+def _kept_numbers(values: tuple[float, ...]) -> Tensor:
+    """The same for whoever asks again, to be read."""
+    with torch.inference_mode(False):  # autograd can't save what is made in it
+        return torch.from_numpy(np.array(values, dtype=np.float64))
+
+
 def _numbers(*values: Any) -> Tensor:
     """Python numbers as an operator takes them: fp64 on the CPU, (len(values),)."""
     if torch.compiler.is_compiling():
@@ -533,7 +543,7 @@ def _numbers(*values: Any) -> Tensor:
         # Dynamo keeps a float symbolic in a product, and not in torch.tensor or torch.full
         return torch.stack([one * value for value in values])
     if torch._C._len_torch_dispatch_stack() == 0:
-        return torch.from_numpy(np.array(values, dtype=np.float64))  # in a third of the time
+        return _kept_numbers(values)
     return torch.tensor(values, dtype=torch.float64, device="cpu")  # which a mode sees
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fused_margin import _loans
 from fused_margin._arguments import PLAIN, Extras, Found, Gradients, Loan, Needs, Swept, Update
 from fused_margin._cpu import ahead, single, sweep, tiny
 from fused_margin._cpu.products import product_dtype
@@ -96,7 +97,7 @@ def forward(
     Args:
         problem: what to sweep over.
         budget: see `kept_bytes`.
-        lends_for: the gradients that will be asked for, d_w among them, if it may be lent.
+        lends_for: the gradients that will be asked for, d_w among them, if autograd keeps a loan.
 
     Returns:
         those, what `problem.extras` asked of a sweep, and a loan if there is one.
@@ -107,7 +108,8 @@ def forward(
     way = _way(problem)
     if way is not sweep:
         return way.forward(problem, num_kept, num_bytes), None, None
-    if lends_for is not None and runs_ahead(problem, num_kept, lends_for):
+    may_lend = lends_for is not None and _loans.may_lend(w)
+    if lends_for is not None and may_lend and runs_ahead(problem, num_kept, lends_for):
         on_top = num_bytes if budget >= 0 else max(0, num_bytes - LARGER_BLOCKS)
         return ahead.forward(problem, on_top, lends_for, num_bytes)
     swept, found = sweep.forward(problem, num_kept, num_bytes)

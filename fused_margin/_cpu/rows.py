@@ -159,14 +159,15 @@ def row_dots(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
     return np.vecdot(view_of(a), view_of(b))
 
 
-def inverse_norms(rows: torch.Tensor) -> np.ndarray:
-    """1 / max(||row||, eps), (R,) fp64."""
-    if rows.numel() > THREADED:
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).numpy()
-    else:
-        wide = rows.double()
-        norms = row_dots(wide, wide)
-        np.sqrt(norms, out=norms)
+def inverse_norms(rows: torch.Tensor | np.ndarray) -> np.ndarray:
+    """1 / max(||row||, eps), (R,) fp64; of an array, which is fp64 too, always by NumPy."""
+    if isinstance(rows, torch.Tensor):
+        if rows.numel() > THREADED:
+            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).numpy()
+            return np.reciprocal(np.maximum(norms, NORM_EPS, out=norms), out=norms)
+        rows = view_of(rows.double())
+    norms = np.vecdot(rows, rows)
+    np.sqrt(norms, out=norms)
     return np.reciprocal(np.maximum(norms, NORM_EPS, out=norms), out=norms)
 
 
@@ -275,11 +276,11 @@ def losses(
         slope = np.where(is_angular, slope, 1.0)
     if margin.straight_through:
         slope = 1.0
-    gap = scale * psi - lse.numpy()
-    # -log sigmoid(gap) and sigmoid(-gap), without cancellation or overflow
-    loss = np.maximum(-gap, 0.0) + np.log1p(np.exp(-np.abs(gap)))
+    # -log sigmoid(s psi - lse) and sigmoid(lse - s psi), without cancellation or overflow
+    gap = lse.numpy() - scale * psi
+    loss = np.maximum(gap, 0.0) + np.log1p(np.exp(-np.abs(gap)))
     sigma = -np.expm1(-loss)
-    slope_u = sigma * slope * -scale
+    slope_u = sigma * (slope * -scale)
     if ignored is not None:
         for part in (loss, sigma, slope_u):
             part[ignored.numpy()] = 0.0

@@ -57,16 +57,25 @@ class _Probabilities(NamedTuple):
     inv_w: np.ndarray
 
 
+def _wide(rows: torch.Tensor) -> np.ndarray:
+    is_known = rows.dtype in (torch.float32, torch.float64)  # to NumPy
+    return view_of(rows if is_known else rows.float()).astype(np.float64)
+
+
 def _probabilities(problem: Problem) -> _Probabilities:
-    x, w = embeddings(problem).double(), problem.w.double()
+    x, w = _wide(embeddings(problem)), _wide(problem.w)
     inv_x, inv_w = inverse_norms(x), inverse_norms(w)
     entries = _entries(problem)
-    z = torch.mm(w, x.t()).numpy()
+    z = w @ x.T
     z *= inv_w[:, None]
-    z *= inv_x
-    u = np.zeros(inv_x.shape)
-    u[entries[1]] = np.minimum(np.maximum(z[entries], -1.0), 1.0)
-    z *= problem.scale
+    z *= inv_x * problem.scale
+    of_targets = z[entries] / problem.scale
+    of_targets = np.minimum(np.maximum(of_targets, -1.0, out=of_targets), 1.0, out=of_targets)
+    if problem.targets.rows is None:
+        u = of_targets
+    else:
+        u = np.zeros(inv_x.shape)
+        u[entries[1]] = of_targets
     z[entries] = -np.inf
     lse = np.maximum.reduce(z, axis=0)
     z -= lse
@@ -110,14 +119,14 @@ def backward(
     scaled = p * (g.lse * inv_x * problem.scale)
     scaled[entries] = (g.u * inv_x)[entries[1]]
     scaled *= inv_w[:, None]
-    factors = rounded(scaled, problem.accumulate)
+    factors = scaled.astype(np.float32)
     d_x = d_w = d_scale = None
     if needs.w:
-        q = torch.mm(factors, x.values)
+        q = torch.from_numpy(factors @ view_of(x.values))
         project(w, q)
         d_w = q.to(problem.w.dtype)
     if needs.x or needs.scale:
-        v = torch.mm(factors.t(), w.values)
+        v = torch.from_numpy(factors.T @ view_of(w.values))
         radial = project(x, v)
         if needs.scale:
             d_scale = torch.from_numpy(radial - g.u * swept.u.numpy()).sum() / problem.scale

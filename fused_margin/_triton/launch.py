@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_margin import _loans
 from fused_margin._arguments import (
     IGNORED,
     TAKEN,
@@ -249,7 +250,7 @@ def _memory(
     """Memory for what a sweep leaves, that of d_w included if it is lent."""
     x, w, loan = inputs.x, inputs.w, None
     # to read another than a number would need a synchronisation
-    may_lend = inputs.scale_tensor is None and not inputs.extras.reshapes
+    may_lend = inputs.scale_tensor is None and not inputs.extras.reshapes and _loans.may_lend(w)
     if lends_for is not None and may_lend and is_lent(x, w, inputs.scale, p, budget):
         loan = _lend(w, p)
     shape = kept_shape(x, w, inputs.compute_dtype, budget, inputs.extras)
