@@ -43,8 +43,9 @@ def of_labels_dtype(labels: torch.Tensor) -> str:
     if labels.dtype == torch.bool:
         return "turn one-hot targets into indices with .int().argmax(1)"
     return (
-        "turn one-hot targets into indices with .argmax(1); for mixtures (mixup, cutmix) of labels"
-        " a and b weigh two losses, lam * criterion(x, a) + (1 - lam) * criterion(x, b)"
+        "turn one-hot targets into indices with .argmax(1); a mixture (mixup, cutmix) of labels a"
+        " and b, lam of shape (N,), is one call: criterion(torch.cat([x, x]), torch.cat([a, b]),"
+        " sample_weight=torch.cat([lam, 1 - lam]))"
     )
 
 

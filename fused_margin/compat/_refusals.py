@@ -27,6 +27,20 @@ def peer_call(
         )
 
 
+def mixture(labels: Any) -> None:
+    """Refuse a row of targets for each embedding, with what a loss without sample_weight can do."""
+    if isinstance(labels, torch.Tensor) and labels.is_floating_point() and labels.ndim == 2:
+        if labels.shape[1] < 2:
+            return
+        raise TypeError(
+            f"labels must be class indices, (N,), got {labels.dtype} of shape"
+            f" {tuple(labels.shape)}; turn one-hot targets into indices with .argmax(1); a mixture"
+            " (mixup, cutmix) of labels a and b, lam a number, is two losses, or one call of"
+            " convert.from_pml(criterion), which takes sample_weight:"
+            " lam * criterion(x, a) + (1 - lam) * criterion(x, b)"
+        )
+
+
 def indices_tuple(value: Any) -> None:
     """Check that it is what a miner returns."""
     is_tuple = isinstance(value, (tuple, list)) and len(value) in (3, 4)

@@ -183,6 +183,8 @@ class _ClassWeights(nn.Module):
             ref_labels: not supported.
         """
         _refusals.peer_call(embeddings, labels, ref_emb, ref_labels, type(self).__name__)
+        if isinstance(embeddings, torch.Tensor) and embeddings.is_floating_point():
+            _refusals.mixture(labels)
         _setup.warn_if_unsynchronized(self, self.W)
         if isinstance(embeddings, torch.Tensor) and isinstance(labels, torch.Tensor):
             self._follow(embeddings)

@@ -169,7 +169,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "labels bool": (call(labels=LABELS > 1), TypeError, ("integer", "torch.bool", ".long()")),
     "labels one-hot": (
         call(labels=torch.eye(5)[LABELS]), TypeError,
-        ("torch.float32", "(4, 5)", "one-hot", ".argmax(1)", "lam * criterion(x, a) + (1 - lam)"),
+        ("torch.float32", "(4, 5)", "one-hot", ".argmax(1)", "sample_weight=torch.cat([lam,"),
     ),
     "labels one-hot, integer": (
         call(labels=torch.eye(5).long()[LABELS]), ValueError, ("(4,)", "(4, 5)", ".argmax(1)"),
