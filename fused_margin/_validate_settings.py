@@ -121,6 +121,26 @@ def fixed(name: str, present: Any, value: Any) -> NoReturn:
     )
 
 
+def assignable(module: torch.nn.Module) -> list[str]:
+    """The names of what may be set of a loss, with the sub-centres, which its error explains."""
+    settings: Mapping[str, Any] = module.settings  # pyright: ignore[reportAssignmentType]
+    derived = (derived_scale, adaptive_scale)
+    names = [name for name, check in settings.items() if check not in derived]
+    scale = getattr(type(module), "scale", None)
+    if "scale" not in settings and isinstance(scale, property) and scale.fset is not None:
+        names.append("scale")
+    return [*names, "sub_centers"]
+
+
+def constructed(module: torch.nn.Module, name: str) -> None:
+    """Refuse to set what has to be checked before there is a module."""
+    if "_parameters" not in module.__dict__:
+        raise AttributeError(
+            f"{name} of {type(module).__name__} is set before super().__init__(), which has to come"
+            " first"
+        )
+
+
 def is_method(name: str) -> NoReturn:
     """Refuse to assign what a subclass implements."""
     raise AttributeError(

@@ -142,7 +142,7 @@ def margin_loss(value: Any, allowed: tuple[type, ...]) -> None:
         )
 
 
-def sample_rate(value: float) -> None:
+def sample_rate(value: float) -> float:
     """Refuse to sample classes."""
     if value != 1.0:
         raise ValueError(
@@ -150,6 +150,7 @@ def sample_rate(value: float) -> None:
             f" does after fused_margin.sampling.sample_negatives(criterion, {value}), with"
             " fused_margin.optim.RowSparseSGD; pass 1.0 here, all classes"
         )
+    return value
 
 
 def ranks(number: int) -> None:

@@ -132,10 +132,18 @@ class _ShortNames(_Head):
         """The scale."""
         return self.scale
 
+    @s.setter
+    def s(self, value: float) -> None:
+        self.scale = value
+
     @property
     def m(self) -> float:
         """The margin: radians, or an offset of the cosine."""
         return self.margin
+
+    @m.setter
+    def m(self, value: float) -> None:
+        self.margin = value
 
 
 class ArcMarginProduct(_ShortNames, _AngularHead):

@@ -33,6 +33,7 @@ from torch import nn
 
 from fused_margin import (
     _compiled,
+    _names,
     _setup,
     _validate,
     _validate_margins,
@@ -91,7 +92,7 @@ def _row_weights(indices_tuple: Any, losses: Tensor) -> Tensor | None:
     return counts.to(losses.dtype) / counts.max()
 
 
-class _ClassWeights(nn.Module):
+class _ClassWeights(_names.Watched, nn.Module):
     """W, regularisers and reduction, as all these losses have them.
 
     Args:
@@ -115,9 +116,10 @@ class _ClassWeights(nn.Module):
         weight_regularizer: Regularizer | None = None, weight_reg_weight: float = 1,
         embedding_regularizer: Regularizer | None = None, embedding_reg_weight: float = 1,
         reducer: Any = None, weight_init_func: Callable[[Tensor], Any] | None = None,
-        distance: Any = None, collect_stats: bool | None = None,
+        distance: Any = None, collect_stats: bool | None = None, **unknown: Any,
     ) -> None:  # fmt: skip
         super().__init__()
+        _validate.keywords(unknown, (), type(self))
         num_columns = _validate.size("num_classes", num_columns, 2)
         embedding_size = _validate.size("embedding_size", embedding_size, 1)
         _refusals.distance(distance, self.distances, type(self).__name__)
