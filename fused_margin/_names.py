@@ -172,6 +172,10 @@ def explain(error: TypeError, call: Callable[..., Any], given: tuple[Any, ...], 
     elif given and hasattr(given[0], "settings"):
         settings = inspect.signature(type(given[0])).parameters
     text = hints(names, call, settings)
+    if "positional argument" in str(error) and " were given" in str(error):
+        parameters = list(inspect.signature(call).parameters.values())
+        order = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        text = f"in order it takes {', '.join(order)}, and all else by name"
     if text:
         error.args = (f"{error}; {text}",)
 

@@ -115,7 +115,7 @@ def _real(name: str, value: Any, kinds: str, remedy: str = "") -> float:
         return value
     if type(value) is not int and not _is_real(value):
         if not (remedy or value is None or _is_bool(value)):
-            remedy = "; convert it with float()"
+            remedy = _remedies.of_number(name, value)
         raise TypeError(f"{name} must be {kinds}, got {_shown(value)}{remedy}")
     try:
         return float(value)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
+
+from fused_margin import _validate
 
 CHECKPOINTS = (
     "W of pytorch-metric-learning (D, C) and pytorch-adacos (C, D), kernel of AdaFace,"
@@ -81,6 +84,13 @@ def collect_stats(value: Any) -> None:
         )
 
 
+def degrees(value: Any) -> float:
+    """Radians of a margin that is given in degrees."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    return math.radians(_validate._real("margin", value, "a number, in degrees"))
+
+
 def peer_margin(value: Any) -> int:
     """Check the integer margin of LargeMarginSoftmaxLoss and SphereFaceLoss."""
     if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__int__"):
@@ -113,11 +123,25 @@ def reducer(value: Any) -> None:
         )
 
 
+# --- heads ----------------------------------------------------------------------------------------
+
+
+def one_margin(value: Any) -> None:
+    """Refuse margins per class where other classes' logits have a share of one."""
+    if isinstance(value, torch.Tensor):
+        raise ValueError(
+            f"ls_eps spreads one margin over all classes, got {_validate._shown(value)}; set"
+            " ls_eps=0.0, and for smoothed labels label_smoothing"
+        )
+
+
 # --- insightface ----------------------------------------------------------------------------------
 
 
-def combined_margin(m1: float, m2: float, m3: float) -> None:
+def combined_margin(m1: Any, m2: Any, m3: Any) -> None:
     """Check that it is a combination whose numbers are insightface's own."""
+    for name, value in (("m1", m1), ("m2", m2), ("m3", m3)):
+        _validate.between(name, value, -math.inf, math.inf)
     if m3 > 0 and (m1, m2) != (1.0, 0.0):
         raise ValueError(
             f"insightface's CombinedMarginLoss ignores m1 and m2 where m3 > 0, and got"

@@ -30,7 +30,9 @@ from fused_margin import (
     margins,
     negatives,
 )
+from fused_margin.compat import _refusals
 from fused_margin.losses import MarginSoftmaxLoss
+from fused_margin.losses.base import of_rows
 
 __all__ = ["AddMarginProduct", "ArcMarginProduct", "SpeechBrainAAM", "WeSpeakerAAM"]
 
@@ -38,10 +40,12 @@ __all__ = ["AddMarginProduct", "ArcMarginProduct", "SpeechBrainAAM", "WeSpeakerA
 _ABOVE_ZERO = torch.finfo(torch.float32).tiny
 
 
-def angular(margin: float, boundary: str, easy_margin: bool) -> margins.Margin:
+def angular(margin: float | torch.Tensor, boundary: str, easy_margin: bool) -> margins.Margin:
     """cos(theta + m); with an easy margin cos(theta) where that isn't positive."""
     if not easy_margin:
         return margins.angular(margin, boundary)
+    if isinstance(margin, torch.Tensor):
+        return margins.Margin(margin.cos(), margin.sin(), _ABOVE_ZERO, 0.0)
     return margins.Margin(math.cos(margin), math.sin(margin), _ABOVE_ZERO, 0.0)
 
 
@@ -91,7 +95,7 @@ class _AngularHead(_Head):
         num_classes: C >= 2.
         embedding_size: D >= 1.
         scale: s > 0.
-        margin: m, radians.
+        margin: m, radians; a number, or (C,) floating, one for each class.
         easy_margin: cos(theta) where theta >= pi / 2.
         options: ``reduction`` and what follows in `MarginSoftmaxLoss`.
     """
@@ -115,7 +119,11 @@ class _AngularHead(_Head):
 
     def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> functional.Psi:
         """cos(theta + m)."""
-        return angular(self.margin, self.boundary, self.easy_margin)
+        return self._angular(labels)
+
+    def _angular(self, labels: torch.Tensor) -> margins.Margin:
+        margin = of_rows("margin", self.margin, labels, self.num_classes)
+        return angular(margin, self.boundary, self.easy_margin)
 
     def extra_repr(self) -> str:
         """Sizes and settings."""
@@ -153,7 +161,7 @@ class ArcMarginProduct(_ShortNames, _AngularHead):
         in_features: D >= 1.
         out_features: C >= 2.
         s: scale, > 0.
-        m: margin, radians.
+        m: margin, radians; a number, or (C,) floating, one for each class.
         easy_margin: cos(theta) where theta >= pi / 2.
         ls_eps: in [0, 1). There it spreads the margin, not the target: of the target's logit
             1 - ls_eps + ls_eps / C have it, and ls_eps / C of each other class's. So it is here,
@@ -177,7 +185,7 @@ class ArcMarginProduct(_ShortNames, _AngularHead):
 
     def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> functional.Psi:
         """cos(theta + m), or its share in the target's logit."""
-        margin = angular(self.margin, self.boundary, self.easy_margin)
+        margin = self._angular(labels)
         if not self.ls_eps:
             return margin
         share = 1.0 - self.ls_eps * (1.0 - 1.0 / self.num_classes)
@@ -189,6 +197,7 @@ class ArcMarginProduct(_ShortNames, _AngularHead):
         """The margin's share in other logits, with sin(theta) as 1 - c^2 / 2."""
         if not self.ls_eps:
             return None
+        _refusals.one_margin(self.margin)
         share, sin = self.ls_eps / self.num_classes, math.sin(self.margin)
         linear, square = 1.0 - share * (1.0 - math.cos(self.margin)), 0.5 * share * sin
         threshold = 0.0 if self.easy_margin else -math.cos(self.margin)
@@ -207,7 +216,8 @@ class WeSpeakerAAM(_AngularHead):
         in_features: D >= 1.
         out_features: C >= 2.
         scale: s > 0.
-        margin: m, radians; WeSpeaker's scheduler calls ``update(margin)``.
+        margin: m, radians; WeSpeaker's scheduler calls ``update(margin)``. Or (C,) floating, where
+            inter-topk has its penalty as it is.
         easy_margin: cos(theta) where theta >= pi / 2.
         K: sub-centres, rows of the weight for each class, of which the nearest counts; 3 there.
         mp: the penalty of inter-topk at a margin of 0.2, radians; 0.06 there. As there it grows
@@ -269,7 +279,7 @@ class AddMarginProduct(_ShortNames):
         in_features: D >= 1.
         out_features: C >= 2.
         s: scale, > 0.
-        m: an offset of the cosine.
+        m: an offset of the cosine; a number, or (C,) floating.
         options: ``reduction`` and what follows in `MarginSoftmaxLoss`.
     """
 
@@ -291,4 +301,4 @@ class AddMarginProduct(_ShortNames):
 
     def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> margins.Margin:
         """cos(theta) - m."""
-        return margins.additive(self.margin)
+        return margins.additive(of_rows("margin", self.margin, labels, self.num_classes))

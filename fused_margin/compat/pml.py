@@ -324,7 +324,7 @@ class ArcFaceLoss(_OnKernels):
         **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(num_classes, embedding_size, **options)
-        self.margin = _validate_margins.angular_margin(math.radians(margin))
+        self.margin = _validate_margins.angular_margin(_refusals.degrees(margin))
         self.scale = scale
         _validate_settings.number_scale(scale)
 
@@ -397,7 +397,7 @@ class NormalizedSoftmaxLoss(_OnKernels):
         self, num_classes: int, embedding_size: int, temperature: float = 0.05, **options: Any
     ) -> None:
         super().__init__(num_classes, embedding_size, **options)
-        self.temperature = temperature
+        self.temperature = _validate.positive("temperature", temperature)
         _validate_settings.number_scale(self._scale())
 
     def psi(self, embeddings: Tensor, labels: Tensor) -> margins.Margin:

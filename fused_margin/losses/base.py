@@ -148,6 +148,7 @@ class MarginSoftmaxLoss(nn.Module):
         super().__init__()
         _validate.keywords(options, DEFAULTS, type(self))
         chosen: dict[str, Any] = {**DEFAULTS, **options}
+        _validate_settings.sizes_first(type(self), num_classes, embedding_size)
         num_classes = _validate.size("num_classes", num_classes, 2)
         embedding_size = _validate.size("embedding_size", embedding_size, 1)
         device, dtype = chosen.pop("device"), chosen.pop("dtype")
