@@ -68,6 +68,7 @@ class _Head(MarginSoftmaxLoss):
 
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Scaled cosines without margin, (N, C), of embeddings (N, D) or (N, 1, D)."""
+        _validate._tensor("embeddings", embeddings)
         if embeddings.ndim == 3 and embeddings.shape[1] == 1:
             embeddings = embeddings.squeeze(1)
         return super().logits(embeddings)
@@ -81,6 +82,7 @@ class _Head(MarginSoftmaxLoss):
         return_stats: bool = False,
     ) -> Any:
         """Mean loss of embeddings (N, D) or (N, 1, D) and labels (N,) or (N, 1): 0-d."""
+        _validate.both_tensors(input, label)
         if input.ndim == 3 and input.shape[1] == 1:
             input = input.squeeze(1)
         if label.ndim == 2 and label.shape[1] == 1:

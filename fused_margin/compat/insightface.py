@@ -238,6 +238,7 @@ class PartialFC_V2(MarginSoftmaxLoss):
         return_stats: bool = False,
     ) -> Any:
         """Mean loss of embeddings (N, D) and labels (N,) or (N, 1): 0-d."""
+        _validate.both_tensors(local_embeddings, local_labels)
         if local_labels.ndim == 2 and local_labels.shape[1] == 1:
             local_labels = local_labels.squeeze(1)
         forward = functools.partial(

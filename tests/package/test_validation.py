@@ -194,7 +194,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "labels number": (call(labels=LABELS[:2]), ValueError, ("shape (4,)", "(2,)", "per row")),
     "label too large": (
         call(labels=LABELS + 2), ValueError,
-        ("[0, 5)", "labels[1] is 6", "(1 such", "ignore_index=-100", "labels); remap"),
+        ("[0, 5)", "labels[1] is 6", "(1 such", "the ignored label, -100", "labels); remap"),
     ),
     "labels from 1": (
         call(labels=LABELS + 1), ValueError,
@@ -208,11 +208,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     ),
     "label negative": (
         call(labels=LABELS - 1), ValueError,
-        ("[0, 5)", "labels[0] is -1", "pass ignore_index=-1 to leave such rows out", "remap"),
+        ("[0, 5)", "is -1", "pass labels.masked_fill(labels == -1, -100) to leave such", "remap"),
     ),
     "label negative, reference": (
         call(labels=LABELS - 1, backend="reference"), ValueError,
-        ("labels[0] is -1", "pass ignore_index=-1", "remap"),
+        ("labels[0] is -1", "pass labels.masked_fill(labels == -1, -100)", "remap"),
     ),
     "labels of several negative values": (
         call(labels=LABELS - 3), ValueError, ("labels[0] is -3", "(3 such labels); remap"),
