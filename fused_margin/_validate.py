@@ -283,6 +283,12 @@ def matrices(embeddings: torch.Tensor, weight: torch.Tensor, min_classes: int = 
         raise ValueError(
             f"embeddings are on {embeddings.device}, weight on {weight.device}; {remedy}"
         )
+    if embeddings.device.type == "meta":
+        raise ValueError(
+            "embeddings and weight are on the meta device, where there are no numbers to compute"
+            " with; criterion.to_empty(device=...) and criterion.reset_parameters() make real"
+            " weights, for embeddings of a model that is real too"
+        )
 
 
 def class_weights(weight: torch.Tensor) -> None:

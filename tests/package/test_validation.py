@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import fused_margin as fm
 import fused_margin.functional as fmf
-from fused_margin import tuning
+from fused_margin import metrics, tuning
 from fused_margin.compat import heads, insightface, pml
 
 X, W = torch.randn(4, 6), torch.randn(5, 6)
@@ -22,6 +22,8 @@ LABELS = torch.tensor([0, 4, 2, 2])
 SIX_CLASSES = torch.randn(6, 5)  # weight for embeddings of 6 columns, transposed
 CRITERION = fm.ArcFaceLoss(5, 6)
 IGNORED = torch.tensor([0, 4, -100, 2])
+ON_META = X.to("meta")
+CRITERION_ON_META = fm.ArcFaceLoss(5, 6, device="meta")
 NAN_IN_ROW_2 = torch.tensor([0.5, 0.1, math.nan, 0.2])
 
 
@@ -168,9 +170,21 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
         call(labels=LABELS.to("meta")), ValueError, ("labels are on meta", "cpu", ".to(embed"),
     ),
     "no kernels": (
-        call(x=X.to("meta"), w=W.to("meta"), labels=LABELS.to("meta"), backend="cpu"),
-        ValueError, ("backend='cpu'", "meta", 'backend="reference"'),
+        call(x=fake("xpu", 4, 6), w=fake("xpu", 5, 6), labels=fake("xpu", 4).long(), backend="cpu"),
+        ValueError, ("backend='cpu'", "xpu", 'backend="reference"'),
     ),
+    **{
+        f"no numbers, {name}": (
+            made, ValueError, ("on the meta device, where there are no numbers", ".to_empty("),
+        )
+        for name, made in {
+            "reference": call(x=ON_META, w=ON_META, labels=LABELS.to("meta"), backend="reference"),
+            "module": lambda: CRITERION_ON_META(ON_META, LABELS.to("meta")),
+            "logits": lambda: CRITERION_ON_META.logits(ON_META),
+            "metrics": lambda: metrics.predict(ON_META, CRITERION_ON_META),
+            "compat": lambda: pml.SphereFaceLoss(5, 6).to("meta")(ON_META, LABELS.to("meta")),
+        }.items()
+    },
     "labels float": (call(labels=LABELS.float()), TypeError, ("integer", "float32", ".long()")),
     "labels bool": (call(labels=LABELS > 1), TypeError, ("integer", "torch.bool", ".long()")),
     "labels one-hot": (
