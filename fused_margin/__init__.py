@@ -48,8 +48,9 @@ from fused_margin.losses import (
 if TYPE_CHECKING:
     from fused_margin import compat as compat
     from fused_margin import convert as convert
+    from fused_margin import tuning as tuning
 
-_LAZY = ("compat", "convert")
+_LAZY = ("compat", "convert", "tuning")
 
 __all__ = [
     "AdaCosLoss",
@@ -87,10 +88,13 @@ _flops.register_when_imported()
 
 
 def __getattr__(name: str) -> Any:
-    """`fused_margin.compat` and `fused_margin.convert`, imported where they are first asked for."""
+    """What is imported where it is first asked for; of other names where they are."""
     if name in _LAZY:
         return importlib.import_module(f"fused_margin.{name}")
-    raise AttributeError(f"module 'fused_margin' has no attribute {name!r}")
+    places = importlib.import_module("fused_margin._places")
+    raise AttributeError(
+        f"module 'fused_margin' has no attribute {name!r}{places.whereabouts(name)}"
+    )
 
 
 def __dir__() -> list[str]:

@@ -124,9 +124,26 @@ def hints(names: Iterable[str], call: Callable[..., Any], settings: Iterable[str
     return "; ".join(t if t.startswith("did you mean") else f"{n!r} {t}" for n, t in texts)
 
 
+def of_attribute(name: str, taken: Iterable[str], elsewhere: Mapping[str, str]) -> str:
+    """What was likely meant by an attribute that a loss doesn't read; "" if nothing is known.
+
+    Args:
+        name: what is assigned.
+        taken: the attributes that it does read. elsewhere: where others belong.
+    """
+    return _known(name, list(taken), elsewhere)
+
+
 def _hint(name: str, taken: list[str], places: Mapping[str, str]) -> str:
+    near = difflib.get_close_matches(name, taken, n=1)
+    return _known(name, taken, places) or (f"did you mean {near[0]!r}?" if near else "")
+
+
+def _known(name: str, taken: list[str], places: Mapping[str, str]) -> str:
     if name in places:
         return places[name].format(name)
+    if "temperature" in taken and any(name in group for group in SAME if group[0] == "scale"):
+        return "is 1 / temperature here"
     groups = [group for group in SAME if name in group]
     same = dict.fromkeys(one for group in groups for one in group if one in taken)
     if same:
@@ -136,8 +153,7 @@ def _hint(name: str, taken: list[str], places: Mapping[str, str]) -> str:
         for one in ours:
             if one in known:
                 return known[one].format(one)
-    near = difflib.get_close_matches(name, taken, n=1)
-    return f"did you mean {near[0]!r}?" if near else ""
+    return ""
 
 
 def explain(error: TypeError, call: Callable[..., Any], given: tuple[Any, ...], names: Any) -> None:
@@ -156,8 +172,63 @@ def explain(error: TypeError, call: Callable[..., Any], given: tuple[Any, ...], 
     elif given and hasattr(given[0], "settings"):
         settings = inspect.signature(type(given[0])).parameters
     text = hints(names, call, settings)
+    if "positional argument" in str(error) and " were given" in str(error):
+        parameters = list(inspect.signature(call).parameters.values())
+        order = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        text = f"in order it takes {', '.join(order)}, and all else by name"
     if text:
         error.args = (f"{error}; {text}",)
+
+
+def constructor(call: Callable[P, None]) -> Callable[P, None]:
+    """Decorate a constructor whose class has `unread` look at later assignments."""
+
+    @functools.wraps(call)
+    def __init__(*args: P.args, **kwargs: P.kwargs) -> None:
+        call(*args, **kwargs)
+        made: Any = args[0]
+        if type(made).__init__ is __init__:  # not that of a base class, which others go on from
+            made.__dict__["_is_made"] = True
+
+    return __init__
+
+
+def unread(module: Any, name: str, taken: Iterable[str]) -> None:
+    """Refuse another package's name for an attribute, which nothing would read.
+
+    What a constructor has made, or a class says, is its own.
+
+    Args:
+        module: of a class whose constructors have the decorator.
+        name: what is assigned.
+        taken: the attributes that the module reads.
+    """
+    kind = type(module)
+    if not module.__dict__.get("_is_made") or hasattr(kind, name) or hasattr(module, name):
+        return
+    meant = of_attribute(name, taken, getattr(kind, "_elsewhere", {}))
+    if not meant or any(name in inspect.get_annotations(one) for one in kind.__mro__):
+        return
+    raise AttributeError(
+        f"{kind.__name__} would not read {name!r}, which {meant}. An attribute of your own is made"
+        " in the constructor of a subclass, or has another name"
+    )
+
+
+class Watched:
+    """A base before `nn.Module` for a class without settings: `unread` looks at assignments."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Let constructors say when they are done."""
+        super().__init_subclass__(**keywords)
+        own = cls.__dict__.get("__init__")
+        if own is not None:
+            cls.__init__ = constructor(hinting(own))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module, but for names that other packages have for what it reads."""
+        unread(self, name, (one for one in vars(self) if not one.startswith("_")))
+        super().__setattr__(name, value)
 
 
 def hinting(call: Callable[P, R]) -> Callable[P, R]:

@@ -43,8 +43,9 @@ def of_labels_dtype(labels: torch.Tensor) -> str:
     if labels.dtype == torch.bool:
         return "turn one-hot targets into indices with .int().argmax(1)"
     return (
-        "turn one-hot targets into indices with .argmax(1); for mixtures (mixup, cutmix) of labels"
-        " a and b weigh two losses, lam * criterion(x, a) + (1 - lam) * criterion(x, b)"
+        "turn one-hot targets into indices with .argmax(1); a mixture (mixup, cutmix) of labels a"
+        " and b, lam of shape (N,), is one call: criterion(torch.cat([x, x]), torch.cat([a, b]),"
+        " sample_weight=torch.cat([lam, 1 - lam]))"
     )
 
 
@@ -93,7 +94,9 @@ def of_columns(num_columns: int, num_classes: int, dim: int) -> str:
             " out_neurons and input_size); a function takes weight as (C, D), so pass weight.t();"
             " and if the embeddings are logits, pass what the model's last layer is given"
         )
-    return f"build the loss with embedding_size={num_columns}"
+    return f"build the loss with embedding_size={num_columns}" + (
+        "; its sizes are its first two arguments, (num_classes, embedding_size)" if dim == 1 else ""
+    )
 
 
 def of_margin_shape(margin: torch.Tensor, num_rows: int) -> str:
@@ -106,6 +109,25 @@ def of_margin_shape(margin: torch.Tensor, num_rows: int) -> str:
     if margin.numel() == num_rows:
         return "; use .flatten()"
     return "; pass margins per class as margin[labels]" if margin.ndim == 1 else ""
+
+
+def of_margins(margins: Sized, num_rows: int) -> str:
+    """How a list or an array becomes one margin for each of ``num_rows`` rows."""
+    if len(margins) == num_rows:
+        return "; torch.as_tensor converts arrays and lists"
+    return "; pass margins per class as torch.as_tensor(margin)[labels]"
+
+
+def of_number(name: str, value: Any) -> str:
+    """How ``value``, which is no number, becomes one."""
+    if not holds_several(value) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+        return "; convert it with float()"
+    if "margin" in name or name in ("m1", "m2", "m3"):
+        return (
+            "; for margins per class, a tensor (C,), there are ArcFaceLoss, CosFaceLoss,"
+            " CurricularFaceLoss and MVSoftmaxLoss"
+        )
+    return ""
 
 
 def of_dtensor(name: str) -> str:

@@ -115,7 +115,7 @@ def _real(name: str, value: Any, kinds: str, remedy: str = "") -> float:
         return value
     if type(value) is not int and not _is_real(value):
         if not (remedy or value is None or _is_bool(value)):
-            remedy = "; convert it with float()"
+            remedy = _remedies.of_number(name, value)
         raise TypeError(f"{name} must be {kinds}, got {_shown(value)}{remedy}")
     try:
         return float(value)
@@ -169,14 +169,7 @@ def tensors(
         _order(embeddings, weight, labels)
     matrices(embeddings, weight, min_classes)
     num_rows = embeddings.shape[0]
-    if not isinstance(labels, torch.Tensor):
-        if isinstance(labels, (list, tuple)) and any(isinstance(name, str) for name in labels):
-            remedy = "; number the class names from 0, and pass a tensor of these numbers"
-        else:
-            remedy = _remedies.of_type("labels", labels)
-        raise TypeError(
-            f"labels must be a tensor of class indices, got {type(labels).__name__}{remedy}"
-        )
+    _labels(labels)
     plain("labels", labels)
     if labels.dtype not in INTEGERS:
         raise TypeError(
@@ -193,6 +186,23 @@ def tensors(
         raise ValueError(
             f"labels are on {labels.device}, embeddings on {embeddings.device};"
             " move the labels with .to(embeddings.device)"
+        )
+
+
+def both_tensors(embeddings: Any, labels: Any) -> None:
+    """Check that they are tensors, before shapes are looked at."""
+    _tensor("embeddings", embeddings)
+    _labels(labels)
+
+
+def _labels(value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        if isinstance(value, (list, tuple)) and any(isinstance(name, str) for name in value):
+            remedy = "; number the class names from 0, and pass a tensor of these numbers"
+        else:
+            remedy = _remedies.of_type("labels", value)
+        raise TypeError(
+            f"labels must be a tensor of class indices, got {type(value).__name__}{remedy}"
         )
 
 
@@ -273,6 +283,12 @@ def matrices(embeddings: torch.Tensor, weight: torch.Tensor, min_classes: int = 
         raise ValueError(
             f"embeddings are on {embeddings.device}, weight on {weight.device}; {remedy}"
         )
+    if embeddings.device.type == "meta":
+        raise ValueError(
+            "embeddings and weight are on the meta device, where there are no numbers to compute"
+            " with; criterion.to_empty(device=...) and criterion.reset_parameters() make real"
+            " weights, for embeddings of a model that is real too"
+        )
 
 
 def class_weights(weight: torch.Tensor) -> None:
@@ -307,11 +323,13 @@ def label_range(labels: torch.Tensor, num_classes: int, ignore_index: int) -> No
         if lowest >= 1 and highest == num_classes:
             remedy = "pass labels - 1 if they start at 1, else "
         elif value < 0 and bool((labels[wrong] == value).all()):
-            remedy = f"pass ignore_index={value} to leave such rows out, else "
+            # of every call, as compat.pml takes no ignore_index
+            left_out = f"labels.masked_fill(labels == {value}, {ignore_index})"
+            remedy = f"pass {left_out} to leave such rows out, else "
         else:
             remedy = ""
         raise ValueError(
-            f"labels must be in [0, {num_classes}) or equal to ignore_index={ignore_index}, but"
+            f"labels must be in [0, {num_classes}) or the ignored label, {ignore_index}, but"
             f" labels[{row}] is {value} ({int(wrong.sum())} such labels);"
             f" {remedy}remap the labels or give the loss as many classes as there are"
         )

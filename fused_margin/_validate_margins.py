@@ -42,12 +42,10 @@ def _margin(
     _validate._no_tensor("margin", value)
     if value is None:
         remedy = "; 0.0 is no margin"
-    elif not _remedies.holds_several(value):
-        remedy = ""
-    elif labels is None:
-        remedy = "; a module takes float(margin), and margins per row go to the functional form"
+    elif labels is not None and _remedies.holds_several(value):
+        remedy = _remedies.of_margins(value, known(labels.shape[0]))
     else:
-        remedy = "; torch.as_tensor converts arrays and lists"
+        remedy = ""
     kinds = "a number" if labels is None else "a number or an (N,) tensor"
     return _validate._real("margin", value, kinds, remedy)
 
@@ -112,18 +110,20 @@ def of_kind(
 
 def angle(name: str, value: Any) -> float:
     """Check an angle in radians that isn't called margin."""
-    hint = "it is an angle in radians, math.radians(degrees)"
+    hint = "it is an angle in radians, math.radians(degrees), and the scale comes after all margins"
     return _validate.between(name, value, -LARGEST_ANGLE, LARGEST_ANGLE, hint)
 
 
 def offset(name: str, value: Any) -> float:
     """Check an offset of the cosine that isn't called margin."""
-    return _validate.between(name, value, -LARGEST_OFFSET, LARGEST_OFFSET, "it is a cosine offset")
+    hint = "it is a cosine offset, and the scale comes after all margins"
+    return _validate.between(name, value, -LARGEST_OFFSET, LARGEST_OFFSET, hint)
 
 
 def multiplier(name: str, value: Any, lowest: float = 1.0) -> float:
     """Check what multiplies an angle."""
-    return _validate.between(name, value, lowest, LARGEST_MULTIPLIER, "it multiplies the angle")
+    hint = "it multiplies the angle, and the scale comes after all margins"
+    return _validate.between(name, value, lowest, LARGEST_MULTIPLIER, hint)
 
 
 def class_counts(value: Any) -> torch.Tensor:
@@ -139,12 +139,11 @@ def class_counts(value: Any) -> torch.Tensor:
 
 
 def mean_margin(value: Any) -> None:
-    """Refuse a tensor as the mean of margins that are drawn."""
-    if isinstance(value, torch.Tensor):
+    """Refuse several as the mean of margins that are drawn."""
+    if isinstance(value, torch.Tensor) or _remedies.holds_several(value):
         raise TypeError(
             "ElasticFace draws a margin for each row, and takes their mean as a number, got"
-            f" {_validate._shown(value)}; float(margin), or for margins of your own arcface or"
-            " cosface"
+            f" {_validate._shown(value)}; for margins of your own there are arcface and cosface"
         )
 
 
@@ -155,6 +154,12 @@ def module_number(value: Any) -> float:
 
 
 def _class_margin(value: Any) -> float | torch.Tensor:
+    if not isinstance(value, torch.Tensor) and _remedies.holds_several(value):
+        raise TypeError(
+            f"margin must be a number, or a tensor of one for each class, (C,), got"
+            f" {_validate._shown(value)}; torch.as_tensor(margin, dtype=torch.float32) makes it,"
+            " and margins per row go to the functional form"
+        )
     if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
         return _margin(value, None, 0, "")
     if value.ndim != 1:

@@ -122,8 +122,8 @@ def center_counts(value: Any) -> torch.Tensor:
     return value
 
 
-def rows_of(name: str, value: Any, weight: torch.Tensor) -> int:
-    """Check a row of the weight for each class, (C,); returns C."""
+def rows_of(name: str, value: Any, weight: torch.Tensor, sub_centers: int | None) -> int:
+    """Check a row of the weight for each class, (C,), K of it if that is known; returns C."""
     _validate._tensor(name, value)
     if value.ndim != 1 or value.dtype is not torch.int64 or value.device != weight.device:
         raise ValueError(
@@ -136,5 +136,10 @@ def rows_of(name: str, value: Any, weight: torch.Tensor) -> int:
         raise ValueError(
             f"{name} has {value.shape[0]} entries, one per class, and weight {num_rows} rows, which"
             " is no multiple"
+        )
+    if sub_centers not in (None, num_rows // value.shape[0]):
+        raise ValueError(
+            f"{name} has {value.shape[0]} entries, one per class, and weight {num_rows} rows, which"
+            f" aren't {sub_centers} for each; sub_centers may be left out where {name} is given"
         )
     return value.shape[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fused_margin import _validate
+from fused_margin import _names, _validate
 
 
 def criterion(value: Any, setting: str) -> nn.Module:
@@ -25,7 +25,10 @@ def criterion(value: Any, setting: str) -> nn.Module:
     if able:
         problem = f"{len(able)} losses have the setting {setting!r}: {names}; give each a schedule"
     elif found:
-        problem = f"{names} has no setting {setting!r}, but {', '.join(found[0][1])}"
+        meant = _names.of_attribute(setting, found[0][1], {})
+        problem = f"{names} has no setting {setting!r}, but {', '.join(found[0][1])}" + (
+            f"; {setting!r} {meant}" if meant else ""
+        )
     else:
         problem = f"this {type(value).__name__} contains no loss of fused_margin"
     raise ValueError(problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -16,6 +17,36 @@ def number_scale(value: Any, remedy: str = "") -> float:
     """Check a scale that is a number: > 0."""
     _validate._no_tensor("scale", value, remedy)
     return _validate._scale_number(value, "a number")
+
+
+def sizes_first(
+    kind: type, num_classes: Any, embedding_size: Any, *, is_other: bool = False
+) -> None:
+    """Refuse margins and scales in the place of sizes, as layers without class weights have them.
+
+    ``is_other``: whether another argument tells.
+    """
+    for value in (num_classes, embedding_size):
+        is_fraction = _validate._is_real(value) and not isinstance(value, numbers.Integral)
+        if is_other or (is_fraction and value < 2):  # 2.0 is told to become an int
+            taken = [p for p in inspect.signature(kind).parameters.values() if p.kind != KEYWORD]
+            raise TypeError(
+                f"{kind.__name__} takes {', '.join(p.name for p in taken)} in this order, got"
+                f" {num_classes} and {embedding_size} for its numbers of classes and of columns"
+                + INSIGHTFACE.get(kind.__name__, "")
+            )
+
+
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
+INSIGHTFACE = {
+    kind: f"; insightface's {call}, which has no class weights, is"
+    f" fused_margin.compat.insightface.{call.partition('(')[0]}, for its PartialFC_V2"
+    for kind, call in {
+        "ArcFaceLoss": "ArcFace(s, margin)",
+        "CosFaceLoss": "CosFace(s, m)",
+        "CombinedMarginLoss": "CombinedMarginLoss(s, m1, m2, m3)",
+    }.items()
+}
 
 
 def no_scale(name: str, options: Mapping[str, Any]) -> None:
@@ -119,6 +150,26 @@ def fixed(name: str, present: Any, value: Any) -> NoReturn:
         f"{name} is {present} and can't be set to {value!r}: the weight has that many rows for each"
         " class; make a loss with the other number"
     )
+
+
+def assignable(module: torch.nn.Module) -> list[str]:
+    """The names of what may be set of a loss, with the sub-centres, which its error explains."""
+    settings: Mapping[str, Any] = module.settings  # pyright: ignore[reportAssignmentType]
+    derived = (derived_scale, adaptive_scale)
+    names = [name for name, check in settings.items() if check not in derived]
+    scale = getattr(type(module), "scale", None)
+    if "scale" not in settings and isinstance(scale, property) and scale.fset is not None:
+        names.append("scale")
+    return [*names, "sub_centers"]
+
+
+def constructed(module: torch.nn.Module, name: str) -> None:
+    """Refuse to set what has to be checked before there is a module."""
+    if "_parameters" not in module.__dict__:
+        raise AttributeError(
+            f"{name} of {type(module).__name__} is set before super().__init__(), which has to come"
+            " first"
+        )
 
 
 def is_method(name: str) -> NoReturn:

@@ -20,6 +20,20 @@ import torch
 from fused_margin import _validate, _validate_margins
 from fused_margin._arguments import Margin
 
+__all__ = [
+    "NO_MARGIN",
+    "Margin",
+    "adaptive",
+    "additive",
+    "angular",
+    "by_class_size",
+    "circle",
+    "combined",
+    "multiplied",
+    "sine",
+    "theta",
+]
+
 # psi'(u) divides by sqrt(max(1 - u^2, SINE_SQUARED_FLOOR)). With 1e-7 instead, fp32 gradients at
 # angles below 3e-3 rad could be 60 % off; with 1e-5, 0.6 % (docs/math.md). Shared by every backend.
 SINE_SQUARED_FLOOR = 1e-5

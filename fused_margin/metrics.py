@@ -55,13 +55,13 @@ class Prediction(NamedTuple):
 class Evaluation(NamedTuple):
     """How the target of each row stands among the classes.
 
-    From `evaluate` ignored rows are left out, N' of N. From a loss that was asked with
-    ``return_stats=True`` they are there: -1, NaN for cosines.
+    An ignored row has NaN for cosines, and -1: ``.target_cosine.nanmean()`` leaves it out,
+    ``.rank[found.is_counted]`` too.
 
     Attributes:
-        target_cosine: u (eq. 1), (N',).
-        rank: how many other classes are nearer than the target, (N',) int64.
-        hardest_class: the nearest class but the target, (N',) int64. hardest_cosine: its cosine.
+        target_cosine: u (eq. 1), (N,).
+        rank: how many other classes are nearer than the target, (N,) int64.
+        hardest_class: the nearest class but the target, (N,) int64. hardest_cosine: its cosine.
     """
 
     target_cosine: Tensor
@@ -69,12 +69,20 @@ class Evaluation(NamedTuple):
     hardest_class: Tensor
     hardest_cosine: Tensor
 
+    @property
+    def is_counted(self) -> Tensor:
+        """Whether a row is not ignored, (N,)."""
+        return self.rank >= 0
+
     def accuracy(self, k: int = 1) -> Tensor:
-        """Share of the rows whose target is among their k nearest classes, 0-d; NaN of no rows."""
+        """Share of the rows whose target is among their k nearest classes, 0-d.
+
+        Ignored rows don't count; of no other row it is NaN, as any mean. A row that isn't finite
+        is never right. k may be more than there are classes, and is then as many.
+        """
         k = _validate.size("k", k, 1)
-        is_counted = self.rank >= 0
-        is_right = is_counted & (self.rank < k)
-        return is_right.sum().to(self.target_cosine.dtype) / is_counted.sum()
+        is_right = self.is_counted & (self.rank < k) & ~self.target_cosine.isnan()
+        return is_right.sum().to(self.target_cosine.dtype) / self.is_counted.sum()
 
 
 def _limit(like: Tensor) -> int:
@@ -181,12 +189,13 @@ def evaluate(
             C >= 2, as ``criterion.weight``, (C K, D) with sub-centres. Of sharded classes see
             `predict`.
         labels: (N,), any integer dtype, in [0, C) or equal to ``ignore_index``.
-        ignore_index: label of rows to leave out; -100 where neither it nor a criterion says so.
+        ignore_index: label of rows that don't count; -100 where neither it nor a criterion says so.
         sub_centers: K rows of weights for each class, of which the nearest counts; 1 of a tensor.
 
     Returns:
-        An `Evaluation`: ``.accuracy()``, ``.accuracy(5)``, ``.target_cosine.mean()``. A class as
-        near as the target, up to rounding, doesn't count as nearer.
+        An `Evaluation`, of all rows: ``.accuracy()``, ``.accuracy(5)``,
+        ``.target_cosine.nanmean()``. A class as near as the target, up to rounding, doesn't count
+        as nearer.
 
     Raises:
         ValueError: a label is out of range; that is read from the device.
@@ -214,7 +223,14 @@ def evaluate(
             rank, hardest, cosine = standings(x, weight, labels, target)
     # nothing is nearer than NaN by comparison, and such a row isn't right
     rank = torch.where(target.isnan(), weight.shape[0] // sub_centers - 1, rank)
-    return Evaluation(target, rank, hardest, cosine)
+
+    def of_all(values: Tensor, of_ignored: float) -> Tensor:
+        shape = embeddings.shape[:1]
+        return values.new_full(shape, of_ignored).index_copy_(0, rows, values)
+
+    return Evaluation(
+        of_all(target, math.nan), of_all(rank, -1), of_all(hardest, -1), of_all(cosine, math.nan)
+    )
 
 
 def _standings(x: Tensor, w: Tensor, labels: Tensor, target: Tensor, sub_centers: int) -> Standings:
@@ -321,6 +337,7 @@ def outlier_angles(
     centers: Tensor | None = None,
     *,
     ignore_index: int | None = None,
+    sub_centers: int | None = None,
 ) -> Tensor:
     """Angles of rows to one centre of their class, by which wrong labels are found.
 
@@ -334,6 +351,7 @@ def outlier_angles(
         centers: (C,) int64, rows of the weight, from `dominant_centers`. By default those of these
             rows, which then have to be the whole data set; of a weight without sub-centres its own.
         ignore_index: label of rows to leave out; -100 where neither it nor a criterion says so.
+        sub_centers: K, which a criterion knows; of a tensor 1, or what ``centers`` make it.
 
     Returns:
         (N,) radians, in [0, pi], fp32 or fp64, in the order of the rows; NaN where one is ignored.
@@ -345,13 +363,13 @@ def outlier_angles(
     """
     ignore_index = _ignored_label(weight, ignore_index)
     if centers is None:
-        counts = center_counts(embeddings, weight, labels, ignore_index=ignore_index)
+        counts = center_counts(embeddings, weight, labels, sub_centers, ignore_index=ignore_index)
         centers = dominant_centers(counts)
-    if isinstance(weight, nn.Module):
-        weight, _ = class_rows(weight, None)
+    if isinstance(weight, nn.Module) or sub_centers is not None:
+        weight, sub_centers = class_rows(weight, sub_centers)
     _validate.tensors(embeddings, weight, labels)
     _validate.plain("weight", weight)
-    num_classes = _validate_others.rows_of("centers", centers, weight)
+    num_classes = _validate_others.rows_of("centers", centers, weight, sub_centers)
     labels, wide = labels.long(), sum_dtype(embeddings, weight)
     _validate.label_range(labels, num_classes, ignore_index)
     angles = embeddings.new_empty(labels.shape, dtype=accumulation_dtype(embeddings, weight))
@@ -387,6 +405,7 @@ def outliers(
     *,
     angle: float = math.radians(75.0),
     ignore_index: int | None = None,
+    sub_centers: int | None = None,
 ) -> Outliers:
     """What to look at, or to drop, when labels are cleaned: see `outlier_angles`.
 
@@ -403,6 +422,7 @@ def outliers(
         centers: (C,), see `outlier_angles`.
         angle: radians; only rows that are farther are returned. 0 for all.
         ignore_index: see `outlier_angles`.
+        sub_centers: likewise.
 
     Returns:
         An `Outliers`, farthest first, of equal ones the first row first. A row that isn't finite
@@ -410,7 +430,9 @@ def outliers(
     """
     angle = _validate.between("angle", angle, 0.0, math.pi, "it is in radians")
     ignore_index = _ignored_label(weight, ignore_index)
-    angles = outlier_angles(embeddings, weight, labels, centers, ignore_index=ignore_index)
+    angles = outlier_angles(
+        embeddings, weight, labels, centers, ignore_index=ignore_index, sub_centers=sub_centers
+    )
     is_shown = (labels.long() != ignore_index) & ~(angles <= angle)
     rows = is_shown.nonzero()[:, 0]
     rows = rows[angles[rows].argsort(descending=True, stable=True)]

@@ -19,7 +19,10 @@ __all__ = ["heads", "insightface", "pml"]
 
 
 def __getattr__(name: str) -> Any:
-    """One of the modules above, imported where it is first asked for."""
+    """One of the modules above, imported where it is first asked for; of others where they are."""
     if name in __all__:
         return importlib.import_module(f"fused_margin.compat.{name}")
-    raise AttributeError(f"module 'fused_margin.compat' has no attribute {name!r}")
+    places = importlib.import_module("fused_margin._places")
+    raise AttributeError(
+        f"module 'fused_margin.compat' has no attribute {name!r}{places.whereabouts(name)}"
+    )

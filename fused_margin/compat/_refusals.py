@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
+
+from fused_margin import _validate
 
 CHECKPOINTS = (
     "W of pytorch-metric-learning (D, C) and pytorch-adacos (C, D), kernel of AdaFace,"
@@ -24,6 +27,20 @@ def peer_call(
             f"{name} compares embeddings with class weights, so ref_emb and ref_labels have no"
             " place; leave them out (DistributedLossWrapper passes them: wrap the loss in"
             " torch's DistributedDataParallel instead)"
+        )
+
+
+def mixture(labels: Any) -> None:
+    """Refuse a row of targets for each embedding, with what a loss without sample_weight can do."""
+    if isinstance(labels, torch.Tensor) and labels.is_floating_point() and labels.ndim == 2:
+        if labels.shape[1] < 2:
+            return
+        raise TypeError(
+            f"labels must be class indices, (N,), got {labels.dtype} of shape"
+            f" {tuple(labels.shape)}; turn one-hot targets into indices with .argmax(1); a mixture"
+            " (mixup, cutmix) of labels a and b, lam a number, is two losses, or one call of"
+            " convert.from_pml(criterion), which takes sample_weight:"
+            " lam * criterion(x, a) + (1 - lam) * criterion(x, b)"
         )
 
 
@@ -67,6 +84,13 @@ def collect_stats(value: Any) -> None:
         )
 
 
+def degrees(value: Any) -> float:
+    """Radians of a margin that is given in degrees."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    return math.radians(_validate._real("margin", value, "a number, in degrees"))
+
+
 def peer_margin(value: Any) -> int:
     """Check the integer margin of LargeMarginSoftmaxLoss and SphereFaceLoss."""
     if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__int__"):
@@ -99,11 +123,25 @@ def reducer(value: Any) -> None:
         )
 
 
+# --- heads ----------------------------------------------------------------------------------------
+
+
+def one_margin(value: Any) -> None:
+    """Refuse margins per class where other classes' logits have a share of one."""
+    if isinstance(value, torch.Tensor):
+        raise ValueError(
+            f"ls_eps spreads one margin over all classes, got {_validate._shown(value)}; set"
+            " ls_eps=0.0, and for smoothed labels label_smoothing"
+        )
+
+
 # --- insightface ----------------------------------------------------------------------------------
 
 
-def combined_margin(m1: float, m2: float, m3: float) -> None:
+def combined_margin(m1: Any, m2: Any, m3: Any) -> None:
     """Check that it is a combination whose numbers are insightface's own."""
+    for name, value in (("m1", m1), ("m2", m2), ("m3", m3)):
+        _validate.between(name, value, -math.inf, math.inf)
     if m3 > 0 and (m1, m2) != (1.0, 0.0):
         raise ValueError(
             f"insightface's CombinedMarginLoss ignores m1 and m2 where m3 > 0, and got"
@@ -128,7 +166,7 @@ def margin_loss(value: Any, allowed: tuple[type, ...]) -> None:
         )
 
 
-def sample_rate(value: float) -> None:
+def sample_rate(value: float) -> float:
     """Refuse to sample classes."""
     if value != 1.0:
         raise ValueError(
@@ -136,6 +174,7 @@ def sample_rate(value: float) -> None:
             f" does after fused_margin.sampling.sample_negatives(criterion, {value}), with"
             " fused_margin.optim.RowSparseSGD; pass 1.0 here, all classes"
         )
+    return value
 
 
 def ranks(number: int) -> None:

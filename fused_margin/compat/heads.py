@@ -30,7 +30,9 @@ from fused_margin import (
     margins,
     negatives,
 )
+from fused_margin.compat import _refusals
 from fused_margin.losses import MarginSoftmaxLoss
+from fused_margin.losses.base import of_rows
 
 __all__ = ["AddMarginProduct", "ArcMarginProduct", "SpeechBrainAAM", "WeSpeakerAAM"]
 
@@ -38,10 +40,12 @@ __all__ = ["AddMarginProduct", "ArcMarginProduct", "SpeechBrainAAM", "WeSpeakerA
 _ABOVE_ZERO = torch.finfo(torch.float32).tiny
 
 
-def angular(margin: float, boundary: str, easy_margin: bool) -> margins.Margin:
+def angular(margin: float | torch.Tensor, boundary: str, easy_margin: bool) -> margins.Margin:
     """cos(theta + m); with an easy margin cos(theta) where that isn't positive."""
     if not easy_margin:
         return margins.angular(margin, boundary)
+    if isinstance(margin, torch.Tensor):
+        return margins.Margin(margin.cos(), margin.sin(), _ABOVE_ZERO, 0.0)
     return margins.Margin(math.cos(margin), math.sin(margin), _ABOVE_ZERO, 0.0)
 
 
@@ -64,6 +68,7 @@ class _Head(MarginSoftmaxLoss):
 
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Scaled cosines without margin, (N, C), of embeddings (N, D) or (N, 1, D)."""
+        _validate._tensor("embeddings", embeddings)
         if embeddings.ndim == 3 and embeddings.shape[1] == 1:
             embeddings = embeddings.squeeze(1)
         return super().logits(embeddings)
@@ -77,6 +82,7 @@ class _Head(MarginSoftmaxLoss):
         return_stats: bool = False,
     ) -> Any:
         """Mean loss of embeddings (N, D) or (N, 1, D) and labels (N,) or (N, 1): 0-d."""
+        _validate.both_tensors(input, label)
         if input.ndim == 3 and input.shape[1] == 1:
             input = input.squeeze(1)
         if label.ndim == 2 and label.shape[1] == 1:
@@ -91,7 +97,7 @@ class _AngularHead(_Head):
         num_classes: C >= 2.
         embedding_size: D >= 1.
         scale: s > 0.
-        margin: m, radians.
+        margin: m, radians; a number, or (C,) floating, one for each class.
         easy_margin: cos(theta) where theta >= pi / 2.
         options: ``reduction`` and what follows in `MarginSoftmaxLoss`.
     """
@@ -115,7 +121,11 @@ class _AngularHead(_Head):
 
     def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> functional.Psi:
         """cos(theta + m)."""
-        return angular(self.margin, self.boundary, self.easy_margin)
+        return self._angular(labels)
+
+    def _angular(self, labels: torch.Tensor) -> margins.Margin:
+        margin = of_rows("margin", self.margin, labels, self.num_classes)
+        return angular(margin, self.boundary, self.easy_margin)
 
     def extra_repr(self) -> str:
         """Sizes and settings."""
@@ -132,10 +142,18 @@ class _ShortNames(_Head):
         """The scale."""
         return self.scale
 
+    @s.setter
+    def s(self, value: float) -> None:
+        self.scale = value
+
     @property
     def m(self) -> float:
         """The margin: radians, or an offset of the cosine."""
         return self.margin
+
+    @m.setter
+    def m(self, value: float) -> None:
+        self.margin = value
 
 
 class ArcMarginProduct(_ShortNames, _AngularHead):
@@ -145,7 +163,7 @@ class ArcMarginProduct(_ShortNames, _AngularHead):
         in_features: D >= 1.
         out_features: C >= 2.
         s: scale, > 0.
-        m: margin, radians.
+        m: margin, radians; a number, or (C,) floating, one for each class.
         easy_margin: cos(theta) where theta >= pi / 2.
         ls_eps: in [0, 1). There it spreads the margin, not the target: of the target's logit
             1 - ls_eps + ls_eps / C have it, and ls_eps / C of each other class's. So it is here,
@@ -169,7 +187,7 @@ class ArcMarginProduct(_ShortNames, _AngularHead):
 
     def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> functional.Psi:
         """cos(theta + m), or its share in the target's logit."""
-        margin = angular(self.margin, self.boundary, self.easy_margin)
+        margin = self._angular(labels)
         if not self.ls_eps:
             return margin
         share = 1.0 - self.ls_eps * (1.0 - 1.0 / self.num_classes)
@@ -181,6 +199,7 @@ class ArcMarginProduct(_ShortNames, _AngularHead):
         """The margin's share in other logits, with sin(theta) as 1 - c^2 / 2."""
         if not self.ls_eps:
             return None
+        _refusals.one_margin(self.margin)
         share, sin = self.ls_eps / self.num_classes, math.sin(self.margin)
         linear, square = 1.0 - share * (1.0 - math.cos(self.margin)), 0.5 * share * sin
         threshold = 0.0 if self.easy_margin else -math.cos(self.margin)
@@ -199,7 +218,8 @@ class WeSpeakerAAM(_AngularHead):
         in_features: D >= 1.
         out_features: C >= 2.
         scale: s > 0.
-        margin: m, radians; WeSpeaker's scheduler calls ``update(margin)``.
+        margin: m, radians; WeSpeaker's scheduler calls ``update(margin)``. Or (C,) floating, where
+            inter-topk has its penalty as it is.
         easy_margin: cos(theta) where theta >= pi / 2.
         K: sub-centres, rows of the weight for each class, of which the nearest counts; 3 there.
         mp: the penalty of inter-topk at a margin of 0.2, radians; 0.06 there. As there it grows
@@ -261,7 +281,7 @@ class AddMarginProduct(_ShortNames):
         in_features: D >= 1.
         out_features: C >= 2.
         s: scale, > 0.
-        m: an offset of the cosine.
+        m: an offset of the cosine; a number, or (C,) floating.
         options: ``reduction`` and what follows in `MarginSoftmaxLoss`.
     """
 
@@ -283,4 +303,4 @@ class AddMarginProduct(_ShortNames):
 
     def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> margins.Margin:
         """cos(theta) - m."""
-        return margins.additive(self.margin)
+        return margins.additive(of_rows("margin", self.margin, labels, self.num_classes))

@@ -39,7 +39,7 @@ from fused_margin.losses.base import MarginSoftmaxLoss, draw_normal
 __all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2"]
 
 
-class _Margin(nn.Module):
+class _Margin(_names.Watched, nn.Module):
     """A margin for `PartialFC_V2`, which also does what it does there: change finished cosines."""
 
     s: float
@@ -88,7 +88,6 @@ class CombinedMarginLoss(_Margin):
         grad: ArcFace's, ``"straight_through"`` or ``"exact"``.
     """
 
-    @_names.hinting
     def __init__(
         self, s: float, m1: float, m2: float, m3: float, interclass_filtering_threshold: float = 0,
         *, grad: str = "straight_through",
@@ -125,7 +124,6 @@ class ArcFace(_Margin):
         grad: ``"straight_through"`` or ``"exact"``.
     """
 
-    @_names.hinting
     def __init__(
         self, s: float = 64.0, margin: float = 0.5, *, grad: str = "straight_through"
     ) -> None:
@@ -154,7 +152,6 @@ class CosFace(_Margin):
         m: an offset of the cosine.
     """
 
-    @_names.hinting
     def __init__(self, s: float = 64.0, m: float = 0.40) -> None:
         super().__init__()
         self.s, self.m = _validate_settings.number_scale(s), _validate_margins.cosine_margin(m)
@@ -190,15 +187,20 @@ class PartialFC_V2(MarginSoftmaxLoss):
     """
 
     settings: ClassVar[dict[str, Any]] = {
-        name: check for name, check in MarginSoftmaxLoss.settings.items() if name != "scale"
+        "sample_rate": _refusals.sample_rate,
+        **{name: check for name, check in MarginSoftmaxLoss.settings.items() if name != "scale"},
     }
+    _elsewhere: ClassVar[dict[str, str]] = MarginSoftmaxLoss._elsewhere | dict.fromkeys(
+        ("margin", "m1", "m2", "m3", "interclass_filtering_threshold"),
+        "is an attribute of its margin_softmax, the margin_loss that it was given",
+    )
 
     def __init__(
         self, margin_loss: _Margin, embedding_size: int, num_classes: int,
         sample_rate: float = 1.0, fp16: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         _refusals.margin_loss(margin_loss, (_Margin,))
-        _refusals.sample_rate(sample_rate)
+        sample_rate = _refusals.sample_rate(sample_rate)
         _refusals.ranks(_setup._ranks())
         super().__init__(num_classes, embedding_size, None, **options)
         self.sample_rate, self.fp16 = sample_rate, fp16
@@ -236,6 +238,7 @@ class PartialFC_V2(MarginSoftmaxLoss):
         return_stats: bool = False,
     ) -> Any:
         """Mean loss of embeddings (N, D) and labels (N,) or (N, 1): 0-d."""
+        _validate.both_tensors(local_embeddings, local_labels)
         if local_labels.ndim == 2 and local_labels.shape[1] == 1:
             local_labels = local_labels.squeeze(1)
         forward = functools.partial(

@@ -9,14 +9,15 @@ Values and gradients are those of pytorch-metric-learning 2 in fp32 and fp64. Wh
 - `W` is (D, C) as there, but its memory is that of a contiguous (C, D), so that the kernels read
   whole rows. It is drawn by the same generator calls, so that a seed gives the same numbers.
 - Its values keep their dtype where embeddings are half precision (there they are rounded to it for
-  good), and the loss is fp32 then; fp64 embeddings widen it for good, as there. It moves to the
-  embeddings' device, as there.
+  good), and the loss is fp32 then; embeddings of more bits widen it for good, as there. It moves to
+  the embeddings' device, as there.
 - ArcFace's slope is finite where an embedding lies on its class's weight (there it is NaN), and
   within 0.0032 rad of it it is bounded, see `margins.sine`; a margin above pi is an error. The
   slope of a multiple angle at pi is the one just below, not its negative.
 - An empty batch has loss 0, not NaN. A row of label -100 has loss 0 and counts in the mean.
 - ``collect_stats=True``, distances other than those named, and reference embeddings are errors.
-- ``fully_shard`` refuses W, as parameters have to be contiguous there; `fused_margin.losses` shard.
+- ``fully_shard``, `torch.optim.LBFGS` and ``torch.nn.utils.parameters_to_vector`` refuse W, as
+  parameters have to be contiguous there; those of `fused_margin.losses` are.
 
 Reducers and distances are pytorch-metric-learning's own objects, which is not imported here.
 """
@@ -33,6 +34,7 @@ from torch import nn
 
 from fused_margin import (
     _compiled,
+    _names,
     _setup,
     _validate,
     _validate_margins,
@@ -91,7 +93,7 @@ def _row_weights(indices_tuple: Any, losses: Tensor) -> Tensor | None:
     return counts.to(losses.dtype) / counts.max()
 
 
-class _ClassWeights(nn.Module):
+class _ClassWeights(_names.Watched, nn.Module):
     """W, regularisers and reduction, as all these losses have them.
 
     Args:
@@ -115,9 +117,10 @@ class _ClassWeights(nn.Module):
         weight_regularizer: Regularizer | None = None, weight_reg_weight: float = 1,
         embedding_regularizer: Regularizer | None = None, embedding_reg_weight: float = 1,
         reducer: Any = None, weight_init_func: Callable[[Tensor], Any] | None = None,
-        distance: Any = None, collect_stats: bool | None = None,
+        distance: Any = None, collect_stats: bool | None = None, **unknown: Any,
     ) -> None:  # fmt: skip
         super().__init__()
+        _validate.keywords(unknown, (), type(self))
         num_columns = _validate.size("num_classes", num_columns, 2)
         embedding_size = _validate.size("embedding_size", embedding_size, 1)
         _refusals.distance(distance, self.distances, type(self).__name__)
@@ -183,6 +186,8 @@ class _ClassWeights(nn.Module):
             ref_labels: not supported.
         """
         _refusals.peer_call(embeddings, labels, ref_emb, ref_labels, type(self).__name__)
+        if isinstance(embeddings, torch.Tensor) and embeddings.is_floating_point():
+            _refusals.mixture(labels)
         _setup.warn_if_unsynchronized(self, self.W)
         if isinstance(embeddings, torch.Tensor) and isinstance(labels, torch.Tensor):
             self._follow(embeddings)
@@ -203,14 +208,15 @@ class _ClassWeights(nn.Module):
         return self._reduced(parts, embeddings, labels)
 
     def _follow(self, embeddings: Tensor) -> None:
-        """Bring W to the device of the embeddings, and to fp64 if they are."""
+        """Bring W to the device of the embeddings, and to fp32 or fp64 if they have more bits."""
         if _validate.is_dtensor(self.W) or self.W.is_meta or embeddings.is_meta:
             return
         if self.W.device != embeddings.device:
             self.W.data = self.W.data.to(embeddings.device)
-        is_wider = embeddings.dtype is torch.float64 and self.W.dtype is not torch.float64
+        is_wide = embeddings.dtype in (torch.float32, torch.float64)
+        is_wider = is_wide and embeddings.itemsize > self.W.itemsize
         if is_wider and not torch.is_autocast_enabled(embeddings.device.type):
-            self.W.data = self.W.data.double()
+            self.W.data = self.W.data.to(embeddings.dtype)
 
     def _reduced(self, parts: dict[str, dict[str, Any]], embeddings: Tensor, labels: Any) -> Any:
         reducer = self.reducer
@@ -320,7 +326,7 @@ class ArcFaceLoss(_OnKernels):
         **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(num_classes, embedding_size, **options)
-        self.margin = _validate_margins.angular_margin(math.radians(margin))
+        self.margin = _validate_margins.angular_margin(_refusals.degrees(margin))
         self.scale = scale
         _validate_settings.number_scale(scale)
 
@@ -393,7 +399,7 @@ class NormalizedSoftmaxLoss(_OnKernels):
         self, num_classes: int, embedding_size: int, temperature: float = 0.05, **options: Any
     ) -> None:
         super().__init__(num_classes, embedding_size, **options)
-        self.temperature = temperature
+        self.temperature = _validate.positive("temperature", temperature)
         _validate_settings.number_scale(self._scale())
 
     def psi(self, embeddings: Tensor, labels: Tensor) -> margins.Margin:

@@ -206,7 +206,7 @@ def adaface_psi(
     ignore_index: int,
 ) -> Psi:
     """The margin of eq. 17, of a batch's norms."""
-    margin = _validate.between("margin", margin, 0.0, LARGEST_ADAFACE_MARGIN, _RADIANS)
+    margin = _validate.between("margin", margin, 0.0, LARGEST_ADAFACE_MARGIN, RADIANS)
     h = _validate.between("h", h, 0.0, 100.0)
     found = norms(embeddings.detach(), labels, ignore_index).clamp(SMALLEST_NORM, LARGEST_NORM)
     quality = (h * (found - norm_mean) / (norm_std + SMALLEST_SPREAD)).clamp(-1.0, 1.0)
@@ -214,7 +214,7 @@ def adaface_psi(
 
 
 LARGEST_ADAFACE_MARGIN = 2.0
-_RADIANS = "it is an angle in radians and an offset of the cosine"
+RADIANS = "it is an angle in radians and an offset of the cosine, and the scale comes after it"
 
 
 @loss

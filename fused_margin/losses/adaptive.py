@@ -80,7 +80,13 @@ class AdaFaceLoss(MarginSoftmaxLoss):
     """
 
     settings: ClassVar[Settings] = {
-        "margin": _between("margin", 0.0, adaptive.LARGEST_ADAFACE_MARGIN),
+        "margin": functools.partial(
+            _validate.between,
+            "margin",
+            lowest=0.0,
+            highest=adaptive.LARGEST_ADAFACE_MARGIN,
+            hint=adaptive.RADIANS,
+        ),
         "scale": _validate_settings.module_scale,
         "h": _between("h", 0.0, 100.0),
         "momentum": _between("momentum", 0.0, 1.0),

@@ -127,6 +127,9 @@ class MarginSoftmaxLoss(nn.Module):
         "focal_alpha": _validate_settings.focal_alpha,
         "label_smoothing": _validate.smoothing,
     }
+    _elsewhere: ClassVar[dict[str, str]] = {
+        name: text for name, text in _names.OF_CONSTRUCTORS.items() if text == _names.CALLED
+    }
     weight: nn.Parameter
     scale: Any  # a number, a Parameter, or what a subclass derives
     reduction: str
@@ -147,6 +150,7 @@ class MarginSoftmaxLoss(nn.Module):
         super().__init__()
         _validate.keywords(options, DEFAULTS, type(self))
         chosen: dict[str, Any] = {**DEFAULTS, **options}
+        _validate_settings.sizes_first(type(self), num_classes, embedding_size)
         num_classes = _validate.size("num_classes", num_classes, 2)
         embedding_size = _validate.size("embedding_size", embedding_size, 1)
         device, dtype = chosen.pop("device"), chosen.pop("dtype")
@@ -174,7 +178,7 @@ class MarginSoftmaxLoss(nn.Module):
         _validate_settings.methods(cls)
         own = cls.__dict__.get("__init__")
         if own is not None:
-            hinted: Any = _names.hinting(own)
+            hinted: Any = _names.constructor(_names.hinting(own))
             hinted.__signature__ = expanded(own, DEFAULTS, LossOptions)
             cls.__init__ = hinted
 
@@ -187,8 +191,10 @@ class MarginSoftmaxLoss(nn.Module):
         check = self.settings.get(name)
         is_parameter = isinstance(value, nn.Parameter)
         if check is None:
+            _names.unread(self, name, _validate_settings.assignable(self))
             super().__setattr__(name, value)
             return
+        _validate_settings.constructed(self, name)
         value = check(value)
         if self._parameters.get(name) is not None and not is_parameter:
             _validate_settings.learnt(name, value)
@@ -454,7 +460,7 @@ def draw_normal(weight: torch.Tensor, std: float) -> None:
         nn.init.normal_(weight, std=std)
 
 
-_init: Any = _names.hinting(MarginSoftmaxLoss.__init__)
+_init: Any = _names.constructor(_names.hinting(MarginSoftmaxLoss.__init__))
 _init.__signature__ = expanded(MarginSoftmaxLoss.__init__, DEFAULTS, LossOptions)
 MarginSoftmaxLoss.__init__ = _init
 

@@ -168,6 +168,10 @@ class CombinedMarginLoss(MarginSoftmaxLoss):
         m3: float = 0.0, scale: float | nn.Parameter = 64.0, *, boundary: str = "none",
         grad: str = "exact", **options: Unpack[LossOptions],
     ) -> None:  # fmt: skip
+        # a scale, and 1, m2, m3 of insightface
+        is_other = isinstance(m1, (int, float)) and m1 < 1.0 and embedding_size == 1
+        _validate_settings.sizes_first(type(self), num_classes, embedding_size, is_other=is_other)
+        m1 = _validate_margins.multiplier("m1", m1, 0.01)  # first, as a scale in its place is more
         super().__init__(num_classes, embedding_size, scale, **options)
         self.m1, self.m2, self.m3 = m1, m2, m3
         self.boundary, self.grad = boundary, grad

@@ -138,7 +138,11 @@ class CircleSoftmaxLoss(MarginSoftmaxLoss):
 
     settings: ClassVar[Settings] = {
         "margin": functools.partial(
-            _validate.between, "margin", lowest=0.0, highest=1.0, hint="it is a cosine offset"
+            _validate.between,
+            "margin",
+            lowest=0.0,
+            highest=1.0,
+            hint="it is a cosine offset, and the scale comes after it",
         ),
         "scale": _validate_settings.module_scale,
         **MarginSoftmaxLoss.settings,

@@ -282,6 +282,27 @@ def test_partial_fc_follows_its_margin() -> None:
     assert margin.s == 64.0
 
 
+@pytest.mark.parametrize("rows", [3, C])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ArcMarginProduct", {}), ("ArcMarginProduct", {"easy_margin": True}), ("WeSpeakerAAM", {}),
+        ("SpeechBrainAAM", {"easy_margin": True}), ("AddMarginProduct", {}),
+    ],
+)  # fmt: skip
+def test_margins_per_class(name: str, options: dict[str, Any], rows: int) -> None:
+    """As of one margin for the rows of each class, also where there are as many rows as classes."""
+    labels = torch.randperm(C)[:rows]
+    x, found = torch.randn(rows, D), torch.linspace(0.1, 0.5, C)
+    head = getattr(heads, name)(D, C, **options)
+    head.reduction, expected = "none", torch.zeros(rows)
+    for row, label in enumerate(labels.tolist()):
+        head.margin = float(found[label])
+        expected[row] = head(x, labels)[row]
+    head.margin = found
+    torch.testing.assert_close(head(x, labels), expected)
+
+
 Combined = insightface.CombinedMarginLoss
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "filtering": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -244,6 +245,63 @@ def test_training_follows_the_peer() -> None:
             optimizer.step()
         trained.append([criterion.W.detach()])
     assert_near(trained[0], trained[1])
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda p, **kw: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, **kw),
+    "Adam": lambda p, **kw: torch.optim.Adam(p, lr=0.01, weight_decay=1e-3, **kw),
+    "AdamW": lambda p, **kw: torch.optim.AdamW(p, lr=0.01, amsgrad=True, **kw),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in OPTIMIZERS), ("SGD", {"foreach": True}), ("Adam", {"fused": True})
+    ],
+)  # fmt: skip
+def test_optimizers_train_as_the_peer(name: str, options: dict[str, Any]) -> None:
+    """With clipped gradients, through a checkpoint, a copy and a pickle of loss and optimiser."""
+    trained = []
+    for home in (peer_losses, pml):
+        criterion = make(home, "cosface").double()
+        x, labels = batch(criterion, torch.float64)
+        optimizer = OPTIMIZERS[name](criterion.parameters(), **options)
+        for step in range(4):
+            optimizer.zero_grad()
+            criterion(x, labels).backward()
+            torch.nn.utils.clip_grad_norm_(criterion.parameters(), 1.0)
+            optimizer.step()
+            if step == 1 and home is pml:
+                before = copy.deepcopy((criterion, optimizer))
+                criterion, optimizer = pickle.loads(pickle.dumps(before))
+                assert criterion.W.t().is_contiguous()
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = OPTIMIZERS[name](criterion.parameters(), **options)
+                optimizer.load_state_dict(state)
+        trained.append([criterion.W.detach()])
+    assert_near(trained[1], trained[0], 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "lower"), [*((name, torch.float16) for name in CASES), ("arcface", torch.bfloat16)]
+)
+def test_a_loss_in_half_precision(name: str, lower: torch.dtype) -> None:
+    """Takes half embeddings as they are, and others with more bits, which widen W as there."""
+    criterion = make(pml, name).to(lower)
+    x, labels = batch(make(pml, name), torch.float32)
+    loss = criterion(x.to(lower), labels)
+    loss.backward()
+    assert criterion.W.dtype is criterion.W.grad.dtype is lower
+    criterion.zero_grad()
+    expected = make(pml, name)
+    expected.W.data = criterion.W.data.float()
+    assert_near([criterion(x, labels)], [expected(x, labels)], 1e-6)
+    assert criterion.W.dtype is torch.float32
+    assert criterion.W.t().is_contiguous()
+    torch.testing.assert_close(loss, expected(x, labels), rtol=0.05, atol=0.05)
 
 
 def test_weight_init_func() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
 import importlib.resources
 import inspect
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +20,7 @@ import pytest
 import torch
 
 import fused_margin as fm
+from fused_margin import _LAZY, _places
 from fused_margin.functional import options
 from fused_margin.losses import base
 
@@ -100,7 +104,7 @@ LAYERS = (
     {"losses"},
     {"compat", "schedules"},
     {"convert", "_rank_files"},
-    {"__init__"},
+    {"__init__", "_places"},
 )
 
 
@@ -339,3 +343,65 @@ def test_exports() -> None:
         assert hasattr(fm, name)
     for name in fm.functional.__all__:
         assert callable(getattr(fm.functional, name))
+
+
+# Files that are no place for names: commands, and what `fused_margin` itself has
+NO_PLACES = {"plan", "config", "__init__", "compat.__init__"}
+PUBLIC = {
+    module.removesuffix(".__init__")
+    for module in _imports()
+    if not any(part.startswith("_") for part in module.removesuffix(".__init__").split("."))
+    and module not in NO_PLACES
+    and module.partition(".")[0] not in ("functional", "losses", "distributed")
+} | {"functional", "losses", "distributed", "compat"}
+
+
+def test_what_is_elsewhere_is_named() -> None:
+    """Every public name that the package doesn't have at its top, and where it is."""
+    assert set(_places.MODULES) == PUBLIC
+    for module in _places.MODULES:
+        public = importlib.import_module(f"fused_margin.{module}").__all__
+        for name in public:
+            path = f"fused_margin.{module}.{name}"
+            for asked in (fm, fm.compat):
+                if name in asked.__all__ or name in ("compat", *_LAZY):
+                    getattr(asked, name)
+                    continue
+                with pytest.raises(
+                    AttributeError, match=rf"has no attribute '{name}'; it is "
+                ) as e:
+                    getattr(asked, name)
+                top = f"fused_margin.{name}"
+                assert path in str(e.value) or (module == "losses" and top in str(e.value))
+                for place in re.findall(r"fused_margin[\w.]+", str(e.value).partition("; ")[2]):
+                    assert pkgutil.resolve_name(place) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ArcFace", "it is fused_margin.ArcFaceLoss or fused_margin.compat.insightface.ArcFace"),
+        ("grow", r"it is a method of losses, criterion.grow\(...\)"),
+        ("logits", "a method of losses"),
+        ("plan", "it is a module: import fused_margin.plan"),
+        ("sample_negative", "did you mean fused_margin.sampling.sample_negatives"),
+        ("ArcfaceLoss", "did you mean fused_margin.ArcFaceLoss"),
+        ("nothing", "has no attribute 'nothing'$"),
+        ("__path_of_nothing__", "has no attribute '__path_of_nothing__'$"),
+    ],
+)
+def test_other_names(name: str, words: str) -> None:
+    with pytest.raises(AttributeError, match=words):
+        getattr(fm, name)
+
+
+def test_tools_that_ask_import_nothing() -> None:
+    """Names with an underscore, by doctest, inspect, pickle; a module by `from ... import`."""
+    code = """
+import sys, fused_margin as fm
+before = set(sys.modules)
+print(hasattr(fm, "__wrapped__"), hasattr(fm, "_nothing"))
+from fused_margin import plan
+print(sorted(name for name in set(sys.modules) - before if "_places" not in name))
+"""
+    assert _run(code).splitlines() == ["False False", "['fused_margin.plan']"]

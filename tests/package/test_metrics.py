@@ -53,7 +53,13 @@ def test_evaluate(dtype: torch.dtype) -> None:
     labels = labels.clone()
     labels[[3, 11]] = -100
     kept = labels != -100
-    found = metrics.evaluate(x, w, labels)
+    of_all = metrics.evaluate(x, w, labels)
+    assert torch.equal(of_all.is_counted, kept)
+    assert of_all.rank[~kept].tolist() == of_all.hardest_class[~kept].tolist() == [-1, -1]
+    for cosine in (of_all.target_cosine, of_all.hardest_cosine):
+        assert torch.equal(cosine.isnan(), ~kept)
+    found = metrics.Evaluation(*(part[kept] for part in of_all))
+    torch.testing.assert_close(of_all.target_cosine.nanmean(), found.target_cosine.mean())
     cosines, labels = cosines[kept], labels[kept]
     rows = torch.arange(len(labels))
     target = cosines[rows, labels]
@@ -67,6 +73,7 @@ def test_evaluate(dtype: torch.dtype) -> None:
     for k in (1, 5):
         expected = (cosines.topk(k, dim=1).indices == labels[:, None]).any(dim=1).double().mean()
         assert float(found.accuracy(k)) == pytest.approx(float(expected))
+        assert torch.equal(of_all.accuracy(k), found.accuracy(k))
 
 
 def test_equal_classes_are_not_nearer() -> None:
@@ -81,8 +88,23 @@ def test_of_no_rows() -> None:
     x, w = torch.empty(0, 4), torch.randn(7, 4)
     assert metrics.predict(x, w, 3).classes.shape == (0, 3)
     found = metrics.evaluate(torch.randn(2, 4), w, torch.full((2,), -100))
-    assert found.rank.shape == (0,)
+    assert found.rank.tolist() == [-1, -1]
     assert found.accuracy().isnan()
+    assert metrics.evaluate(x, w, torch.empty(0, dtype=torch.int32)).rank.shape == (0,)
+
+
+def test_more_nearest_than_classes() -> None:
+    """A share counts all of them; what has a column for each refuses."""
+    x, w, labels = torch.randn(5, 4), torch.randn(3, 4), torch.tensor([0, 2, 1, -100, 0])
+    x[4] = math.nan
+    criterion = fm.NormalizedSoftmaxLoss(3, 4)
+    for found in (
+        metrics.evaluate(x, w, labels), criterion(x, labels, return_stats=True)[1]
+    ):  # fmt: skip
+        for k in (3, 4, 100):
+            assert float(found.accuracy(k)) == 0.75  # of NaN no class is nearest
+    with pytest.raises(ValueError, match="k must be at most 3, the number of classes; got 4"):
+        metrics.predict(x, w, 4)
 
 
 def test_in_training() -> None:
@@ -138,12 +160,16 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "predict": lambda x, w, y, **kw: metrics.predict(x, w, 3, **kw),
     "evaluate": metrics.evaluate,
     "center_counts": metrics.center_counts,
+    "outlier_angles": metrics.outlier_angles,
+    "outliers": lambda x, w, y, **kw: metrics.outliers(x, w, y, angle=0.0, **kw),
     "inter_topk": lambda x, w, y, **kw: fmf.inter_topk(x, w, y, **kw)._replace(phi=()),
 }
 
 
 def _parts(found: Any) -> list[Tensor]:
-    return [one for one in ([found] if isinstance(found, Tensor) else found) if len(one)]
+    """The tensors, with a number that stands for NaN, an ignored row's."""
+    parts = [found] if isinstance(found, Tensor) else found
+    return [one.nan_to_num(9.0) for one in parts if len(one)]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -189,11 +215,11 @@ def test_a_criterion_knows_its_ignored_label() -> None:
     criterion = _criterion(ignore_index=7)
     x, labels = _rows(7)
     found = metrics.evaluate(x, criterion, labels)
-    assert len(found.rank) == int((labels != 7).sum())
+    assert torch.equal(found.is_counted, labels != 7)
     everything = metrics.evaluate(x, criterion, labels, ignore_index=-100)
-    assert len(everything.rank) == len(labels)
+    assert bool(everything.is_counted.all())
     counts = metrics.center_counts(x, criterion, labels)
-    assert int(counts.sum()) == len(found.rank)
+    assert int(counts.sum()) == int(found.is_counted.sum())
     assert int(counts[7].sum()) == 0
 
 
@@ -228,8 +254,11 @@ def test_outliers() -> None:
     assert torch.equal(found.angles[1:], angles[found.rows[1:]])
     limit = -expected[6][0]
     assert len(metrics.outliers(x, criterion, labels, angle=limit).rows) == 7
-    given = metrics.outliers(x, criterion.weight, labels, centers, angle=0.0)
-    assert torch.equal(given.rows, found.rows)
+    for options in ({}, {"sub_centers": CENTERS}):
+        given = metrics.outliers(x, criterion.weight, labels, centers, angle=0.0, **options)
+        assert torch.equal(given.rows, found.rows)
+    with pytest.raises(ValueError, match=r"20 entries, one per class, .* 60 rows, .* 2 for each"):
+        metrics.outlier_angles(x, criterion.weight, labels, centers, sub_centers=2)
     assert metrics.outliers(x[:0], criterion, labels[:0]).rows.shape == (0,)
     equal = metrics.outliers(x[:1].repeat(4, 1), criterion, labels[:1].repeat(4), angle=0.0)
     assert equal.rows.tolist() == [0, 1, 2, 3]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -156,6 +159,19 @@ ERRORS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "insightface's CosFace": (
         call(compat.insightface.CosFace, 64, margin=0.4), ("'margin' is m here",)
     ),
+    "pytorch-metric-learning's": (
+        call(compat.pml.ArcFaceLoss, 6, 4, s=30, m=0.5),
+        ("ArcFaceLoss got an unexpected", "'s' is scale here", "'m' is margin here"),
+    ),
+    "pytorch-metric-learning's temperature": (
+        call(compat.pml.NormalizedSoftmaxLoss, 6, 4, s=20), ("'s' is 1 / temperature here",),
+    ),
+    "pytorch-metric-learning's sizes": (
+        call(compat.pml.CosFaceLoss, 6, in_features=4), ("'in_features' is embedding_size here",),
+    ),
+    "a call of pytorch-metric-learning's": (
+        call(compat.pml.ArcFaceLoss(6, 4), X, target=Y), ("'target' is labels here",),
+    ),
     "a name that nobody has": (call(fm.ArcFaceLoss, 6, 4, marjin=0.5), ("mean 'margin'? It",)),
 }  # fmt: skip
 
@@ -248,3 +264,115 @@ def test_methods_that_can_be_called(value: Any) -> None:
 def test_methods_are_not_assigned(name: str) -> None:
     with pytest.raises(AttributeError, match=f"{name} of a loss is a method: implement {name}"):
         setattr(fm.ArcFaceLoss(6, 4), name, lambda u: u)
+
+
+# --- attributes -----------------------------------------------------------------------------------
+
+heads, insightface, pml = compat.heads, compat.insightface, compat.pml
+PARTIAL = functools.partial(insightface.PartialFC_V2, insightface.ArcFace(), 4, 6)
+# What is assigned to which loss, and the words of its error.
+ASSIGNED: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "scale": (lambda: fm.ArcFaceLoss(6, 4), "s", "ArcFaceLoss would not read 's', which is scale"),
+    "margin": (lambda: fm.CosFaceLoss(6, 4), "m", "'m', which is margin here. An attribute of"),
+    "combined": (lambda: fm.CombinedMarginLoss(6, 4), "margin", "which is m2 or m3 here"),
+    "no margin": (lambda: fm.FixedAdaCosLoss(6, 4), "margin", "has no place in a loss without"),
+    "no scale": (lambda: fm.FixedAdaCosLoss(6, 4), "s", "is derived by this loss; Normalized"),
+    "a moving scale": (lambda: fm.AdaCosLoss(6, 4), "s", "is derived by this loss"),
+    "MagFace": (lambda: fm.MagFaceLoss(6, 4), "l_margin", "is lower_margin here"),
+    "AdaFace": (lambda: fm.AdaFaceLoss(6, 4), "t_alpha", "is momentum here"),
+    "torch's weights": (lambda: fm.ArcFaceLoss(6, 4), "weights", "is class_weight here"),
+    "rows' weights": (lambda: fm.ArcFaceLoss(6, 4), "sample_weight", "goes where the loss is"),
+    "stats": (lambda: fm.ArcFaceLoss(6, 4), "return_stats", "goes where the loss is called"),
+    "temperature": (lambda: fm.NormalizedSoftmaxLoss(6, 4), "temperature", "the inverse of scale"),
+    "easy margin": (lambda: fm.ArcFaceLoss(6, 4), "easy_margin", 'is boundary="easy"'),
+    "centres": (lambda: fm.ArcFaceLoss(6, 4), "K", "is sub_centers here"),
+    "a head": (lambda: heads.WeSpeakerAAM(4, 6), "s", "WeSpeakerAAM would not read 's', which"),
+    "PartialFC": (PARTIAL, "s", "is scale here"),
+    "PartialFC's margin": (PARTIAL, "m", "is an attribute of its margin_softmax"),
+    "insightface's ArcFace": (insightface.ArcFace, "scale", "is s here"),
+    "insightface's CosFace": (insightface.CosFace, "margin", "is m here"),
+    "insightface's": (
+        lambda: insightface.CombinedMarginLoss(64, 1.0, 0.5, 0.0), "margin", "is m2 or m3 here",
+    ),
+    "pml": (lambda: pml.ArcFaceLoss(6, 4), "s", "ArcFaceLoss would not read 's', which is scale"),
+    "pml's temperature": (lambda: pml.NormalizedSoftmaxLoss(6, 4), "scale", "is 1 / temperature h"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ASSIGNED)
+def test_an_attribute_that_nothing_reads(name: str) -> None:
+    """Of a loss as it was made, of a copy, and of a subclass without such an attribute."""
+    make, attribute, words = ASSIGNED[name]
+    criterion = make()
+    heir = copy.deepcopy(criterion)
+    heir.__class__ = type(type(criterion).__name__, (type(criterion),), {})
+    for one in (criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), heir):
+        before = dict(vars(one))
+        with pytest.raises(AttributeError, match=re.escape(words)):
+            setattr(one, attribute, 0.3)
+        assert vars(one) == before
+
+
+def test_the_original_s_names_set_a_head_s_settings() -> None:
+    head = heads.ArcMarginProduct(4, 6)
+    head.s, head.m = 16, 0.25
+    assert (head.s, head.scale, head.m, head.margin) == (16.0, 16.0, 0.25, 0.25)
+    with pytest.raises(ValueError, match="radians"):
+        head.m = 28.6
+    with pytest.raises(ValueError, match="sample_negatives"):
+        PARTIAL().sample_rate = 0.1
+
+
+@pytest.mark.parametrize("base", [fm.ArcFaceLoss, pml.ArcFaceLoss])
+def test_attributes_of_ones_own(base: Any) -> None:
+    """A constructor's before and after its base's, a class's, a property, a Parameter, a buffer."""
+
+    class Own(base):
+        temperature = 0.1
+        tau: float
+
+        def __init__(self, num_classes: int, embedding_size: int) -> None:
+            self.s = 30.0
+            super().__init__(num_classes, embedding_size)
+            self.m = torch.nn.Parameter(torch.zeros(()))
+            self.register_buffer("gamma", torch.zeros(()))
+
+        @property
+        def k(self) -> int:
+            return self._k
+
+        @k.setter
+        def k(self, value: int) -> None:
+            self._k = value
+
+    class Further(Own):
+        def __init__(self) -> None:
+            super().__init__(6, 4)
+            self.easy_margin = False
+
+    own: Any = Further()
+    own.s, own.temperature, own.tau, own.k, own.easy_margin = 1.0, 2.0, 3.0, 4, True
+    own.m, own.gamma = torch.nn.Parameter(torch.ones(())), torch.ones(())
+    own.anything = 5  # that no other package has
+    assert (own.s, own.temperature, own.tau, own.k, own.easy_margin) == (1.0, 2.0, 3.0, 4, True)
+    assert {"m", "gamma"} <= own.state_dict().keys()
+    own(X, Y).backward()
+    with pytest.raises(AttributeError, match="would not read 'mp'"):
+        own.mp = 0.1
+    own._parameters.pop("m")
+    own.register_parameter("m", torch.nn.Parameter(torch.ones(())))
+
+
+def test_a_setting_before_there_is_a_module() -> None:
+    class Own(fm.ArcFaceLoss):
+        def __init__(self) -> None:
+            self.margin = 0.3
+            super().__init__(6, 4)
+
+    with pytest.raises(AttributeError, match=r"margin of Own is set before super\(\).__init__\(\)"):
+        Own()
+
+
+def test_a_schedule_of_another_package_s_name() -> None:
+    with pytest.raises(ValueError, match=r"no setting 'm', but margin, .*; 'm' is margin here$"):
+        fm.schedules.Linear(fm.ArcFaceLoss(6, 4), 0.0, 0.3, 0, 9, setting="m")

@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fused_margin as fm
 import fused_margin.functional as fmf
 from fused_margin import metrics, negatives
+from fused_margin.compat import heads, insightface, pml
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,11 +165,10 @@ def test_stats_are_those_of_a_product_of_their_own(backend: str, name: str) -> N
     loss, stats = call(x, w, labels, return_stats=True, **options)
     compare(loss, call(x, w, labels, **options), (x, w))
     expected = metrics.evaluate(x, w, labels, sub_centers=centers)
-    kept = labels != -100
     for got, want in zip(stats, expected, strict=True):
         assert not got.requires_grad
         assert got.shape == (ROWS,)
-        torch.testing.assert_close(got[kept], want)
+        torch.testing.assert_close(got, want, equal_nan=True)
     assert stats.rank[3] == stats.hardest_class[3] == -1
     assert bool(stats.target_cosine[3].isnan() & stats.hardest_cosine[3].isnan())
     for k in (1, 3):
@@ -182,9 +182,8 @@ def test_stats_of_what_is_left_out() -> None:
     found: Any = fmf.cosface(x, w, labels, negatives=shape, return_stats=True)
     stats = found[1]
     expected = metrics.evaluate(x, w, labels)
-    kept = labels != -100
-    torch.testing.assert_close(stats.hardest_cosine[kept], expected.hardest_cosine)
-    assert torch.equal(stats.rank[kept], expected.rank)
+    torch.testing.assert_close(stats.hardest_cosine, expected.hardest_cosine, equal_nan=True)
+    assert torch.equal(stats.rank, expected.rank)
 
 
 @each_backend
@@ -231,7 +230,7 @@ def test_stats_of_a_module() -> None:
     with torch.no_grad():
         plain, again = criterion(x, labels, return_stats=True)
     torch.testing.assert_close(plain, criterion(x, labels))
-    assert torch.equal(again.rank[labels >= 0], metrics.evaluate(x, criterion.weight, labels).rank)
+    assert torch.equal(again.rank, metrics.evaluate(x, criterion.weight, labels).rank)
     with pytest.raises(TypeError, match="return_stats must be True or False, got int 1"):
         criterion(x, labels, return_stats=1)
 
@@ -277,6 +276,28 @@ def test_a_schedule_of_smoothing_compiles_twice() -> None:
 
 
 # --- mixtures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        fm.ArcFaceLoss, fm.AdaFaceLoss, lambda c, d: heads.ArcMarginProduct(d, c),
+        lambda c, d: insightface.PartialFC_V2(insightface.ArcFace(), d, c), pml.ArcFaceLoss,
+    ],
+    ids=["ArcFaceLoss", "AdaFaceLoss", "heads", "insightface", "pml"],
+)  # fmt: skip
+def test_the_code_for_mixtures_in_the_error_runs(make: Any) -> None:
+    """And is the mixture of two losses."""
+    criterion = make(CLASSES, DIM).eval()  # AdaFace's statistics stay as they are
+    x, a, b = torch.randn(6, DIM), *torch.randint(CLASSES, (2, 6))
+    lam = 0.3 if isinstance(criterion, pml.ArcFaceLoss) else torch.full((6,), 0.3)
+    targets = 0.3 * F.one_hot(a, CLASSES) + 0.7 * F.one_hot(b, CLASSES)
+    with pytest.raises(TypeError, match="cutmix") as caught:
+        criterion(x, targets)
+    code = str(caught.value).rpartition(": ")[2]
+    names = {"criterion": criterion, "torch": torch, "x": x, "a": a, "b": b, "lam": lam}
+    expected = 0.3 * criterion(x, a) + 0.7 * criterion(x, b)
+    torch.testing.assert_close(eval(code, names), expected)
 
 
 def test_two_labels_with_weights() -> None:

@@ -170,8 +170,9 @@ def test_the_nearest_classes(limit: int, monkeypatch: pytest.MonkeyPatch) -> Non
     expected = cosines.topk(4, dim=1)
     assert torch.equal(found.classes, expected.indices)
     torch.testing.assert_close(found.cosines.double(), expected.values, rtol=0, atol=1e-6)
-    stats = metrics.evaluate(x, w, labels, sub_centers=CENTERS)
     kept = labels != -100
+    of_all = metrics.evaluate(x, w, labels, sub_centers=CENTERS)
+    stats = metrics.Evaluation(*(part[kept] for part in of_all))
     cosines, labels = cosines[kept], labels[kept]
     target = cosines.gather(1, labels[:, None])
     others = cosines.scatter(1, labels[:, None], -2.0)

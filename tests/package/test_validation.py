@@ -14,13 +14,16 @@ from torch._subclasses import FakeTensorMode
 
 import fused_margin as fm
 import fused_margin.functional as fmf
-from fused_margin import tuning
+from fused_margin import metrics, tuning
+from fused_margin.compat import heads, insightface, pml
 
 X, W = torch.randn(4, 6), torch.randn(5, 6)
 LABELS = torch.tensor([0, 4, 2, 2])
 SIX_CLASSES = torch.randn(6, 5)  # weight for embeddings of 6 columns, transposed
 CRITERION = fm.ArcFaceLoss(5, 6)
 IGNORED = torch.tensor([0, 4, -100, 2])
+ON_META = X.to("meta")
+CRITERION_ON_META = fm.ArcFaceLoss(5, 6, device="meta")
 NAN_IN_ROW_2 = torch.tensor([0.5, 0.1, math.nan, 0.2])
 
 
@@ -34,6 +37,11 @@ def call(
 ) -> Callable[[], Any]:
     """A call that is made later."""
     return lambda: function(x, w, labels, *arguments, **options)
+
+
+def call_module(make: Any, given: Any, *, is_all: bool = False) -> Callable[[], Any]:
+    """The same of a constructor, of sizes and a margin or of all its arguments."""
+    return lambda: make(*given) if is_all else make(5, 6, given)
 
 
 def fake(device: str, *shape: int) -> torch.Tensor:
@@ -162,14 +170,26 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
         call(labels=LABELS.to("meta")), ValueError, ("labels are on meta", "cpu", ".to(embed"),
     ),
     "no kernels": (
-        call(x=X.to("meta"), w=W.to("meta"), labels=LABELS.to("meta"), backend="cpu"),
-        ValueError, ("backend='cpu'", "meta", 'backend="reference"'),
+        call(x=fake("xpu", 4, 6), w=fake("xpu", 5, 6), labels=fake("xpu", 4).long(), backend="cpu"),
+        ValueError, ("backend='cpu'", "xpu", 'backend="reference"'),
     ),
+    **{
+        f"no numbers, {name}": (
+            made, ValueError, ("on the meta device, where there are no numbers", ".to_empty("),
+        )
+        for name, made in {
+            "reference": call(x=ON_META, w=ON_META, labels=LABELS.to("meta"), backend="reference"),
+            "module": lambda: CRITERION_ON_META(ON_META, LABELS.to("meta")),
+            "logits": lambda: CRITERION_ON_META.logits(ON_META),
+            "metrics": lambda: metrics.predict(ON_META, CRITERION_ON_META),
+            "compat": lambda: pml.SphereFaceLoss(5, 6).to("meta")(ON_META, LABELS.to("meta")),
+        }.items()
+    },
     "labels float": (call(labels=LABELS.float()), TypeError, ("integer", "float32", ".long()")),
     "labels bool": (call(labels=LABELS > 1), TypeError, ("integer", "torch.bool", ".long()")),
     "labels one-hot": (
         call(labels=torch.eye(5)[LABELS]), TypeError,
-        ("torch.float32", "(4, 5)", "one-hot", ".argmax(1)", "lam * criterion(x, a) + (1 - lam)"),
+        ("torch.float32", "(4, 5)", "one-hot", ".argmax(1)", "sample_weight=torch.cat([lam,"),
     ),
     "labels one-hot, integer": (
         call(labels=torch.eye(5).long()[LABELS]), ValueError, ("(4,)", "(4, 5)", ".argmax(1)"),
@@ -188,7 +208,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "labels number": (call(labels=LABELS[:2]), ValueError, ("shape (4,)", "(2,)", "per row")),
     "label too large": (
         call(labels=LABELS + 2), ValueError,
-        ("[0, 5)", "labels[1] is 6", "(1 such", "ignore_index=-100", "labels); remap"),
+        ("[0, 5)", "labels[1] is 6", "(1 such", "the ignored label, -100", "labels); remap"),
     ),
     "labels from 1": (
         call(labels=LABELS + 1), ValueError,
@@ -202,11 +222,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     ),
     "label negative": (
         call(labels=LABELS - 1), ValueError,
-        ("[0, 5)", "labels[0] is -1", "pass ignore_index=-1 to leave such rows out", "remap"),
+        ("[0, 5)", "is -1", "pass labels.masked_fill(labels == -1, -100) to leave such", "remap"),
     ),
     "label negative, reference": (
         call(labels=LABELS - 1, backend="reference"), ValueError,
-        ("labels[0] is -1", "pass ignore_index=-1", "remap"),
+        ("labels[0] is -1", "pass labels.masked_fill(labels == -1, -100)", "remap"),
     ),
     "labels of several negative values": (
         call(labels=LABELS - 3), ValueError, ("labels[0] is -3", "(3 such labels); remap"),
@@ -434,6 +454,103 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "module margin tensor": (
         lambda: fm.ArcFaceLoss(5, 6, torch.ones(4)), ValueError,
         ("margin must have shape (5,)", "one number per class", "(4,)"),
+    ),
+    **{
+        f"module margins, {type(given).__name__} to {make.__name__}": (
+            call_module(make, given), TypeError,
+            ("margin must be a number, or a tensor of one for each class, (C,)",
+             "torch.as_tensor(margin, dtype=torch.float32)"),
+        )
+        for make in (fm.ArcFaceLoss, fm.CosFaceLoss, fm.CurricularFaceLoss, fm.MVSoftmaxLoss)
+        for given in ([0.1] * 5, np.full(5, 0.1))
+    },
+    **{
+        f"module margins, {type(given).__name__} to {make.__name__} again": (
+            call_module(make, given), TypeError,
+            ("must be a number", "per class, a tensor (C,), there are ArcFaceLoss, CosFace"),
+        )
+        for make in (
+            fm.SphereFaceLoss, fm.AdaFaceLoss, fm.MagFaceLoss, fm.CircleSoftmaxLoss,
+            fm.CombinedMarginLoss, pml.ArcFaceLoss,
+        )
+        for given in ([0.1] * 5, torch.full((5,), 0.1))
+    },
+    "mean of margins, list": (
+        lambda: fm.ElasticFaceLoss(5, 6, [0.1] * 5), TypeError, ("mean as a number, got list",),  # pyright: ignore[reportArgumentType]
+    ),
+    "margins per class, list": (
+        call(margin=[0.1] * 5), TypeError, ("got list; pass margins per class as torch.as_tensor",),
+    ),
+    "insightface margin, list": (
+        lambda: insightface.CombinedMarginLoss(64, 1.0, [0.1], 0.0),  # pyright: ignore[reportArgumentType]
+        TypeError, ("m2 must be a number, got list",),
+    ),
+    "pml margin, text": (
+        lambda: pml.ArcFaceLoss(5, 6, "28.6"),  # pyright: ignore[reportArgumentType]
+        TypeError, ("margin must be a number, in degrees, got str '28.6'",),
+    ),
+    "pml temperature": (
+        lambda: pml.NormalizedSoftmaxLoss(5, 6, 0), ValueError, ("temperature must be", "got 0.0"),
+    ),
+    "ls_eps and margins": (
+        lambda: heads.ArcMarginProduct(6, 5, m=torch.full((5,), 0.1), ls_eps=0.1)(X, LABELS),  # pyright: ignore[reportArgumentType]
+        ValueError, ("ls_eps spreads one margin", "Tensor of shape (5,)", "ls_eps=0.0"),
+    ),
+    # other packages' orders of arguments
+    **{
+        f"insightface's order, {arguments}": (
+            call_module(make, arguments, is_all=True), TypeError,
+            (f"{make.__name__} takes num_classes, embedding_size, ",
+             f"got {arguments[0]} and {arguments[1]} for its numbers of classes and of columns; ",
+             f"fused_margin.compat.insightface.{name}, for its PartialFC_V2"),
+        )
+        for make, name, arguments in (
+            (fm.CombinedMarginLoss, "CombinedMarginLoss", (64, 1.0, 0.5, 0.0)),
+            (fm.CombinedMarginLoss, "CombinedMarginLoss", (64, 1.0, 0.5, 0.0, 0.4)),
+            (fm.CombinedMarginLoss, "CombinedMarginLoss", (64.0, 1, 0.5, 0.0, 0.4)),
+            (fm.CombinedMarginLoss, "CombinedMarginLoss", (64, 1, 0, 0.4)),
+            (fm.CombinedMarginLoss, "CombinedMarginLoss", (64, 1, 0.5, 0)),
+            (fm.ArcFaceLoss, "ArcFace", (64.0, 0.5)),
+            (fm.CosFaceLoss, "CosFace", (64, 0.4)),
+        )
+    },
+    **{
+        f"margin and scale as sizes, {make.__name__}": (
+            call_module(make, (0.2, 30), is_all=True), TypeError,
+            (f"{make.__name__} takes ", "in this order, got 0.2 and 30 for its numbers of cla"),
+        )
+        for make in (
+            fm.MVSoftmaxLoss, fm.CircleSoftmaxLoss, fm.SphereFaceLoss, fm.ElasticFaceLoss,
+            fm.AdaFaceLoss, fm.NormalizedSoftmaxLoss, fm.CurricularFaceLoss,
+        )
+    },
+    **{
+        f"{make.__name__}, more by position than it takes": (
+            call_module(make, arguments, is_all=True), TypeError,
+            ("were given; in order it takes num_classes, embedding_size, ", "all else by name"),
+        )
+        for make, arguments in (
+            (fm.ArcFaceLoss, (6, 5, 30.0, 0.5, False, 0.0)),  # Kaggle's
+            (fm.AdaFaceLoss, (6, 5, 0.4, 0.333, 64.0, 1.0)),  # AdaFace's own
+            (fm.ElasticFaceLoss, (6, 5, 64.0, 0.5, 0.0125)),
+            (pml.CosFaceLoss, (5, 6, 0.35, 64)),
+        )
+    },
+    **{
+        f"scale before margin, {make.__name__}": (
+            call_module(make, (6, 5, *arguments), is_all=True), ValueError,
+            (f"got {arguments[0]}", "the scale comes after"),
+        )
+        for make, arguments in (
+            (fm.CombinedMarginLoss, (64.0, 1.0, 0.5, 0.0)), (fm.SphereFaceLoss, (30.0, 4)),
+            (fm.MagFaceLoss, (64.0, 0.5)), (fm.CircleSoftmaxLoss, (256.0, 0.25)),
+            (fm.ElasticFaceLoss, (64.0, 0.5)), (fm.CurricularFaceLoss, (64.0, 0.5)),
+            (fm.MVSoftmaxLoss, (32.0, 0.35)), (fm.AdaFaceLoss, (64.0, 0.4)),
+        )
+    },
+    "module of one column": (
+        lambda: fm.ArcFaceLoss(64, 1)(X, LABELS), ValueError,
+        ("C, D = 64, 1; build the loss with embedding_size=6; its sizes are its first two",),
     ),
     "module margin 0-d": (
         lambda: fm.ArcFaceLoss(5, 6, torch.tensor(0.5)), TypeError,
