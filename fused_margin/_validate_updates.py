@@ -93,7 +93,7 @@ def alone(has_other: bool) -> None:
             "this backward comes to the class weights twice, by two losses or a regulariser beside"
             " one, whose gradients SGDInBackward can't add; nothing has been changed. Mixtures of"
             " two labels go in one call, criterion(torch.cat([x, x]), torch.cat([a, b]),"
-            " sample_weight=weights); for all else use torch.optim.SGD"
+            " sample_weight=torch.cat([lam, 1 - lam])); for all else use torch.optim.SGD"
         )
 
 
