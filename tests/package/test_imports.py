@@ -390,9 +390,23 @@ def test_what_is_elsewhere_is_named() -> None:
         ("__path_of_nothing__", "has no attribute '__path_of_nothing__'$"),
     ],
 )
-def test_other_names(name: str, words: str) -> None:
+def test_other_names(name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(fm, name, raising=False)  # a module that another test has imported
     with pytest.raises(AttributeError, match=words):
         getattr(fm, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("TripletMarginLoss", "import this one from pytorch_metric_learning"),
+        ("CrossBatchMemory", "import this one from pytorch_metric_learning"),
+        ("anything", "has no attribute 'anything'$"),
+    ],
+)
+def test_names_of_pytorch_metric_learning(name: str, words: str) -> None:
+    with pytest.raises(AttributeError, match=words):
+        getattr(fm.compat.pml, name)
 
 
 def test_tools_that_ask_import_nothing() -> None:
