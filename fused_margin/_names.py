@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -172,6 +173,8 @@ def explain(error: TypeError, call: Callable[..., Any], given: tuple[Any, ...], 
     elif given and hasattr(given[0], "settings"):
         settings = inspect.signature(type(given[0])).parameters
     text = hints(names, call, settings)
+    if re.search("missing .*'(local_)?labels?'$", str(error)) and hasattr(given[0], "logits"):
+        text = text or "scaled cosines without labels are criterion.logits(embeddings)"
     if "positional argument" in str(error) and " were given" in str(error):
         parameters = list(inspect.signature(call).parameters.values())
         order = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]

@@ -188,6 +188,32 @@ def of_other_classes(kind: str, given: int, present: int, sub_centers: int) -> l
     return [f"{said}build the loss with num_classes={count}{remedy}"]
 
 
+def of_transposed(name: str, given: Any, weight: torch.Tensor) -> list[str]:
+    """What to do with a checkpoint whose class weights lie the other way; nothing of others."""
+    if not isinstance(given, torch.Tensor) or given.shape == weight.shape:
+        return []
+    return [_of_layout(name, given)] if given.shape == weight.shape[::-1] else []
+
+
+def of_another_name(name: str, state: Mapping[str, Any], weight: torch.Tensor) -> str:
+    """What to do with a checkpoint whose class weights have another name; "" of others."""
+    sizes = sorted(weight.shape)
+    fitting = [
+        key
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and value.ndim == 2 and sorted(value.shape) == sizes
+    ]
+    is_known = name in state or len(fitting) != 1
+    return "" if is_known else "\n\t" + _of_layout(fitting[0], state[fitting[0]])
+
+
+def _of_layout(key: str, given: torch.Tensor) -> str:
+    return (
+        f"{key} {tuple(given.shape)} has the size of the class weights: take them with"
+        " fused_margin.convert.load_class_weights(criterion, state)"
+    )
+
+
 def of_forgotten(criterion: str, names: list[str]) -> str:
     """The message about parameters that no optimiser holds."""
     return (

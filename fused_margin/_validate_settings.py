@@ -124,6 +124,11 @@ def adaptive_scale(value: Any) -> torch.Tensor:
             "the scale of AdaCos follows from the batches and can't be set; to start from another,"
             " criterion.scale.fill_(scale), and for one of your choice use NormalizedSoftmaxLoss"
         )
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(
+            f"the scale of AdaCos is one floating number, got {_validate._shown(value)}; all rows"
+            " share it"
+        )
     return value
 
 
@@ -144,8 +149,10 @@ def derived_scale(value: Any) -> NoReturn:
     )
 
 
-def fixed(name: str, present: Any, value: Any) -> NoReturn:
+def fixed(name: str, present: int, value: Any) -> None:
     """Refuse to change what the rows of the weight were made for."""
+    if type(value) is int and value == present:
+        return
     raise AttributeError(
         f"{name} is {present} and can't be set to {value!r}: the weight has that many rows for each"
         " class; make a loss with the other number"

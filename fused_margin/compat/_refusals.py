@@ -21,7 +21,10 @@ def peer_call(
 ) -> None:
     """Check the arguments of a call as pytorch-metric-learning does."""
     if labels is None:
-        raise ValueError(f"{name} needs labels: call it as loss(embeddings, labels)")
+        raise ValueError(
+            f"{name} needs labels: call it as loss(embeddings, labels); without labels there is"
+            " loss.get_logits(embeddings)"
+        )
     if ref_emb is not None and (ref_emb is not embeddings or ref_labels is not labels):
         raise ValueError(
             f"{name} compares embeddings with class weights, so ref_emb and ref_labels have no"
@@ -42,6 +45,17 @@ def mixture(labels: Any) -> None:
             " convert.from_pml(criterion), which takes sample_weight:"
             " lam * criterion(x, a) + (1 - lam) * criterion(x, b)"
         )
+
+
+def of_peer(name: str) -> str:
+    """The message about a name that `fused_margin.compat.pml` doesn't have."""
+    message = f"module 'fused_margin.compat.pml' has no attribute {name!r}"
+    if not name.endswith(("Loss", "Regularizer", "Memory", "Wrapper")):
+        return message
+    return (
+        f"{message}, only losses and regularizers of class weights; import this one from"
+        " pytorch_metric_learning, with which these combine"
+    )
 
 
 def indices_tuple(value: Any) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from fused_margin import (
+    _compiled,
     _validate,
     _validate_margins,
     _validate_others,
@@ -73,6 +74,7 @@ class _Head(MarginSoftmaxLoss):
             embeddings = embeddings.squeeze(1)
         return super().logits(embeddings)
 
+    @_compiled.raising()
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input: torch.Tensor,

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from fused_margin import (
+    _compiled,
     _names,
     _setup,
     _validate,
@@ -229,6 +230,7 @@ class PartialFC_V2(MarginSoftmaxLoss):
         """Those of ``margin_loss``."""
         return self.margin_softmax.negatives
 
+    @_compiled.raising()
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         local_embeddings: torch.Tensor,

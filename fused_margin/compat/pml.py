@@ -25,16 +25,19 @@ Reducers and distances are pytorch-metric-learning's own objects, which is not i
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import TypedDict
 
 from fused_margin import (
     _compiled,
     _names,
+    _remedies,
     _setup,
     _validate,
     _validate_margins,
@@ -55,7 +58,7 @@ from fused_margin.compat._regularizers import (
     part,
 )
 from fused_margin.functional.core import margin_loss
-from fused_margin.functional.options import Options
+from fused_margin.functional.options import Options, expanded
 
 __all__ = [
     "ArcFaceLoss",
@@ -91,6 +94,22 @@ def _row_weights(indices_tuple: Any, losses: Tensor) -> Tensor | None:
         return None
     counts = torch.bincount(indices, minlength=losses.shape[0])
     return counts.to(losses.dtype) / counts.max()
+
+
+class _Options(TypedDict, total=False):
+    """What ``**options`` of a loss may be; `_ClassWeights` and `_OnKernels` describe each."""
+
+    weight_regularizer: Regularizer | None
+    weight_reg_weight: float
+    embedding_regularizer: Regularizer | None
+    embedding_reg_weight: float
+    reducer: Any
+    weight_init_func: Callable[[Tensor], Any] | None
+    distance: Any
+    collect_stats: bool | None
+    sub_centers: int
+    backend: str
+    memory_budget: int | None
 
 
 class _ClassWeights(_names.Watched, nn.Module):
@@ -140,6 +159,39 @@ class _ClassWeights(_names.Watched, nn.Module):
         self.weight_init_func = nn.init.normal_ if weight_init_func is None else weight_init_func
         self.W = nn.Parameter(torch.empty(num_columns, embedding_size).t())
         self.reset_parameters()
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Show in signatures and errors what ``**options`` stands for."""
+        super().__init_subclass__(**keywords)
+        own: Any = cls.__dict__.get("__init__")
+        if own is None:
+            return
+        base: Any = super(cls, cls).__init__
+        more = {
+            name: parameter.default
+            for name, parameter in inspect.signature(base).parameters.items()
+            if name in _Options.__annotations__ and parameter.kind is parameter.KEYWORD_ONLY
+        }
+        own.__signature__ = expanded(own, more, _Options)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As for any module, with what to do about class weights of another name."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            error.args = (f"{error}{_remedies.of_another_name('W', state_dict, self.W)}",)
+            raise
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """As for any module, with what to do about a W that lies the other way."""
+        name = f"{prefix}W"
+        error_msgs += _remedies.of_transposed(name, state_dict.get(name), self.W)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def reset_parameters(self) -> None:
         """Fill W anew by ``weight_init_func``."""
@@ -548,3 +600,8 @@ def multiple_angle(u: Tensor, margin: int) -> Tensor:
         previous, current = current, 2.0 * u * current - previous
     k = (margin * u.detach().acos() / math.pi).floor().clamp_max(margin - 1)
     return (1.0 - 2.0 * (k % 2)) * current - 2.0 * k
+
+
+def __getattr__(name: str) -> Any:
+    """Raise: say where other names of pytorch-metric-learning are."""
+    raise AttributeError(_refusals.of_peer(name))

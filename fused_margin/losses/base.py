@@ -184,7 +184,7 @@ class MarginSoftmaxLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As for any module, but what is in `settings` is checked, and tensors become buffers."""
-        if name == "sub_centers" and self.__dict__.get(name, value) != value:
+        if name == "sub_centers" and name in self.__dict__:
             _validate_settings.fixed(name, self.sub_centers, value)
         if name in _validate_settings.METHODS:
             _validate_settings.is_method(name)
@@ -294,12 +294,22 @@ class MarginSoftmaxLoss(nn.Module):
         asked = _growth.Asked(num_new, optimizer, weight, of_new_classes, draws_normal)
         return _growth.grow(self, asked)
 
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As for any module, with what to do about class weights of another name."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            text = _remedies.of_another_name("weight", state_dict, self.weight)
+            error.args = (f"{error}{text}",)
+            raise
+
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         """As for any module, but weights may be whole or sharded, whichever these are."""
         name = f"{prefix}weight"
+        error_msgs += _remedies.of_transposed(name, state_dict.get(name), self.weight)
         if isinstance(state_dict.get(name), torch.Tensor):
             state_dict[name] = _shards.fitted(state_dict[name], self.weight)
             given = state_dict[name]

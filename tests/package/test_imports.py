@@ -396,6 +396,19 @@ def test_other_names(name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> 
         getattr(fm, name)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("TripletMarginLoss", "import this one from pytorch_metric_learning"),
+        ("CrossBatchMemory", "import this one from pytorch_metric_learning"),
+        ("anything", "has no attribute 'anything'$"),
+    ],
+)
+def test_names_of_pytorch_metric_learning(name: str, words: str) -> None:
+    with pytest.raises(AttributeError, match=words):
+        getattr(fm.compat.pml, name)
+
+
 def test_tools_that_ask_import_nothing() -> None:
     """Names with an underscore, by doctest, inspect, pickle; a module by `from ... import`."""
     code = """

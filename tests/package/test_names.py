@@ -172,6 +172,23 @@ ERRORS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "a call of pytorch-metric-learning's": (
         call(compat.pml.ArcFaceLoss(6, 4), X, target=Y), ("'target' is labels here",),
     ),
+    "logits of a call": (
+        call(CRITERION, X), ("missing 1", "without labels are criterion.logits(embeddings)"),
+    ),
+    "logits of a head's call": (
+        call(compat.heads.ArcMarginProduct(4, 6), X), ("'label'; scaled cosines without labels",),
+    ),
+    "logits of insightface's call": (
+        call(compat.insightface.PartialFC_V2(compat.insightface.ArcFace(), 4, 6), X),
+        ("'local_labels'; scaled cosines without labels",),
+    ),
+    "a call of a head": (
+        call(compat.heads.ArcMarginProduct(4, 6), X, targets=Y), ("'targets' is label here",),
+    ),
+    "what pytorch-metric-learning's takes": (
+        call(compat.pml.SphereFaceLoss, 6, 4, reduction="sum"),
+        ("It takes num_classes, embedding_size, margin, scale, weight_regularizer, ", "reducer"),
+    ),
     "a name that nobody has": (call(fm.ArcFaceLoss, 6, 4, marjin=0.5), ("mean 'margin'? It",)),
 }  # fmt: skip
 
