@@ -84,7 +84,8 @@ class SGDInBackward(Optimizer):
             are divided by its scale, and a batch whose loss has a gradient that isn't finite
             updates nothing, as ``grad_scaler.step`` of other optimisers. Call this one's own
             ``step()``. It doesn't travel in copies and pickles; where one is in use that wasn't
-            given, a backward or `check_setup` raises.
+            given, a backward or `check_setup` raises. A scaler's ``update()`` asks for a step of
+            another optimiser: where class weights alone are trained, leave scaling out.
 
     Raises:
         TypeError: something else than class weights.

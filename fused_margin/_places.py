@@ -16,6 +16,19 @@ MODULES = (
     "compat.insightface", "compat.pml",
 )  # fmt: skip
 CUTOFF = 0.75  # how alike a misspelled name is, of `difflib`
+# What others call a loss, without "Loss" at its end.
+ALIASES = {
+    **dict.fromkeys(
+        ("AMSoftmax", "AdditiveMarginSoftmax", "LargeMarginCosine", "LMCL"), "CosFaceLoss"
+    ),
+    **dict.fromkeys(("AAMSoftmax", "AdditiveAngularMarginSoftmax", "InsightFace"), "ArcFaceLoss"),
+    **dict.fromkeys(("NormFace", "CosineSoftmax", "NormSoftmax"), "NormalizedSoftmaxLoss"),
+    **dict.fromkeys(("ASoftmax", "AngularSoftmax"), "SphereFaceLoss"),
+    **dict.fromkeys(("SubArcFace", "SubCenterArcFace"), "ArcFaceLoss(..., sub_centers=3)"),
+    **dict.fromkeys(("ArcFaceHead", "ArcHead"), "ArcFaceLoss"),
+    "AdditiveAngularMargin": "ArcFaceLoss, or with SpeechBrain's arguments"
+    " fused_margin.compat.heads.SpeechBrainAAM",
+}
 
 
 def whereabouts(name: str) -> str:
@@ -32,6 +45,9 @@ def whereabouts(name: str) -> str:
             if module != "losses":  # which are at the top
                 places.setdefault(one, []).append(f"fused_margin.{module}.{one}")
     found = places.get(f"{name}Loss", [])[:1] + places.get(name, [])
+    alias = ALIASES.get(name.removesuffix("Loss"))
+    if alias is not None and not found:
+        return f"; it is fused_margin.{alias}"
     if found:
         return f"; it is {' or '.join(found)}"
     if inspect.isroutine(vars(fm.MarginSoftmaxLoss).get(name)):

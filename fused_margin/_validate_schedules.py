@@ -13,11 +13,7 @@ def criterion(value: Any, setting: str) -> nn.Module:
     """The one module in ``value`` that has the setting."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"criterion must be a loss of fused_margin, got {type(value).__name__}")
-    found: list[tuple[nn.Module, dict[str, Any]]] = [
-        (module, settings)
-        for module in value.modules()
-        if isinstance(settings := getattr(type(module), "settings", None), dict)
-    ]
+    found = [(one, settings) for one in value.modules() if (settings := _settings(one))]
     able = [module for module, settings in found if setting in settings]
     if len(able) == 1:
         return able[0]
@@ -25,13 +21,33 @@ def criterion(value: Any, setting: str) -> nn.Module:
     if able:
         problem = f"{len(able)} losses have the setting {setting!r}: {names}; give each a schedule"
     elif found:
-        meant = _names.of_attribute(setting, found[0][1], {})
-        problem = f"{names} has no setting {setting!r}, but {', '.join(found[0][1])}" + (
+        every = [name for _, settings in found for name in settings]
+        meant = _names.of_attribute(setting, every, {})
+        problem = f"{names} has no setting {setting!r}, but {', '.join(every)}" + (
             f"; {setting!r} {meant}" if meant else ""
         )
     else:
         problem = f"this {type(value).__name__} contains no loss of fused_margin"
     raise ValueError(problem)
+
+
+def _settings(module: nn.Module) -> list[str]:
+    """What a schedule may move: a loss's settings, or the numbers of one as another package has it.
+
+    These are attributes of `compat`'s modules, in the units that they have there.
+    """
+    kind = type(module)
+    settings = getattr(kind, "settings", None)
+    if isinstance(settings, dict):
+        return list(settings)
+    if not any(base.__module__.startswith("fused_margin.compat.") for base in kind.__mro__):
+        return []
+    numbers = [name for name, number in vars(module).items() if type(number) in (int, float)]
+    return [name for name in numbers if name not in _FIXED]
+
+
+# numbers of a module that are no settings
+_FIXED = ("num_classes", "embedding_size", "sub_centers", "memory_budget")
 
 
 def steps(first: Any, last: Any) -> tuple[int, int]:

@@ -12,8 +12,8 @@ SPENT = (
     "the gradient of these class weights has been used up in the backward: SGDInBackward has"
     " updated them, and no gradient is kept that could be clipped, scaled, read or given to an"
     " optimiser. Leave them out of clip_grad_norm_, other optimisers and GradScaler.step (give"
-    " SGDInBackward the scaler, grad_scaler=scaler, and call optimizer.step() itself); or use"
-    " torch.optim.SGD"
+    " SGDInBackward the scaler, grad_scaler=scaler, and call optimizer.step() itself); call"
+    " optimizer.step() or zero_grad() before the weights are moved or cast; or use torch.optim.SGD"
 )
 ADDED = (
     "a backward has another gradient for class weights that SGDInBackward has updated in it, as"
@@ -127,8 +127,9 @@ def _other_gradient() -> None:
     raise RuntimeError(
         "class weights of SGDInBackward have a gradient as a whole, which it can't apply. It comes"
         ' from a regulariser of the weights, from backend="reference", from a criterion in eval'
-        " mode, from torch.compile, a torch.func transform or another mode, or was there before;"
-        " call criterion.train(), use torch.optim.SGD, or set criterion.weight.grad = None"
+        " mode, from torch.compile, a torch.func transform or another mode, from a forward before"
+        " SGDInBackward was made, or was there before it; call criterion.train(), use"
+        " torch.optim.SGD, or set criterion.weight.grad = None"
     )
 
 

@@ -103,7 +103,9 @@ class MarginSoftmaxLoss(nn.Module):
             - class_weight: (C,) floating, as `torch.nn.functional.cross_entropy` takes it.
             - focal_gamma, focal_alpha: alpha (1 - p)^gamma is a factor of each loss; see
               `functional.arcface`.
-            - label_smoothing: the part of the target that goes to all classes alike, in [0, 1].
+            - label_smoothing: the part of the target that goes to all classes alike, in [0, 1]. A
+              class weight is a factor of the row's whole loss, where `torch.nn.functional
+              .cross_entropy` weighs each class's part of the smoothing.
             - sub_centers: K rows of weights for each class, of which the nearest counts: see
               `functional.arcface`. Class k's are rows K k to K k + K - 1. It can't be assigned.
             - device, dtype: of the class weights; fp32 by default.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fused_margin as fm
+from fused_margin.compat import heads, insightface, pml
 from fused_margin.schedules import Exponential, Linear, Schedule
 
 
@@ -100,6 +101,31 @@ def test_checkpoints(kind: type[Schedule]) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("make", "setting"),
+    [
+        (lambda: pml.ArcFaceLoss(5, 4), "margin"),
+        (lambda: pml.CosFaceLoss(5, 4, margin=0.1), "scale"),
+        (
+            lambda: insightface.PartialFC_V2(insightface.CombinedMarginLoss(64, 1, 0.5, 0), 4, 5),
+            "m2",
+        ),
+        (lambda: insightface.PartialFC_V2(insightface.CosFace(64, 0.4), 4, 5), "m"),
+        (lambda: heads.ArcMarginProduct(4, 5), "margin"),
+        (lambda: heads.WeSpeakerAAM(4, 5), "margin"),
+    ],
+)
+def test_losses_as_other_packages_have_them(make: Any, setting: str) -> None:
+    criterion = make()
+    schedule = Linear(criterion, 0.5, 0.25, 0, 1, setting=setting)
+    x, labels = torch.randn(3, 4, generator=torch.manual_seed(0)), torch.tensor([0, 1, 2])
+    losses = []
+    for _ in range(2):
+        losses.append(float(criterion(x, labels).detach()))
+        schedule.step()
+    assert losses[0] != losses[1]
+
+
 def test_the_loss_is_found_inside() -> None:
     """Of a model, or of what wraps one: an attribute of the wrapper would change nothing."""
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": fm.ArcFaceLoss(5, 4)})
@@ -119,6 +145,10 @@ def test_the_loss_is_found_inside() -> None:
         (
             lambda: Linear(fm.FixedAdaCosLoss(5, 4), 0, 1, 0, 1),
             "FixedAdaCosLoss has no setting 'margin', but scale, reduction",
+        ),
+        (
+            lambda: Linear(insightface.CombinedMarginLoss(64, 1, 0.5, 0), 0, 1, 0, 1),
+            "has no setting 'margin', but s, m1, m2, m3, .*'margin' is m2 or m3 here",
         ),
         (
             lambda: Linear(nn.ModuleList([fm.ArcFaceLoss(5, 4), fm.CosFaceLoss(5, 4)]), 0, 1, 0, 1),
