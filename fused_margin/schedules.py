@@ -46,8 +46,8 @@ class Schedule:
         first_step: the step from which on the setting moves, >= 0.
         last_step: the step at which it arrives, >= first_step.
         setting: which of ``criterion.settings``; a number, and no Parameter. Of `compat`'s losses
-            which of their attributes, in its unit there: ``margin`` of ``compat.pml.ArcFaceLoss`` in
-            radians, ``m2`` of insightface's ``CombinedMarginLoss`` in a ``PartialFC_V2``.
+            which of their attributes, in its unit there: ``margin`` of ``compat.pml.ArcFaceLoss``,
+            radians, or ``m2`` of insightface's ``CombinedMarginLoss`` in a ``PartialFC_V2``.
 
     Attributes:
         last_value: the value that was set last.
