@@ -143,7 +143,7 @@ def mean_margin(value: Any) -> None:
     if isinstance(value, torch.Tensor) or _remedies.holds_several(value):
         raise TypeError(
             "ElasticFace draws a margin for each row, and takes their mean as a number, got"
-            f" {_validate._shown(value)}; for margins of your own there are arcface and cosface"
+            f" {_validate._shown(value)}; for margins of your own use arcface or cosface"
         )
 
 

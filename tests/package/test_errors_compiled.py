@@ -71,10 +71,12 @@ def test_errors_of_symbolic_numbers_and_shapes(compiler: str) -> None:
     usual = (0.5, 64.0, 1000, -100, 4)
     for values in (usual, (0.4, 32.0, 2000, -10, 4), (0.3, 30.0, 3000, -20, 4)):
         torch.testing.assert_close(compiled(*values), loss(*values))
-    for values in (
-        (4.0, 64.0, 1000, -100, 4), (0.5, -3.0, 1000, -100, 4), (0.5, 64.0, -5, -100, 4),
-        (0.5, 64.0, 1000, -100, 3), (4.5, 64.0, 1000, -100, 4),
-    ):  # fmt: skip
+    wrong = [
+        (4.0, 64.0, 1000, -100, 4), (0.5, 64.0, 1000, -100, 3), (4.5, 64.0, 1000, -100, 4),
+        (0.5, -3.0, 1000, -100, 4), (0.5, 64.0, -5, -100, 4),
+    ]  # fmt: skip
+    # each is a graph of its own: the slow compilers get a number, a shape and another number
+    for values in wrong if compiler == "eager" else wrong[:3]:
         with pytest.raises(ValueError) as expected:  # noqa: PT011 - compared below
             loss(*values)
         with pytest.raises(ValueError) as caught:  # noqa: PT011

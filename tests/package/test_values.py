@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import BACKENDS, device_of
+from helpers import BACKENDS, device_of, needs_triton
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -99,8 +99,13 @@ def test_reals(backend: str, kind: str) -> None:
 @pytest.mark.filterwarnings(
     "ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"
 )
-@pytest.mark.parametrize("function", [fmf.arcface, fmf.cosface])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "function"),
+    [
+        ("reference", fmf.arcface), ("cpu", fmf.arcface), ("cpu", fmf.cosface),
+        pytest.param("triton", fmf.arcface, marks=needs_triton),
+    ],
+)  # fmt: skip
 def test_numbers_vary_under_compile(backend: str, function: Callable[..., torch.Tensor]) -> None:
     """Constants in the first graph, then symbols; checked without a graph break."""
     torch._dynamo.reset()
