@@ -12,7 +12,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,16 +21,17 @@ import torch
 from fused_margin import _validate
 from fused_margin.compat import _refusals
 from fused_margin.distributed._shards import ClassShard
-from fused_margin.optim import RowSparseAdam, RowSparseSGD
+from fused_margin.optim import RowSparseAdam, RowSparseSGD, SGDInBackward
 
 Tensor = torch.Tensor
 Checkpoint = str | os.PathLike[str] | Mapping[str, Any]
 # How torch says that a readable file holds what weights_only=True refuses
 _UNSAFE = re.compile(r"Unsupported (global|class)|GLOBAL|not an allowed global")
-# What torch.load raises of bytes that are no checkpoint; of a file that isn't there an OSError
+# What torch.load raises of bytes that are no checkpoint, or not all of one
 _UNREADABLE = (
-    pickle.UnpicklingError, struct.error, EOFError, RuntimeError, LookupError, ValueError,
-    TypeError, AttributeError,
+    pickle.UnpicklingError, struct.error, zipfile.BadZipFile, EOFError, OSError, RuntimeError,
+    LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError,
+    MemoryError,
 )  # fmt: skip
 # Names of files, by version from the newest, with the number of the rank
 NAMES = (
@@ -87,9 +88,12 @@ def loaded(checkpoint: Any, *, mapped: bool = False) -> Any:
     """What a file holds, loaded with ``weights_only=True``; anything else as it is."""
     if not isinstance(checkpoint, (str, os.PathLike)):
         return checkpoint
-    mapped = mapped and zipfile.is_zipfile(checkpoint)
+    _refusals.file_there(checkpoint)
     try:
+        mapped = mapped and zipfile.is_zipfile(checkpoint)
         return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mapped)
+    except PermissionError:  # which names the file
+        raise
     except _UNREADABLE as error:
         if _UNSAFE.search(str(error)):
             _refusals.unsafe(checkpoint, error)
@@ -100,12 +104,15 @@ def ordered(files: Any) -> list[Any]:
     """The files by rank: those of a folder, or those given, in that order if no name has a rank."""
     if isinstance(files, (str, os.PathLike)):
         folder = Path(files)
+        _refusals.rank_files_there(folder)
         given: list[Any] = sorted(folder.iterdir()) if folder.is_dir() else [folder]
         given = [path for path in given if not folder.is_dir() or _numbered(path)]
         if not given:
             _refusals.no_rank_files(folder)
-    elif isinstance(files, Iterable) and not isinstance(files, Mapping):
+    elif isinstance(files, Iterable) and not isinstance(files, (Mapping, torch.Tensor)):
         given = list(files)
+        if not given:
+            _refusals.no_files()
     else:
         _refusals.rank_files(files)
     numbered = [_numbered(one) for one in given]
@@ -113,12 +120,12 @@ def ordered(files: Any) -> list[Any]:
         return given
     kinds = {found[0] if found else None for found in numbered}
     if len(kinds) > 1:
-        _refusals.mixed_rank_files([_name(one) for one in given])
+        _refusals.mixed_rank_files([_name(one, index) for index, one in enumerate(given)])
     by_rank = [found[1] for found in numbered if found]
     missing = sorted(set(range(max(by_rank) + 1)) - set(by_rank))
     twice = sorted({rank for rank in by_rank if by_rank.count(rank) > 1})
     if missing or twice:
-        _refusals.missing_ranks(missing, twice, _name(given[0]))
+        _refusals.missing_ranks(sorted(set(by_rank)), missing, twice, str(given[0]))
     return [one for _, one in sorted(zip(by_rank, given, strict=True), key=lambda pair: pair[0])]
 
 
@@ -133,8 +140,8 @@ def _numbered(file: Any) -> tuple[str, int] | None:
     return None
 
 
-def _name(file: Any) -> str:
-    return str(file) if isinstance(file, (str, os.PathLike)) else "a mapping"
+def _name(file: Any, index: int) -> str:
+    return str(file) if isinstance(file, (str, os.PathLike)) else f"number {index} of those given"
 
 
 def cut(num_classes: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -145,24 +152,42 @@ def cut(num_classes: int, rank: int, ranks: int) -> tuple[int, int]:
 
 
 def parts(
-    files: Any, num_classes: int, bounds: tuple[int, int], wants_moments: bool = False
+    given: Sequence[Any], num_classes: int, bounds: tuple[int, int], wants_moments: bool = False
 ) -> list[_Part]:
-    """The files that overlap some classes, checked against each other."""
+    """Of `ordered` files those that overlap some classes, checked against each other."""
     found: list[_Part] = []
-    given = ordered(files)
     for rank, file in enumerate(given):
         start, stop = cut(num_classes, rank, len(given))
         first, last = max(start, bounds[0]), min(stop, bounds[1])
         if first < last:
-            found.append(_part(file, (start, stop), (first, last), wants_moments))
-            _refusals.same_rows(found[-1].name, found[-1].weight, stop - start, len(given))
+            name = _name(file, rank)
+            part = _part(file, name, (start, stop), (first, last), wants_moments)
+            rows = part.weight.shape[0]
+            if rows != stop - start:
+                more = ranks_of(num_classes, rank, rows, len(given))
+                _refusals.other_rows(name, rows, stop - start, num_classes, len(given), more)
+            found.append(part)
     for part in found:
         _refusals.same_run(found[0], part)
     return found
 
 
-def _part(file: Any, whole: tuple[int, int], wanted: tuple[int, int], wants_moments: bool) -> _Part:
-    name, value = _name(file), loaded(file, mapped=True)
+def ranks_of(num_classes: int, rank: int, rows: int, least: int) -> range:
+    """How many ranks, more than ``least``, a run can have had in which this one had ``rows``.
+
+    Rank r of R has (C - 1 - r) // R + 1 classes.
+    """
+    others = num_classes - 1 - rank
+    if rows < 1 or others < 0:
+        return range(0)
+    highest = others // (rows - 1) if rows > 1 else num_classes
+    return range(max(least, others // rows) + 1, highest + 1)
+
+
+def _part(
+    file: Any, name: str, whole: tuple[int, int], wanted: tuple[int, int], wants_moments: bool
+) -> _Part:
+    value = loaded(file, mapped=True)
     moments: dict[str, Any] = {}
     if isinstance(value, torch.Tensor):
         weight: Any = value
@@ -171,28 +196,34 @@ def _part(file: Any, whole: tuple[int, int], wanted: tuple[int, int], wants_mome
             moments["momentum_buffer"] = loaded(beside, mapped=True)
         value = {}
     else:
-        _refusals.checkpoint(value)
+        _refusals.checkpoint(value, name)
         weights = value.get("state_dict_softmax_fc", value)
         weight = weights.get("weight") if isinstance(weights, Mapping) else None
-        moments = _moments(value.get("state_optimizer"))
+        if wants_moments:
+            moments = _moments(name, value.get("state_optimizer"))
     _refusals.rank_weight(name, weight)
-    step = value.get("global_step")
-    return _Part(name, whole[0], *wanted, weight, moments, value.get("epoch"), step)
+    epoch, step = (_refusals.count(name, key, value.get(key)) for key in ("epoch", "global_step"))
+    return _Part(name, whole[0], *wanted, weight, moments, epoch, step)
 
 
-def _moments(optimizer: Any) -> dict[str, Any]:
+def _moments(name: str, optimizer: Any) -> dict[str, Any]:
     """What a saved optimiser kept of its last parameter, which the class weights are there."""
-    if not isinstance(optimizer, Mapping):
+    if optimizer is None:
         return {}
-    groups = optimizer.get("param_groups") or [{"params": []}]
-    numbers = groups[-1]["params"]
-    return dict(optimizer["state"].get(numbers[-1], {})) if numbers else {}
+    try:
+        numbers = optimizer["param_groups"][-1]["params"] if optimizer["param_groups"] else []
+        found = dict(optimizer["state"].get(numbers[-1], {})) if numbers else {}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        _refusals.rank_optimizer(name, error)
+    if "step" in found:
+        found["step"] = _refusals.count(name, "step", found["step"])
+    return found
 
 
 def merged(files: Any, num_classes: int) -> Tensor:
     """See `convert.merge_rank_files`."""
     num_classes = _validate.size("num_classes", num_classes, 2)
-    found = parts(files, num_classes, (0, num_classes))
+    found = parts(ordered(files), num_classes, (0, num_classes))
     whole = found[0].weight.new_empty(num_classes, found[0].weight.shape[1])
     for part in found:
         whole[part.first : part.last] = part.rows(part.weight)
@@ -228,17 +259,18 @@ def load(
     wanted: tuple[str, ...] = ()
     try:
         wanted = _wanted(optimizer, parameter)
-        found = parts(files, num_classes, (start, stop), bool(wanted))
+        given = ordered(files)
+        found = parts(given, num_classes, (start, stop), bool(wanted))
         for part in found:
             _refusals.rank_columns(part.name, part.weight, dim)
             for name in wanted:
                 _refusals.rank_moment(part.name, name, part.moments, part.weight)
         told = (part.facts[1:] for part in found[:1])
-        facts = _Facts(len(ordered(files)), *next(told, (None, None, None)))
-    except (OSError, TypeError, ValueError) as raised:
+        facts = _Facts(len(given), *next(told, (None, None, None)))
+    except Exception as raised:  # noqa: BLE001 - raised when the other ranks have been told
         error = raised
     if shard is not None:
-        reports, mine = shard.told((facts, "" if error is None else str(error)))
+        reports, mine = shard.told((facts, "" if error is None else str(error) or repr(error)))
         if error is None:
             facts = _refusals.same_rank_files(reports, mine)
     if facts is None:
@@ -259,6 +291,10 @@ def load(
             fill(state[name], _of(name))
         if "exp_avg" in wanted:
             state |= _updates(optimizer, parameter, float(facts.updates))
+        if isinstance(optimizer, SGDInBackward):
+            state["step"] = torch.zeros(
+                (), dtype=torch.int64
+            )  # of its own updates, as of a new one
         optimizer.state[parameter] = state
     return RankFiles(facts.ranks, facts.epoch, facts.global_step, wanted)
 
@@ -280,7 +316,8 @@ def _wanted(optimizer: torch.optim.Optimizer | None, parameter: Any) -> tuple[st
     group = _group(optimizer, parameter)
     if not group:
         _refusals.not_held("criterion")
-    is_sgd = isinstance(optimizer, (torch.optim.SGD, RowSparseSGD)) and group["momentum"]
+    kinds = (torch.optim.SGD, RowSparseSGD, SGDInBackward)
+    is_sgd = isinstance(optimizer, kinds) and group["momentum"]
     is_adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, RowSparseAdam))
     if not is_sgd and not (is_adam and not group.get("amsgrad")):
         _refusals.no_moments(type(optimizer).__name__)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -89,7 +90,8 @@ def class_weights(
     Raises:
         TypeError: no mapping.
         ValueError: no matrix fits, several do (they are listed), or its layout can't be known; a
-            file that ``weights_only=True`` refuses.
+            file that is damaged, or that ``weights_only=True`` refuses.
+        OSError: there is no such file, or it is a folder.
     """
     return _find(checkpoint, (num_classes, embedding_size), key, layout)[1].contiguous()
 
@@ -102,8 +104,9 @@ def _find(
 ) -> tuple[Source, torch.Tensor]:
     """The class weights, (C, D), and where they were."""
     _refusals.layout(layout)
-    name, matrix = _chosen(_matrices(_loaded(checkpoint)), sizes, key, layout)
-    source = Source(name, _layout(name, matrix, sizes, layout))
+    of = _named(checkpoint)
+    name, matrix = _chosen(_matrices(_loaded(checkpoint)), sizes, key, layout, of)
+    source = Source(name, _layout(name, matrix, sizes, layout, of))
     return source, (matrix.t() if source.layout == "DC" else matrix).detach()
 
 
@@ -149,6 +152,7 @@ def merge_rank_files(files: Any, num_classes: int) -> torch.Tensor:
     Raises:
         ValueError: a rank's file is missing, twice there, or damaged; they are of different runs:
             other numbers of classes, columns, epochs or steps; ``weights_only=True`` refuses one.
+        OSError: there is no such folder or file.
     """
     return _rank_files.merged(files, num_classes)
 
@@ -166,8 +170,8 @@ def load_rank_files(
         criterion: a loss of this package, or of `fused_margin.compat`.
         files: see `merge_rank_files`; every rank sees all their names.
         optimizer: holds the class weights, and gets their momentum (or Adam's moments) too: torch's
-            SGD, Adam or AdamW, or one of `fused_margin.optim`. Theirs is of the same gradient, that
-            of the mean over the rows of all ranks.
+            SGD, Adam or AdamW, or any of `fused_margin.optim`, `SGDInBackward` included. Theirs is
+            of the same gradient, that of the mean over the rows of all ranks.
 
     Returns:
         How many files there were, their epoch and step, and what went into the optimiser's state.
@@ -201,9 +205,16 @@ def _rows(criterion: nn.Module) -> torch.Tensor:
 
 
 def _loaded(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    is_file = isinstance(checkpoint, (str, os.PathLike))
+    name = _named(checkpoint) if is_file else ""
     checkpoint = _rank_files.loaded(checkpoint)
-    _refusals.checkpoint(checkpoint)
+    _refusals.checkpoint(checkpoint, name)
     return checkpoint  # pyright: ignore[reportReturnType]
+
+
+def _named(checkpoint: Checkpoint) -> str:
+    """What errors call it."""
+    return str(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else "the checkpoint"
 
 
 def _matrices(checkpoint: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
@@ -241,6 +252,7 @@ def _chosen(
     sizes: tuple[int | None, int | None],
     key: str | None,
     layout: str | None,
+    of: str,
 ) -> tuple[str, torch.Tensor]:
     """The one matrix that can be the class weights."""
     wanted = "" if sizes == (None, None) else f" with C = {sizes[0]}, D = {sizes[1]}"
@@ -264,9 +276,9 @@ def _chosen(
     if not is_told and any(_last(n) == "weight" for n in candidates):
         candidates = found  # a checkpoint with other matrices doesn't tell whose weight it is
     if not candidates:
-        _refusals.no_candidate(_described(found), wanted)
+        _refusals.no_candidate(_described(found), wanted, of)
     if len(candidates) > 1:
-        _refusals.several_candidates(_described(candidates))
+        _refusals.several_candidates(_described(candidates), of)
     return next(iter(candidates.items()))
 
 
@@ -275,6 +287,7 @@ def _layout(
     matrix: torch.Tensor,
     sizes: tuple[int | None, int | None],
     layout: str | None,
+    of: str,
 ) -> str:
     """Whether its rows are classes, "CD", or dimensions, "DC"."""
     if layout is not None:
@@ -284,7 +297,7 @@ def _layout(
         return by_shape[0]
     by_name = LAYOUTS.get(_last(name))
     if by_name is None:
-        _refusals.layout_unknown(name, tuple(matrix.shape))
+        _refusals.layout_unknown(name, tuple(matrix.shape), of)
     return by_name
 
 

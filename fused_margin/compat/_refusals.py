@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -204,13 +205,33 @@ def ranks(number: int) -> None:
 # --- convert --------------------------------------------------------------------------------------
 
 
-def checkpoint(value: Any) -> None:
-    """Check what a checkpoint's file has held."""
-    if not isinstance(value, Mapping):
+def checkpoint(value: Any, name: str = "") -> None:
+    """Check what was given as a checkpoint, or what the file ``name`` has held."""
+    if isinstance(value, Mapping):
+        return
+    kind = type(value).__name__
+    if name:
+        alone = isinstance(value, torch.Tensor)
         raise TypeError(
-            "a checkpoint must be a path or a mapping of names to tensors, as a state_dict; got"
-            f" {type(value).__name__}"
+            f"{name} must hold a mapping of names to tensors, as a state_dict, and holds"
+            f" {'a' if alone else 'an object of type'} {kind}"
+            + ("; load it with torch.load and pass {'weight': tensor}" if alone else "")
         )
+    raise TypeError(
+        f"a checkpoint must be a path or a mapping of names to tensors, as a state_dict; got {kind}"
+    )
+
+
+def file_there(path: Any) -> None:
+    """Check that a path is that of a file."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            f"{path} is a folder, where the file of a checkpoint is expected. A folder of ranks'"
+            " files is for convert.load_rank_files and merge_rank_files, one with a .metadata file"
+            " for torch.distributed.checkpoint.load"
+        )
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"No such file: {path}, in the folder {os.getcwd()}")
 
 
 def unsafe(path: Any, error: Exception) -> NoReturn:
@@ -225,37 +246,41 @@ def unsafe(path: Any, error: Exception) -> NoReturn:
 def unreadable(path: Any, error: Exception) -> NoReturn:
     """A file that torch.load can't read."""
     is_safetensors = str(path).endswith(".safetensors")
-    remedy = (
-        "load it with safetensors.torch.load_file(path) and pass the mapping"
-        if is_safetensors
-        else "it is damaged or incomplete, or not written by torch.save"
-    )
+    if is_safetensors:
+        remedy = "load it with safetensors.torch.load_file(path) and pass the mapping"
+    else:
+        what = str(error).partition("\n")[0][:200]
+        remedy = (
+            "it is damaged or incomplete, or not written by torch.save, which said"
+            f" {type(error).__name__}: {what}"
+        )
     raise ValueError(f"{path} is no checkpoint that torch.load can read; {remedy}") from error
 
 
-def no_candidate(found: list[str], wanted: str) -> NoReturn:
+def no_candidate(found: list[str], wanted: str, name: str) -> NoReturn:
     """No tensor can be the class weights."""
     shown = ", ".join(found) if found else "none"
     raise ValueError(
-        f"no class weights{wanted} among the matrices of the checkpoint: {shown}. Known are"
+        f"no class weights{wanted} among the matrices of {name}: {shown}. Known are"
         f" {CHECKPOINTS}; name another one with key="
     )
 
 
-def several_candidates(found: list[str]) -> NoReturn:
+def several_candidates(found: list[str], name: str) -> NoReturn:
     """Several tensors can be the class weights."""
     raise ValueError(
-        f"several matrices of the checkpoint can be the class weights: {', '.join(found)}; choose"
+        f"several matrices of {name} can be the class weights: {', '.join(found)}; choose"
         " with key=, or give num_classes and embedding_size"
     )
 
 
-def layout_unknown(name: str, shape: tuple[int, ...]) -> NoReturn:
+def layout_unknown(name: str, shape: tuple[int, ...], of: str) -> NoReturn:
     """A tensor whose rows may be classes or dimensions."""
     raise ValueError(
-        f"{name} of shape {shape} can be a row per class, {shape[0]} classes (pytorch-adacos), or a"
-        f" column per class, {shape[1]} classes (pytorch-metric-learning); pass layout='CD' or"
-        " 'DC'" + ("" if shape[0] == shape[1] else ", or num_classes and embedding_size")
+        f"{of}: {name} of shape {shape} can be a row per class, {shape[0]} classes"
+        f" (pytorch-adacos), or a column per class, {shape[1]} classes (pytorch-metric-learning);"
+        " pass layout='CD' or 'DC'"
+        + ("" if shape[0] == shape[1] else ", or num_classes and embedding_size")
     )
 
 
@@ -353,6 +378,20 @@ def rank_files(value: Any) -> NoReturn:
     )
 
 
+def no_files() -> NoReturn:
+    """An empty list."""
+    raise ValueError("files is empty; give the files of all ranks, or their folder")
+
+
+def rank_files_there(path: Any) -> None:
+    """Check that a path is there."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"No such file or folder: {path}, in the folder {os.getcwd()}; give the folder in which"
+            f" the run wrote {RANK_FILES}"
+        )
+
+
 def no_rank_files(folder: Any) -> NoReturn:
     """A folder of other files."""
     raise ValueError(
@@ -369,9 +408,9 @@ def mixed_rank_files(names: list[str]) -> NoReturn:
     )
 
 
-def missing_ranks(missing: list[int], twice: list[int], example: str) -> NoReturn:
+def missing_ranks(there: list[int], missing: list[int], twice: list[int], example: str) -> NoReturn:
     """Not one file for each rank."""
-    what = [f"those of ranks {missing} are missing"] if missing else []
+    what = [f"those of ranks {missing} are missing, {there} are there"] if missing else []
     what += [f"those of ranks {twice} are there more than once"] if twice else []
     raise ValueError(
         f"of files as {example} {' and '.join(what)}; bring the files of all ranks of one run into"
@@ -388,14 +427,49 @@ def rank_weight(name: str, weight: Any) -> None:
         )
 
 
-def same_rows(name: str, weight: torch.Tensor, expected: int, ranks: int) -> None:
-    """Check that a file has as many classes as its place among the ranks says."""
-    if weight.shape[0] != expected:
-        raise ValueError(
-            f"{name} has {weight.shape[0]} classes, where its rank of {ranks} had {expected}: a"
-            " rank's file is missing, it is of a run with other classes, the files aren't in the"
-            " order of ranks, or num_classes (of the criterion) is another than that of the run"
+def other_rows(
+    name: str, rows: int, expected: int, num_classes: int, ranks: int, more: range
+) -> NoReturn:
+    """A file has not as many classes as its place among the ranks says.
+
+    ``more``: the numbers of ranks with which it would, if files of the last ones are missing.
+    """
+    if more:
+        several = f"{more[0]}" if len(more) == 1 else f"{more[0]} to {more[-1]}"
+        first = ranks if more[0] == ranks + 1 else f"{ranks} to {more[0] - 1}"
+        hint = (
+            f"files of {ranks} ranks, 0 to {ranks - 1}, are there, and of {num_classes} classes it"
+            f" would have as many in a run of {several} ranks: then those of the last are missing,"
+            f" {'rank' if more[0] == ranks + 1 else 'ranks'} {first}"
+            f"{' at least' if len(more) > 1 else ''}. Else"
         )
+    else:
+        hint = f"files of {ranks} ranks, 0 to {ranks - 1}, are there;"
+    raise ValueError(
+        f"{name} has {rows} classes, where its rank of {ranks} had {expected}: {hint}"
+        " it is of a run with other classes, the files aren't in the"
+        " order of ranks, or num_classes (of the criterion) is another than that of the run"
+    )
+
+
+def count(name: str, key: str, value: Any) -> Any:
+    """Check an epoch or a number of steps, which not all files have."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if value is not None and not isinstance(value, (int, float)):
+        raise ValueError(
+            f"{name} is damaged, or not of arcface_torch: its {key} is of type"
+            f" {type(value).__name__}, where a number is expected"
+        )
+    return value
+
+
+def rank_optimizer(name: str, error: Exception) -> NoReturn:
+    """A state of something else than an optimiser of torch."""
+    raise ValueError(
+        f"{name} has a state_optimizer that is no state_dict() of an optimizer, with state and"
+        " param_groups; leave optimizer out to begin without"
+    ) from error
 
 
 def same_run(first: Any, other: Any) -> None:
@@ -437,7 +511,7 @@ def rank_columns(name: str, weight: torch.Tensor, dim: int) -> None:
 def rank_moment(name: str, moment: str, found: Mapping[str, Any], weight: torch.Tensor) -> None:
     """Check that a file has what the optimiser keeps, of every row."""
     value = found.get(moment)
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         there = f"it has {', '.join(found)}" if found else "it has no state of an optimizer"
         raise ValueError(
             f"{name} has no {moment} of the class weights ({there}); leave optimizer out to begin"

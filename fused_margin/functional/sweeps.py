@@ -134,7 +134,7 @@ def _extras(
     if asked.sub_centers > 1 or asked.negatives is not None or asked.has_stats:
         with torch.autocast(embeddings.device.type, enabled=False):
             rows, u = nearest_centers(embeddings, weight, labels, asked.sub_centers)
-            if ranks is not None:
+            if ranks is not None and (asked.negatives is not None or asked.has_stats):
                 u = ranks.added(u)
             if asked.negatives is not None:
                 threshold = asked.negatives.thresholds(u, dtype)

@@ -74,21 +74,22 @@ def loaded(folder: Path, kind: str = "sgd", num_classes: int = C) -> list[Any]:
         "sgd": lambda p: torch.optim.SGD(p, 0.1, 0.9),
         "adam": lambda p: torch.optim.Adam(p, 0.1),
         "row-sparse adam": lambda p: fm.optim.RowSparseAdam(p, 0.1),
+        "in backward": lambda p: fm.optim.SGDInBackward(p, 0.1, 0.9),
     }
     optimizer = makes[kind](criterion.parameters())
     _rank_files.loaded = noted
     try:
         told = convert.load_rank_files(criterion, folder, optimizer)
-    except ValueError as error:
+    except (OSError, TypeError, ValueError) as error:
         return [str(error)]
     finally:
         _rank_files.loaded = load
     weight: Any = criterion.weight
     state = {name: _whole(value).numpy() for name, value in optimizer.state[weight].items()}
-    if kind == "sgd":
+    whole = _whole(weight).numpy()
+    if kind in ("sgd", "in backward"):
         buffer = optimizer.state[weight]["momentum_buffer"]
         assert buffer.placements == weight.placements
     criterion(torch.randn(3, D), torch.tensor([0, 5, C - 1])).backward()
-    whole = _whole(weight).numpy()
     optimizer.step()
     return [whole, state, tuple(told), opened]

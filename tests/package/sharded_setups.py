@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import fused_margin as fm
-from fused_margin import _setup
+from fused_margin import _setup, plan
 from fused_margin.distributed import ClassShard, _shards, count_traffic, shard_classes
 from fused_margin.optim import SGDInBackward
 
@@ -93,6 +93,27 @@ def traffic(counts: list[int], dtype: torch.dtype) -> tuple[int, dict[str, int]]
         criterion(x, torch.zeros(count, dtype=torch.int64)).backward()
     expected = fm.distributed.bytes_per_step(max(counts), DIM, ranks, dtype)
     return expected, dict(counted)
+
+
+def traffic_of(sub_centers: int) -> tuple[int, int]:
+    """The bytes of the model, and those of a loss with sub-centres."""
+    num_classes = 4 * dist.get_world_size()
+    criterion = shard_classes(fm.ArcFaceLoss(num_classes, DIM, sub_centers=sub_centers))
+    x = torch.randn(5, DIM, requires_grad=True)
+    with count_traffic() as counted:
+        criterion(x, torch.arange(5)).backward()
+    return fm.distributed.bytes_per_step(5, DIM, dist.get_world_size()), counted.total()
+
+
+def traffic_of_copies() -> tuple[int, int]:
+    """What the planner says, and what is sent, in a mesh of data x classes of 4 ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
+    criterion = shard_classes(fm.ArcFaceLoss(12, DIM), mesh)
+    x = torch.randn(5, DIM, requires_grad=True)
+    with count_traffic() as counted:
+        criterion(x, torch.arange(5)).backward()
+    setting = plan.Setting(12, DIM, 2, rows=5, embeddings="fp32", copies=2)
+    return plan.plan(setting).sent, counted.total()
 
 
 def refusals() -> None:

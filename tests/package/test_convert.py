@@ -151,6 +151,11 @@ def damaged(folder: Path, part: float, name: str = "cut.pt") -> Path:
     return path
 
 
+def holding(folder: Path, value: Any) -> Path:
+    torch.save(value, folder / "held.pt")
+    return folder / "held.pt"
+
+
 REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "cut short": (
         lambda folder: convert.class_weights(damaged(folder, 0.5)), ValueError,
@@ -163,6 +168,35 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "safetensors": (
         lambda folder: convert.class_weights(damaged(folder, 0, "a.safetensors")), ValueError,
         r"safetensors.torch.load_file\(path\)",
+    ),
+    "file of a tensor": (
+        lambda folder: convert.class_weights(holding(folder, ROWS)), TypeError,
+        r"held\.pt must hold a mapping .* holds a Tensor; load it with torch\.load",
+    ),
+    "file of a list": (
+        lambda folder: convert.load_class_weights(fm.CosFaceLoss(C, D), holding(folder, [ROWS])),
+        TypeError, r"held\.pt must hold a mapping .* holds an object of type list",
+    ),
+    "file of several": (
+        lambda folder: convert.class_weights(
+            holding(folder, {"a.weight": ROWS, "b.weight": ROWS}), C, D
+        ),
+        ValueError, r"several matrices of .*held\.pt can be",
+    ),
+    "file of none": (
+        lambda folder: convert.class_weights(holding(folder, BACKBONE), C, D), ValueError,
+        r"no class weights .* among the matrices of .*held\.pt: ",
+    ),
+    "file of an unknown layout": (
+        lambda folder: convert.class_weights(holding(folder, {"W": ROWS})), ValueError,
+        r"held\.pt: W of shape .* can be",
+    ),
+    "a folder": (
+        lambda folder: convert.class_weights(folder), IsADirectoryError, "is a folder, where the"
+    ),
+    "a folder for a criterion": (
+        lambda folder: convert.load_class_weights(fm.CosFaceLoss(C, D), folder),
+        IsADirectoryError, "merge_rank_files",
     ),
     "not there": (
         lambda folder: convert.class_weights(folder / "a.pt"), FileNotFoundError, "No such file"

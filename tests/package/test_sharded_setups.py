@@ -55,6 +55,19 @@ def test_bytes_are_those_of_the_model(ranks: Pair, counts: list[int], dtype: tor
         assert set(counted) == {"all_gather", "all_reduce", "reduce_scatter"}
 
 
+@pytest.mark.parametrize("sub_centers", [1, 2])
+def test_bytes_with_sub_centers(ranks: Pair, sub_centers: int) -> None:
+    """Nothing is sent for them: each rank finds the nearest of its own classes."""
+    for expected, counted in ranks.run(setups.traffic_of, sub_centers):
+        assert counted == expected
+
+
+def test_bytes_of_copies(ranks: Pair) -> None:
+    if ranks.ranks == 4:
+        for expected, counted in ranks.run(setups.traffic_of_copies):
+            assert counted == expected
+
+
 def test_odd_calls(ranks: Pair) -> None:
     _close(ranks.run(setups.odd_calls))
 
