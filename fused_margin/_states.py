@@ -1,4 +1,4 @@
-"""States of optimisers of class weights, which torch's own optimisers take, and the other way round.
+"""States of optimisers of class weights, which torch's own take, and the other way round.
 
 What torch's can do and ours can't is refused by name, where a state or a group asks for it.
 """

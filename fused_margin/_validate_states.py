@@ -43,8 +43,10 @@ def fits(kind: str, name: str, value: Any, parameter: Any) -> None:
             " it start anew, optimizer.state.pop(criterion.weight, None)"
         )
     if _validate.is_dtensor(value) != _validate.is_dtensor(parameter):
-        which = "is a DTensor, and its parameter is not" if _validate.is_dtensor(value) else (
-            "is no DTensor, and its parameter is one"
+        which = (
+            "is a DTensor, and its parameter is not"
+            if _validate.is_dtensor(value)
+            else ("is no DTensor, and its parameter is one")
         )
         raise ValueError(
             f"{name} of {kind} {which}; torch.distributed.checkpoint loads whole states into"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fused_margin as fm
 from fused_margin.optim import RowSparseAdam, RowSparseSGD
@@ -29,9 +29,9 @@ ADAM: dict[str, Make] = {
 }
 
 
-def _criterion(num_classes: int = C, **options: Any) -> fm.ArcFaceLoss:
+def _criterion(num_classes: int = C, dtype: torch.dtype = torch.float64) -> fm.ArcFaceLoss:
     torch.manual_seed(3)
-    return fm.ArcFaceLoss(num_classes, D, scale=8.0, **{"dtype": torch.float64, **options})
+    return fm.ArcFaceLoss(num_classes, D, scale=8.0, dtype=dtype)
 
 
 def _train(criterion: Any, optimizer: Any, steps: int = 3, seed: int = 0) -> None:
@@ -173,7 +173,7 @@ def test_settings_that_ours_lack(setting: str) -> None:
     optimizer = ours(criterion.parameters())
     with pytest.raises(ValueError, match=f"RowSparse.* can't do {setting}; .*group.update") as said:
         optimizer.load_state_dict(state)
-    group = {"params": [nn.Parameter(torch.ones(2))], **state["param_groups"][0], "params": []}
+    group = {**state["param_groups"][0], "params": [nn.Parameter(torch.ones(2))]}
     with pytest.raises(ValueError, match=f"can't do {setting}"):
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
@@ -235,7 +235,7 @@ def test_other_kinds_are_refused(theirs: Make, ours: Make) -> None:
     criterion = _criterion()
     optimizer = theirs(criterion.parameters())
     _train(criterion, optimizer)
-    with pytest.raises(ValueError, match="of another kind of optimiser: RowSparse.* takes those"):
+    with pytest.raises(ValueError, match=r"of another kind of optimiser: RowSparse.* takes those"):
         ours(criterion.parameters()).load_state_dict(optimizer.state_dict())
 
 
