@@ -6,14 +6,17 @@ whoever else holds them go on. Everything that may be refused is refused before 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from fused_margin import _setup, _validate, _validate_growth, _validate_shards
-from fused_margin.distributed import _shards
+from fused_margin import _setup, _states, _validate, _validate_growth, _validate_shards
+from fused_margin._numerics import sum_dtype
+from fused_margin.distributed import _shards, _sweep
 from fused_margin.distributed._shards import ClassShard
 
 Tensor = torch.Tensor
@@ -48,9 +51,14 @@ class _Sizes(NamedTuple):
 
 
 class _Report(NamedTuple):
-    """What one rank of the shards tells the others: what it is asked, or why it can't."""
+    """What one rank of the shards tells the others: what it is asked, or why it can't.
+
+    Attributes:
+        norms: of its rows of the weight: the sum of the norms' logarithms, and of how many.
+    """
 
     asked: Any
+    norms: tuple[float, int]
     seed: int
     error: str
 
@@ -62,6 +70,7 @@ class _Plan(NamedTuple):
     optimizers: Optimizers
     parameters: dict[str, tuple[nn.Parameter, Tensor]]
     assigned: dict[str, Tensor]
+    norms: tuple[float, int]
     asked: Any
 
 
@@ -76,18 +85,19 @@ def grow(criterion: Any, given: Asked) -> range:
         plan = _planned(criterion, given)
     except (TypeError, ValueError) as found:
         error = found
+    asked, norms = (None, (0.0, 0)) if plan is None else (plan.asked, plan.norms)
+    reports = [_Report(asked, norms, seed, "" if error is None else str(error))]
     if shard is not None:
-        asked = None if plan is None else plan.asked
-        reports, mine = shard.told(_Report(asked, seed, "" if error is None else str(error)))
+        reports, mine = shard.told(reports[0])
         if error is None:
             _validate_growth.agreed(reports, mine)
-        seed = reports[0].seed
     if plan is None:
         assert error is not None
         raise error
+    norm = _usual_norm([report.norms for report in reports])
     statistics = _at_their_start(criterion)
     sizes, optimizers = plan.sizes, plan.optimizers
-    _grow_weight(present, sizes, given.weight, seed, optimizers)
+    _grow_weight(present, sizes, given.weight, norm, reports[0].seed, optimizers)
     for parameter, values in plan.parameters.values():
         _exchange(parameter, torch.cat([parameter, values]), values.shape[0], optimizers)
     for name, value in plan.assigned.items():
@@ -130,6 +140,8 @@ def _planned(criterion: Any, given: Asked) -> _Plan:
         else:
             whole = torch.cat([before, values])
             assigned[name] = criterion.settings.get(name, lambda value: value)(whole)
+    for parameter in (present, *(each for each, _ in parameters.values())):
+        _validate_growth.given_all(_left_out(optimizers, parameter), num_new)
     states = [
         [(name, tuple(value.shape)) for name, value in _rows_of_state(one, parameter)]
         for one in optimizers
@@ -138,7 +150,56 @@ def _planned(criterion: Any, given: Asked) -> _Plan:
     made = {name: new for name, (_, new) in parameters.items()}
     tensors = {"weight": given.weight, **assigned, **made}
     sums = {name: _setup._checksum(tensor) for name, tensor in tensors.items()}
-    return _Plan(sizes, optimizers, parameters, assigned, (sizes.added, sums, states))
+    norms = _log_norms(_validate.local(present))
+    return _Plan(sizes, optimizers, parameters, assigned, norms, (sizes.added, sums, states))
+
+
+def _log_norms(rows: Tensor) -> tuple[float, int]:
+    """The sum of the logarithms of the norms of rows (R, D), and of how many: not those of 0."""
+    total, count = 0.0, 0
+    for some in rows.split(_shards.DRAWN_TOGETHER):
+        largest = some.abs().amax(dim=1)
+        _validate_growth.weights_so_far(largest)
+        there = some[largest > 0]
+        total += float(sum(one.log().sum() for one in _norms(there)))
+        count += there.shape[0]
+    return total, count
+
+
+def _norms(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms of rows (R, D) that aren't 0, as two factors (R, 1) without overflow."""
+    rows = rows.to(sum_dtype(rows))
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    return largest, torch.linalg.vector_norm(rows / largest, dim=1, keepdim=True)
+
+
+def _usual_norm(told: list[tuple[float, int]]) -> float:
+    """The geometric mean of all norms, of what ranks have told.
+
+    Gradients go as 1 / norm, so that it is the logarithms that count. Rounded to 24 bits, which are
+    the same in whatever order ranks have added.
+    """
+    sums, counts = zip(*told, strict=True)
+    _validate_growth.some_norm(sum(counts))
+    mantissa, exponent = math.frexp(math.exp(math.fsum(sums) / sum(counts)))
+    return math.ldexp(round(mantissa * 2**24), exponent - 24)
+
+
+def _left_out(optimizers: Optimizers, parameter: Any) -> list[str]:
+    """Kinds of the optimisers that aren't given, and keep something of a parameter's rows."""
+
+    def search() -> list[str]:
+        return [
+            type(one).__name__
+            for one, _ in _setup.holders(parameter)
+            if not any(one.state is given.state for given in optimizers)  # or it wraps a given one
+            and _rows_of_state(one, parameter)
+        ]
+
+    if not search():
+        return []
+    gc.collect()  # one that nobody has any more may still be there
+    return search()
 
 
 def _per_class(criterion: Any) -> dict[str, Tensor]:
@@ -194,17 +255,30 @@ def _at_their_start(criterion: Any) -> list[str]:
 
 
 def _grow_weight(
-    parameter: Any, sizes: _Sizes, given: Tensor | None, seed: int, optimizers: Optimizers
-) -> None:
-    """Append rows to the weight: those given, or drawn ones, the same on any number of ranks."""
+    parameter: Any, sizes: _Sizes, given: Tensor | None, norm: float, seed: int,
+    optimizers: Optimizers,
+) -> None:  # fmt: skip
+    """Append rows of this norm: in given directions or drawn, the same on any number of ranks."""
     old, added = sizes.of(parameter)
     local, first = _shards.grown(parameter, parameter, old, added)
     rows, skipped = local[max(0, old - first) :], max(0, first - old)
     if given is None:
-        _shards.draw_rows(rows, skipped, local.shape[1] ** -0.5, seed)
+        block = _shards.drawing(rows, local.shape[1] ** -0.5, seed)
     else:
-        rows.copy_(given[skipped : skipped + rows.shape[0]])
+        block = _blocks_of(given)
+    _shards.fill_rows(rows, skipped, lambda number: _of_norm(block(number), norm))
     _exchange(parameter, local, added, optimizers)
+
+
+def _blocks_of(given: Tensor) -> Callable[[int], Tensor]:
+    blocks = given.split(_shards.DRAWN_TOGETHER)
+    return lambda number: blocks[number]
+
+
+def _of_norm(rows: Tensor, norm: float) -> Tensor:
+    """Rows (R, D) in their directions, with another norm."""
+    largest, rest = _norms(rows)
+    return rows / largest * (norm / rest)
 
 
 def _exchange(parameter: Any, local: Tensor, added: int, optimizers: Optimizers) -> None:
@@ -219,6 +293,11 @@ def _exchange(parameter: Any, local: Tensor, added: int, optimizers: Optimizers)
         for name in found:  # one after the other, so that one is there twice at a time
             state: Any = optimizer.state[parameter]  # which makes one where there is none
             value = state.pop(name)
+            is_sparse = _validate.layout(value) is torch.sparse_coo
+            value = _states.dense(value)
             more, _ = _shards.grown(value, parameter, old, added)
-            state[name] = _shards.like(value, more, old + added)
+            if is_sparse:  # as torch's SGD makes of the gradients of sampled classes
+                state[name] = _sweep.like_grad(more.to_sparse(1), parameter)
+            else:
+                state[name] = _shards.like(value, more, old + added)
             del value, more

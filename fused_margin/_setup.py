@@ -28,7 +28,8 @@ _BLOCK = 1 << 18  # elements at a time, whose int64 copies, 2 MiB, stay in cache
 # Calls that trained a criterion while nothing could be said about it; afterwards `_DECIDED`.
 _calls: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _DECIDED = -1
-_sampled_calls: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+# the same of those with a sampler, by whether the gradient of the weights is sparse
+_sampled_calls: weakref.WeakKeyDictionary[nn.Module, dict[bool, int]] = weakref.WeakKeyDictionary()
 
 REMEDY = (
     "wrap the criterion too, criterion = DistributedDataParallel(criterion), or make it a"
@@ -144,28 +145,67 @@ def warn_if_unsynchronized(criterion: nn.Module, weight: Any = None) -> None:
     )
 
 
-def check_sampled(criterion: nn.Module, weight: Any) -> None:
-    """Refuse wrappers and optimisers that can't do with the sparse gradient of sampled classes.
+def check_sampled(criterion: nn.Module, weight: Any, *, is_sparse: bool) -> None:
+    """Refuse wrappers and optimisers that can't do with the gradient of a loss with a sampler.
 
-    Before anything is trained with it, and searched for as in `warn_if_unsynchronized`: until an
-    optimiser is found that holds the weight.
+    It is sparse below a rate of 1 and dense at 1, where what an optimiser keeps may be sparse
+    still. Before anything is trained with it, and searched for as in `warn_if_unsynchronized`:
+    until an optimiser is found that holds the weight.
     """
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
         return
-    calls = _sampled_calls.get(criterion, 0) + 1
+    of_kind = _sampled_calls.setdefault(criterion, {})
+    calls = of_kind.get(is_sparse, 0) + 1
     if calls == _DECIDED + 1:
         return
     if calls & (calls - 1) == 0:
-        wrapper, is_sharded = wrapper_of(weight), _validate.is_class_sharded(weight)
+        wrapper = wrapper_of(weight) if is_sparse else None
         if wrapper is not None:
             _validate_shards.sampled_in(wrapper)
-        kinds = with_subclasses([torch.optim.Optimizer])
-        found = _holding((one for one in gc.get_objects() if type(one) in kinds), weight)
+        found = holders(weight)
         # one that nobody steps any more may still be there beside the one that fits
-        if found and not any(_validate_shards.takes_sparse(*one, is_sharded) for one in found):
-            _validate_shards.sampled_by(found[0][0], is_sharded)
+        if found and not any(_fits_sampler(*one, weight, is_sparse) for one in found):
+            _fits_sampler(*found[0], weight, is_sparse, raises=True)
         calls = _DECIDED if found else calls
-    _sampled_calls[criterion] = calls
+    of_kind[is_sparse] = calls
+
+
+def _fits_sampler(
+    optimizer: Any, group: Any, weight: Any, is_sparse: bool, *, raises: bool = False
+) -> bool:
+    """Whether an optimiser takes the gradient of a loss with a sampler; an error if it is asked."""
+    if is_sparse:
+        is_sharded = _validate.is_class_sharded(weight)
+        fits = _validate_shards.takes_sparse(optimizer, group, weight, is_sharded)
+        if raises and not fits:
+            _validate_shards.sampled_by(optimizer, is_sharded)
+        return fits
+    fits = _validate_shards.takes_dense(optimizer, weight)
+    if raises and not fits:
+        _validate_shards.dense_by(optimizer)
+    return fits
+
+
+def holders(parameter: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """Every optimiser in this process that has a parameter, with its group."""
+    kinds = with_subclasses([torch.optim.Optimizer])
+    return _holding((one for one in gc.get_objects() if type(one) in kinds), parameter)
+
+
+def not_recomputed(criterion: nn.Module, what: str) -> None:
+    """Refuse the second forward of activation checkpointing, which a backward makes.
+
+    Args:
+        criterion: a loss in training mode. what: what a forward changes that the second one needs.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
+        return
+    raise RuntimeError(
+        f"this {type(criterion).__name__} is part of what activation checkpointing runs twice, and"
+        f" its second forward would have other {what} than the first: call it outside, loss ="
+        " criterion(torch.utils.checkpoint.checkpoint(model, x), labels). It keeps no (N, C) matrix"
+        " that checkpointing would save"
+    )
 
 
 def _holding(optimizers: Iterable[Any], weight: Any) -> list[tuple[Any, dict[str, Any]]]:
@@ -184,11 +224,9 @@ def _check_optimizers_of_samplers(
     """Refuse optimisers that don't take the gradients of criteria with a sampler."""
     for module in criterion.modules():
         sampler, weight = getattr(module, "sampler", None), getattr(module, "weight", None)
-        if sampler is not None and hasattr(module, "psi") and sampler.rate < 1.0:
-            is_sharded = _validate.is_class_sharded(weight)
-            for optimizer, group in _holding(optimizers, weight):
-                if not _validate_shards.takes_sparse(optimizer, group, is_sharded):
-                    _validate_shards.sampled_by(optimizer, is_sharded)
+        if sampler is not None and hasattr(module, "psi"):
+            for one in _holding(optimizers, weight):
+                _fits_sampler(*one, weight, sampler.rate < 1.0, raises=True)
 
 
 class _Report(NamedTuple):
@@ -276,8 +314,8 @@ def check_setup(
     Raises:
         TypeError: ``criterion`` is no module, or ``optimizer`` no ``torch.optim.Optimizer``.
         ValueError: ``criterion`` has no parameters, or ``optimizer`` lacks some of them on a rank,
-            or two optimisers hold the same, or one doesn't take the sparse gradient of sampled
-            classes: the error says which do.
+            or two optimisers hold the same, or one doesn't take the gradient of sampled classes,
+            sparse below a rate of 1 and dense at 1: the error says which do.
         RuntimeError: the parameters or their gradients differ between ranks, or losses are scaled
             by a GradScaler that `optim.SGDInBackward` wasn't given.
 

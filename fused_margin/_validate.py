@@ -144,6 +144,11 @@ def local(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
+def layout(tensor: Any) -> torch.layout:
+    """Of a tensor, or of this rank's part of a DTensor, which may be sparse as itself can't say."""
+    return tensor._local_tensor.layout if is_dtensor(tensor) else tensor.layout
+
+
 def is_class_sharded(tensor: Any) -> bool:
     """Whether the tensor is a DTensor (C, D) of which ranks hold classes, or copies of these."""
     placements = tensor.placements if is_dtensor(tensor) else ()

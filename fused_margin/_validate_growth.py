@@ -71,11 +71,21 @@ def held(name: str, optimizers: Collection[Any], weight: Any) -> None:
         )
 
 
+def given_all(left_out: list[str], num_new: int) -> None:
+    """Check that no other optimiser keeps something of what grows, at its old size."""
+    if left_out:
+        raise ValueError(
+            f"{' and '.join(left_out)} keeps momentum or moments of what grows, and"
+            f" wasn't given: criterion.grow({num_new}, optimizer), or a list of all that keep some."
+            " One that won't be used again can forget them: optimizer.state.clear()"
+        )
+
+
 def own_draw(name: str, size: tuple[int, int]) -> NoReturn:
     """A loss that draws its weights otherwise."""
     raise ValueError(
         f"{name} has a reset_parameters of its own, so how its rows are drawn isn't known here:"
-        f" pass weight=, {size}, drawn as it draws them, as 0.01 * torch.randn{size}"
+        f" pass weight=, {size}, whose directions are drawn as it draws them, as torch.randn{size}"
     )
 
 
@@ -89,8 +99,35 @@ def rows(value: Any, size: tuple[int, int]) -> None:
             f"weight must have shape {size}, one row for each new class"
             f" (sub_centers rows with sub-centres), got {tuple(value.shape)}"
         )
-    if not bool(value.isfinite().all()):
-        raise ValueError("weight of the new classes must be finite; it has NaN or infinite rows")
+    largest = value.detach().abs().amax(dim=1)
+    for wrong, what, remedy in (
+        (~largest.isfinite(), "NaN or infinite", "leave such embeddings out of their mean"),
+        (largest == 0, "zeros, which have no direction", "give it the direction of its class"),
+    ):
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"row {row} of weight is {what} ({int(wrong.sum())} of {len(wrong)} rows are);"
+                f" {remedy}, or let all rows be drawn, weight=None"
+            )
+
+
+def weights_so_far(largest: torch.Tensor) -> None:
+    """Check rows of the weight by their largest elements: their norms are those of the new ones."""
+    if not bool(largest.isfinite().all()):
+        raise ValueError(
+            "the class weights so far have NaN or infinite rows: training has diverged; go on from"
+            " a checkpoint"
+        )
+
+
+def some_norm(count: int) -> None:
+    """Check that there is a row which isn't 0; every rank raises."""
+    if not count:
+        raise ValueError(
+            "all class weights so far are 0, so that there is no norm which new ones could have;"
+            " draw them first, criterion.reset_parameters()"
+        )
 
 
 def names(
@@ -123,13 +160,16 @@ def values(name: str, value: Any, like: torch.Tensor, count: int) -> torch.Tenso
     shape = (count, *like.shape[1:])
     if not isinstance(value, torch.Tensor):
         number = _validate._real(name, value, f"a number or a tensor of shape {shape}")
-        return torch.full(shape, number, dtype=like.dtype, device=like.device)
+        value = torch.full(shape, number, dtype=torch.float64, device="cpu")
     _validate.plain(name, value)
     if tuple(value.shape) != shape:
         raise ValueError(
             f"{name} of the new classes must have shape {shape}, got {tuple(value.shape)}"
         )
-    return value.detach().to(device=like.device, dtype=like.dtype)
+    made = value.detach().to(device=like.device, dtype=like.dtype)
+    if not like.is_floating_point() and bool((made != value.detach().to(like.device)).any()):
+        raise ValueError(f"{name} has {like.dtype}, which can't hold what is given; round it first")
+    return made
 
 
 def state(name: str, value: Any) -> NoReturn:

@@ -96,7 +96,7 @@ def sampled_in(wrapper: str) -> NoReturn:
     )
 
 
-def takes_sparse(optimizer: Any, group: Any, is_sharded: bool) -> bool:
+def takes_sparse(optimizer: Any, group: Any, weight: Any, is_sharded: bool) -> bool:
     """Whether an optimiser updates weights by gradients of some rows; those not of torch may."""
     kind = type(optimizer)
     if kind.__name__ == "SGDInBackward":
@@ -105,7 +105,24 @@ def takes_sparse(optimizer: Any, group: Any, is_sharded: bool) -> bool:
         return True
     if group.get("fused") or group.get("weight_decay"):
         return False
-    return kind.__name__ == "SGD" or (not is_sharded and kind.__name__ in ("SparseAdam", "Adagrad"))
+    if kind.__name__ == "SGD":
+        momentum = optimizer.state.get(weight, {}).get("momentum_buffer")
+        # of which nesterov makes the sum with the gradient, in this order
+        return not (group.get("nesterov") and momentum is not None and not _is_sparse(momentum))
+    return not is_sharded and kind.__name__ in ("SparseAdam", "Adagrad")
+
+
+def takes_dense(optimizer: Any, weight: Any) -> bool:
+    """Whether an optimiser takes a dense gradient, after some that may have been sparse."""
+    kind = type(optimizer)
+    if not kind.__module__.startswith("torch.optim"):
+        return True
+    momentum = optimizer.state.get(weight, {}).get("momentum_buffer")
+    return kind.__name__ != "SparseAdam" and (momentum is None or not _is_sparse(momentum))
+
+
+def _is_sparse(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and _validate.layout(value) is not torch.strided
 
 
 def sampled_by(optimizer: Any, is_sharded: bool) -> NoReturn:
@@ -115,8 +132,27 @@ def sampled_by(optimizer: Any, is_sharded: bool) -> NoReturn:
         f"{type(optimizer).__name__} with these settings doesn't take the sparse gradient of"
         " sampled classes; use fused_margin.optim.RowSparseSGD (momentum, weight decay) or"
         " RowSparseAdam for criterion.parameters(), which update the sampled rows alone. torch's"
-        f" SGD takes it without weight_decay and fused{others}; at criterion.sampler.rate = 1.0"
-        " any does"
+        " SGD takes it without weight_decay and fused (and without nesterov once its momentum is"
+        f" dense){others}; at criterion.sampler.rate = 1.0 the gradient is dense"
+    )
+
+
+def dense_by(optimizer: Any) -> NoReturn:
+    """An optimiser that doesn't take the dense gradient of all classes."""
+    kind = type(optimizer).__name__
+    if kind == "SparseAdam":
+        said, ours = "SparseAdam takes sparse gradients alone", "RowSparseAdam"
+        remedy = "torch.optim.Adam takes dense ones alone"
+    else:
+        said, ours = f"after sampled steps the momentum of {kind} is sparse", "RowSparseSGD"
+        remedy = (
+            "or make the momentum dense first: state = optimizer.state[criterion.weight];"
+            ' state["momentum_buffer"] = state["momentum_buffer"].to_dense()'
+        )
+    raise ValueError(
+        f"{said}, and the gradient of all classes, at criterion.sampler.rate = 1.0, is dense. Use"
+        f" fused_margin.optim.{ours}, which takes both, and takes this one's state:"
+        f" load_state_dict(optimizer.state_dict()); {remedy}"
     )
 
 
@@ -158,5 +194,5 @@ def asked_of_a_sample(sub_centers: int, has_total: bool, has_stats: bool) -> Non
     if given:
         raise ValueError(
             f"{' and '.join(given)} can't be had with sampled negatives, which leave classes out;"
-            " set criterion.sampler.rate = 1.0, or do without"
+            " do without, or train with all classes: criterion.sampler.rate = 1.0, or no sampler"
         )

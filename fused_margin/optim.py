@@ -9,6 +9,10 @@ it is sampled again. With gradients of all rows at each step, these are `torch.o
 
 `SGDInBackward` updates the weights while the backward makes their gradient, which takes no memory
 then.
+
+``load_state_dict()`` takes states of `torch.optim.SGD` and `torch.optim.Adam` (`torch.optim.AdamW`
+without weight decay, `torch.optim.SparseAdam`), and these take ours. Settings that ours lack, as
+``nesterov``, are refused where they are set.
 """
 
 from __future__ import annotations
@@ -17,9 +21,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch.optim import Optimizer
 
-from fused_margin import _validate
+from fused_margin import _states, _validate, _validate_states
 from fused_margin._in_backward import SGDInBackward
 
 __all__ = ["RowSparseAdam", "RowSparseSGD", "SGDInBackward"]
@@ -58,7 +61,7 @@ class _Rows(NamedTuple):
             tensor.index_copy_(0, self.chosen, rows)
 
 
-class _RowSparse(Optimizer):
+class _RowSparse(_states.Portable):
     """What both share: each parameter with a gradient, its rows, its settings."""
 
     @torch.no_grad()
@@ -81,12 +84,18 @@ class _RowSparse(Optimizer):
     def _update(self, parameter: Any, grad: _Rows, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    def _local(self, parameter: Any, name: str) -> Tensor:
+        """This rank's part of what is kept of a parameter."""
+        value = self.state[parameter][name]
+        _validate_states.fits(type(self).__name__, name, value, parameter)
+        return _validate.local(value)
+
 
 def _decayed(rows: Tensor, grad: Tensor, weight_decay: float) -> Tensor:
     return grad.add(rows, alpha=weight_decay) if weight_decay else grad
 
 
-class RowSparseSGD(_RowSparse):
+class RowSparseSGD(_RowSparse, _states.LikeSGD):
     r"""SGD with momentum and weight decay on the rows that have a gradient.
 
     .. math:: g \leftarrow g + \lambda w, \qquad v \leftarrow \mu v + g, \qquad
@@ -120,9 +129,9 @@ class RowSparseSGD(_RowSparse):
         d = _decayed(grad.taken(w), grad.values, group["weight_decay"])
         if group["momentum"]:
             state = self.state[parameter]
-            if not state:
+            if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            velocity = _validate.local(state["momentum_buffer"])
+            velocity = self._local(parameter, "momentum_buffer")
             d = grad.taken(velocity).mul_(group["momentum"]).add_(d)
             grad.put(velocity, d)
         if grad.chosen is None:
@@ -131,7 +140,7 @@ class RowSparseSGD(_RowSparse):
             w.index_add_(0, grad.chosen, d.to(w.dtype), alpha=-group["lr"])
 
 
-class RowSparseAdam(_RowSparse):
+class RowSparseAdam(_RowSparse, _states.LikeAdam):
     r"""Adam on the rows that have a gradient.
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1)\, g, \qquad
@@ -141,7 +150,7 @@ class RowSparseAdam(_RowSparse):
 
     with g + lambda w for g. t counts the updates of each row, not the steps (as `torch.optim.\
 SparseAdam` does, whose first update of a late row is too long): a row behaves as if nothing but its
-    own updates had ever been.
+    own updates had ever been. Of a state of torch's, t is the number of steps.
 
     Args:
         params: see `RowSparseSGD`.
@@ -164,15 +173,47 @@ SparseAdam` does, whose first update of a late row is too long): a row behaves a
         }
         super().__init__(params, settings)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of `torch.optim.Adam`: ``step``, the moments, and how many steps a row is ``behind``.
+
+        Which stays as it is where torch's optimiser goes on, with updates of all rows.
+        """
+        packed = super().state_dict()
+        packed["state"] = {key: _counted(value) for key, value in packed["state"].items()}
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.load_state_dict`, and of torch's Adam, AdamW and SparseAdam.
+
+        Raises:
+            ValueError: the state is of another kind of optimiser or of other sizes, or has settings
+                that this one doesn't know.
+        """
+        super().load_state_dict(state_dict)
+        for parameter, _, values in _states.kept(self, state_dict):
+            state = self.state[parameter]
+            state.pop("behind", None)
+            step = state["step"] = _step_of(values)
+            # not as torch has loaded it, in the parameter's dtype, in which 256 + 1 may be 256
+            updates = values.get("updates")
+            if updates is None:
+                updates = _zero_counts(parameter)
+                updates += float(step)
+                if "behind" in values:
+                    updates -= values["behind"].to(updates.device, torch.float32)
+            state["updates"] = updates.to(parameter.device, torch.float32, copy=True)
+
     def _update(self, parameter: Any, grad: _Rows, group: dict[str, Any]) -> None:
         state, w = self.state[parameter], _validate.local(parameter)
         if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-            state["updates"] = torch.zeros_like(parameter[..., :1], dtype=torch.float32)
+            state["updates"] = _zero_counts(parameter)
         first, second, updates = (
-            _validate.local(state[name]) for name in ("exp_avg", "exp_avg_sq", "updates")
+            self._local(parameter, name) for name in ("exp_avg", "exp_avg_sq", "updates")
         )
+        state["step"] = _step_of(state) + 1.0
         beta_1, beta_2 = group["betas"]
         d = _decayed(grad.taken(w), grad.values, group["weight_decay"])
         count = grad.taken(updates).add_(1.0)  # (k, 1)
@@ -188,3 +229,29 @@ SparseAdam` does, whose first update of a late row is too long): a row behaves a
             w.sub_(step)
         else:
             w.index_add_(0, grad.chosen, step, alpha=-1.0)
+
+
+def _zero_counts(parameter: Tensor) -> Tensor:
+    """A count for each row, (C, 1) of (C, D)."""
+    narrow = parameter.detach()
+    for dim in range(1, parameter.ndim):
+        narrow = narrow.narrow(dim, 0, 1)
+    return torch.zeros_like(narrow, dtype=torch.float32)
+
+
+def _step_of(state: dict[str, Any]) -> Tensor:
+    """How many steps a state has seen; where it doesn't say, those of its most frequent row."""
+    step = state.get("step")
+    if step is None:
+        updates = _validate.local(state["updates"])
+        step = updates.max() if updates.numel() else 0.0
+    return torch.tensor(float(step), dtype=torch.float32, device="cpu")
+
+
+def _counted(state: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a parameter, with rows' updates told from those of the parameter."""
+    if "updates" not in state:
+        return state
+    others = {name: value for name, value in state.items() if name != "updates"}
+    step = _step_of(state)
+    return {**others, "step": step, "behind": float(step) - state["updates"]}

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fused_margin import _validate, _validate_shards
+from fused_margin import _setup, _validate, _validate_shards
 from fused_margin._arguments import rows_of
 from fused_margin._numerics import mixed
+from fused_margin.distributed import ClassShard
 
 __all__ = ["NegativeSampler", "sample_negatives"]
 
@@ -36,13 +37,17 @@ class NegativeSampler(nn.Module):
     sampled. Subsets depend on the seed, the step and the shard alone: the buffer ``step``, part of
     ``state_dict()``, counts the training forwards, so that a run that is resumed, on as many ranks,
     goes on with the same ones. A checkpoint of a criterion without sampler loads and leaves the
-    step as it is, and one with loads into a criterion without. Keep the criterion out of what
-    activation checkpointing runs twice, whose second forward would take other classes. On a GPU a
-    step synchronises, to know how many classes it has.
+    step as it is, and one with loads into a criterion without. As part of what activation
+    checkpointing runs twice the second forward would take other classes, and raises. A function
+    that `torch.compile` compiles has a graph break at a sampled loss, which runs as it is;
+    ``fullgraph=True`` refuses it. On a GPU a step synchronises, to know how many classes it has.
 
     Args:
         rate: of the classes, in [0, 1]; may be assigned between any two steps, so that the last
-            epochs train with all classes: ``criterion.sampler.rate = 1.0``.
+            epochs train with all classes: ``criterion.sampler.rate = 1.0``. The gradient of the
+            class weights is dense then, which `torch.optim.SparseAdam` doesn't take, nor
+            `torch.optim.SGD` whose momentum comes from sampled steps: the first such forward
+            raises, with the remedy.
         seed: of the subsets, >= 0.
     """
 
@@ -76,9 +81,12 @@ class NegativeSampler(nn.Module):
 
     def begin(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
         """`choose` of the next step; None if all classes take part."""
+        if self.rate >= 1.0:
+            self.step += 1
+            return None
         step = int(self.step)
         self.step += 1
-        return None if self.rate >= 1.0 else functools.partial(self.choose, step=step)
+        return functools.partial(self.choose, step=step)
 
     def choose(
         self, labels: Tensor, num_classes: int, first: int = 0, *, step: int = 0
@@ -155,8 +163,23 @@ def sample_negatives(criterion: Criterion, rate: float = 0.1, seed: int = 0) -> 
 
     Returns:
         The criterion, with ``criterion.sampler``.
+
+    Raises:
+        TypeError: it is no loss of this package.
+        ValueError: the rate is below 1, and the loss has sub-centres or smooths labels, is in DDP
+            or FSDP2, or is sharded over a mesh that holds copies.
     """
     _validate_shards.sampled(criterion)
     sampled: Any = criterion
-    sampled.sampler = NegativeSampler(rate, seed)
+    sampler = NegativeSampler(rate, seed)
+    if sampler.rate < 1.0:
+        _validate_shards.asked_of_a_sample(
+            sampled.sub_centers, bool(sampled.label_smoothing), has_stats=False
+        )
+        if _validate.is_class_sharded(sampled.weight):
+            _validate_shards.no_copies(ClassShard.of(sampled.weight).replicas)
+        wrapper = _setup.wrapper_of(sampled.weight)
+        if wrapper is not None:
+            _validate_shards.sampled_in(wrapper)
+    sampled.sampler = sampler
     return criterion

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -91,6 +92,8 @@ def shard_classes(criterion: Criterion, mesh: Any = None) -> Criterion:
     criterion.to_empty(device="cuda")
     criterion.reset_parameters()  # the same weights on any number of ranks, for the same seed
     ```
+
+    (Not those of a criterion that is built as a whole, which are drawn in one go.)
 
     **Gradients** are those of the *mean over ranks* of their losses, as DDP averages them. This
     rank's embeddings get the gradient of this rank's loss, which DDP or FSDP2 around the backbone
@@ -232,13 +235,29 @@ def draw_normal(weight: Any, std: float) -> None:
 
 def draw_rows(rows: torch.Tensor, start: int, std: float, seed: int) -> None:
     """Fill the weights of classes [start, start + len(rows)), which depend on the seed alone."""
+    fill_rows(rows, start, drawing(rows, std, seed))
+
+
+def drawing(rows: torch.Tensor, std: float, seed: int) -> Callable[[int], torch.Tensor]:
+    """Blocks of rows like these from normal(0, std^2), for `fill_rows`; each till the next one."""
     generator = torch.Generator(rows.device)
     drawn = torch.empty(DRAWN_TOGETHER, rows.shape[1], device=rows.device, dtype=rows.dtype)
+
+    def block(number: int) -> torch.Tensor:
+        generator.manual_seed(seed + number)
+        return drawn.normal_(std=std, generator=generator)
+
+    return block
+
+
+def fill_rows(rows: torch.Tensor, start: int, block: Callable[[int], torch.Tensor]) -> None:
+    """Fill rows [start, start + len(rows)) of those of which ``block(i)`` has 1,024 from 1,024 i.
+
+    Whole blocks are made on whatever rank, so that what is made of them has the same bits on each.
+    """
     done = 0
     while done < rows.shape[0]:
-        block, skipped = divmod(start + done, DRAWN_TOGETHER)
-        generator.manual_seed(seed + block)
-        drawn.normal_(std=std, generator=generator)
+        number, skipped = divmod(start + done, DRAWN_TOGETHER)
         some = rows[done : done + DRAWN_TOGETHER - skipped]
-        some.copy_(drawn[skipped : skipped + some.shape[0]])
+        some.copy_(block(number)[skipped : skipped + some.shape[0]])
         done += some.shape[0]

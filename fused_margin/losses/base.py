@@ -83,9 +83,9 @@ class MarginSoftmaxLoss(nn.Module):
 
     A loss with statistics, as `AdaCosLoss` and `AdaFaceLoss`, updates them at the start of each
     ``forward`` in training mode, from the rows that are not ignored, and of all ranks where
-    `torch.distributed` is initialised: each rank then has to make as many calls. Keep such a loss
-    out of what activation checkpointing runs twice. With gradient accumulation they are updated for
-    every part of a batch.
+    `torch.distributed` is initialised: each rank then has to make as many calls. As part of what
+    activation checkpointing runs twice such a loss raises. With gradient accumulation they are
+    updated for every part of a batch.
 
     Args:
         num_classes: C >= 2.
@@ -236,7 +236,11 @@ class MarginSoftmaxLoss(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the class weights anew from normal(0, 1/D), and forget statistics."""
+        """Draw the class weights anew from normal(0, 1/D), and forget statistics.
+
+        As the constructor does, with the same weights for the same seed. Shards are drawn by blocks
+        of classes, so that any number of ranks draws the same: others than a whole criterion's.
+        """
         draw_normal(self.weight, self.embedding_size**-0.5)
         for name, value in self.initial_statistics().items():
             getattr(self, name).fill_(value)
@@ -250,7 +254,9 @@ class MarginSoftmaxLoss(nn.Module):
         """Add classes to a loss that is being trained, between two steps.
 
         The weights of the classes so far stay, with what the optimisers keep of them. The new ones
-        begin without momentum or moments. Parameters stay the same objects, so that optimisers and
+        begin without momentum or moments, and all with one norm, the geometric mean of those so
+        far: the loss doesn't see norms, but a row of twice the norm turns four times as slowly.
+        Parameters stay the same objects, so that optimisers and
         their schedulers go on; the sampler goes on too. `AdaCosLoss` keeps the scale that its
         batches have made (before the first it is that of the new number); the next batch adapts it
         to all classes. `torch.optim.Adam` corrects its moments by a count of steps that is the
@@ -269,19 +275,26 @@ class MarginSoftmaxLoss(nn.Module):
         ```python
         new = criterion.grow(len(new_people), optimizer)  # labels of the new classes
         new = criterion.grow(2, optimizer, weight=class_means, class_weight=1.0, margin=0.3)
+        averaged.module.grow(2, weight=criterion.weight[-2:], class_weight=1.0, margin=0.3)
         ```
 
-        A checkpoint from before has fewer classes: build a criterion of as many, load it, and grow.
-        A moving average of the weights, as `torch.optim.swa_utils.AveragedModel` keeps, has fewer
-        too: make it anew.
+        The last line is for a moving average, as `torch.optim.swa_utils.AveragedModel` keeps it,
+        here of the criterion: its next update raises if it hasn't grown too (of shards give
+        ``full_tensor()``). A checkpoint from before has fewer classes, weights and state of the
+        optimiser alike: build both of as many, load it, and grow. `torch.optim`'s optimisers load a
+        state of other sizes without a word and fail at their next step.
 
         Args:
             num_new: how many, >= 1.
             optimizer: the one that holds the weight, or several; each that has made a step with it.
-            weight: (num_new, D) of the new classes (num_new K rows with sub-centres), as means of
-                their embeddings; by default drawn from normal(0, 1/D).
+                One that keeps something of the weight and isn't given is looked for, and refused.
+            weight: (num_new, D), directions of the new classes (num_new K rows with sub-centres),
+                as means of their embeddings, of any norms but 0; by default drawn from a normal
+                distribution. To have norms of your own, write them into
+                ``criterion.weight[-num_new:]`` afterwards.
             of_new_classes: for each tensor with a number for each class, as ``class_weight``, a
-                margin, or what a subclass has registered: a number, or a tensor (num_new, ...).
+                margin, or what a subclass has registered: a number, or a tensor (num_new, ...),
+                which is taken as it is.
                 None for one whose first dimension only happens to be C.
 
         Returns:
@@ -289,8 +302,9 @@ class MarginSoftmaxLoss(nn.Module):
 
         Raises:
             ValueError: the weight has a gradient, belongs to a module of DDP or FSDP2, or is held
-                by a graph; a tensor with a number for each class isn't named; an optimiser keeps
-                what can't grow. Nothing has changed then.
+                by a graph; a row that is given is 0 or not finite; a tensor with a number for each
+                class isn't named; an optimiser keeps what can't grow, or wasn't given. Nothing has
+                changed then.
         """
         draws_normal = type(self).reset_parameters is MarginSoftmaxLoss.reset_parameters
         asked = _growth.Asked(num_new, optimizer, weight, of_new_classes, draws_normal)
@@ -401,14 +415,16 @@ class MarginSoftmaxLoss(nn.Module):
         ignore_index, memory_budget = self._integers()
         has_statistics = type(self).update_statistics is not MarginSoftmaxLoss.update_statistics
         if self.training and has_statistics:
+            _setup.not_recomputed(self, "statistics")
             _ops.check_labels(labels, self.num_classes, ignore_index)  # before they change anything
             with torch.no_grad():
                 self.update_statistics(embeddings, labels)
-        sampler = None
+        is_sampled = False
         if self.training and self.sampler is not None:
-            if self.sampler.rate < 1.0:
-                _setup.check_sampled(self, weight)
-            sampler = self.sampler.begin()
+            is_sampled = self.sampler.rate < 1.0
+            if not is_sampled:
+                _setup.check_sampled(self, weight, is_sparse=False)
+                self.sampler.begin()
         options = Options(
             reduction=self.reduction, ignore_index=ignore_index, backend=self.backend,
             memory_budget=memory_budget, class_weight=self.class_weight,
@@ -417,12 +433,25 @@ class MarginSoftmaxLoss(nn.Module):
             negatives=_validate.negatives(self.negatives(embeddings, labels)),
             return_stats=_validate.flag("return_stats", return_stats),
         )  # fmt: skip
-        updates = self.training or torch.compiler.is_compiling()
-        with contextlib.nullcontext() if updates else _updates.paused():
-            return margin_loss(
-                embeddings, weight, labels, self.psi(embeddings, labels), self._current_scale(),
-                options, self.penalty(embeddings, labels), sampler,
-            )  # fmt: skip
+        given = (
+            embeddings, weight, labels, self.psi(embeddings, labels), self._current_scale(),
+            options, self.penalty(embeddings, labels),
+        )  # fmt: skip
+        is_compiling = torch.compiler.is_dynamo_compiling()
+        if is_sampled and is_compiling:
+            from fused_margin.losses import _uncompiled
+
+            return _uncompiled.sampled_loss(self, *given)
+        if is_sampled:
+            return self._sampled_loss(*given)
+        with contextlib.nullcontext() if self.training or is_compiling else _updates.paused():
+            return margin_loss(*given)
+
+    def _sampled_loss(self, *given: Any) -> Any:
+        """`margin_loss` over the classes that take part in this step."""
+        _setup.not_recomputed(self, "classes")
+        _setup.check_sampled(self, self.weight, is_sparse=True)
+        return margin_loss(*given, sampler=self.sampler.begin())
 
     def _current_scale(self) -> float | torch.Tensor:
         """The scale; of a buffer a copy, which autograd may keep while the buffer changes."""

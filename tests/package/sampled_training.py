@@ -12,6 +12,7 @@ from torch import Tensor, nn
 # Not imported at all where torch has no gloo: two_processes skips the file.
 # isort: split
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -131,18 +132,30 @@ def clipped(num_classes: int, norm_type: float, backwards: int) -> dict[str, flo
     }
 
 
-def wrapped(wrapper: str) -> str:
-    """What is said of sampled classes in DDP or FSDP2, before the first loss."""
-    criterion, x, labels = problem()
-    sample_negatives(criterion, RATE)
-    module: Any = (
-        fully_shard(criterion) if wrapper == "fsdp" else DistributedDataParallel(criterion)
-    )
-    inner = module if wrapper == "fsdp" else module.module
-    try:
-        module(_mine(x), _mine(labels))
-    except ValueError as error:
-        inner.sampler.rate = 1.0
+def wrapped(wrapper: str) -> list[str]:
+    """What is said of sampled classes in DDP or FSDP2, before the first loss, or of a sampler."""
+    said = []
+    for is_sampled_first in (True, False):
+        criterion, x, labels = problem()
+        if is_sampled_first:
+            sample_negatives(criterion, RATE)
+        module: Any = (
+            fully_shard(criterion) if wrapper == "fsdp" else DistributedDataParallel(criterion)
+        )
+        inner = module if wrapper == "fsdp" else module.module
+        if is_sampled_first:
+            said.append(_refusal(lambda: module(_mine(x), _mine(labels))))  # noqa: B023
+            inner.sampler.rate = 1.0
+        else:
+            said.append(_refusal(lambda: sample_negatives(inner, RATE)))  # noqa: B023
+            assert inner.sampler is None
+            sample_negatives(inner, 1.0)
         module(_mine(x), _mine(labels)).backward()
-        return str(error)
-    return ""
+    return said
+
+
+def on_a_mesh_with_copies() -> str:
+    """Of 4 ranks, two hold each shard."""
+    criterion = shard_classes(problem()[0], init_device_mesh("cpu", (2, 2)))
+    sample_negatives(criterion, 1.0)
+    return _refusal(lambda: sample_negatives(criterion, RATE))

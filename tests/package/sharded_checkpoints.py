@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import fused_margin as fm
 from fused_margin import _setup
-from fused_margin.optim import SGDInBackward
+from fused_margin.optim import RowSparseAdam, RowSparseSGD, SGDInBackward
 
 CLASSES, STEPS, ROWS = 11, 4, 12
 
@@ -42,6 +42,8 @@ class Training:
         kinds: dict[str, Any] = {
             "sgd": lambda: [torch.optim.SGD(groups, **sgd)],
             "adam": lambda: [torch.optim.Adam(groups, lr=0.01, foreach=False)],
+            "row-sparse sgd": lambda: [RowSparseSGD(groups, **sgd)],
+            "row-sparse adam": lambda: [RowSparseAdam(groups, lr=0.01)],
             "in backward": lambda: [
                 torch.optim.SGD(backbone.parameters(), **sgd),
                 SGDInBackward([criterion.weight], **sgd),

@@ -17,13 +17,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fused_margin as fm
-from fused_margin import _setup
+from fused_margin import _setup, _states
 from fused_margin.distributed import ClassShard, count_traffic, shard_classes
 from fused_margin.distributed._shards import bounds
 from fused_margin.optim import RowSparseAdam, RowSparseSGD
 
 KINDS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, 0.9, foreach=False),
+    "sgd of sampled classes": lambda p: torch.optim.SGD(p, 0.1, 0.9, foreach=False),
     "adam": lambda p: torch.optim.Adam(p, 0.1, foreach=False),
     "row-sparse sgd": lambda p: RowSparseSGD(p, 0.1, 0.9),
     "row-sparse adam": lambda p: RowSparseAdam(p, 0.1),
@@ -32,6 +33,7 @@ ROWS = 12
 
 
 def _whole(value: Any) -> Tensor:
+    value = _states.dense(value)
     return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
 
 
@@ -61,7 +63,8 @@ def grown(
         num_classes, DIM, margin, 9.0, dtype=FP64, sub_centers=sub_centers
     )
     shard_classes(criterion, mesh)
-    rate = 0.6 if kind.startswith("row-sparse") and mesh is None and sub_centers == 1 else 1.0
+    is_sparse = kind.startswith("row-sparse") or kind.endswith("sampled classes")
+    rate = 0.6 if is_sparse and mesh is None and sub_centers == 1 else 1.0
     fm.sampling.sample_negatives(criterion, rate)
     optimizer = KINDS[kind](criterion.parameters())
     _train(criterion, optimizer, 3, ranks, dist.get_rank())
@@ -115,14 +118,29 @@ def grown(
 
 
 def given_rows(dtype: torch.dtype) -> float:
-    """Weights that are given go to their ranks, in any dtype."""
+    """Weights that are given go to their ranks, in any dtype, with the norm of all ranks' rows."""
     torch.manual_seed(1)
     criterion = fm.ArcFaceLoss(5, DIM, dtype=dtype)
-    before = criterion.weight.detach().clone()
+    with torch.no_grad():
+        criterion.weight.mul_(torch.tensor([0.0, 0.5, 1.0, 2.0, 9.0])[:, None])
+    plain = copy.deepcopy(criterion)
     shard_classes(criterion)
-    given = torch.randn(8, DIM, generator=torch.Generator().manual_seed(2))
-    criterion.grow(8, weight=given)
-    return _apart(criterion.weight, torch.cat([before, given.to(dtype)]))
+    given = 20.0 * torch.randn(1100, DIM, generator=torch.Generator().manual_seed(2))
+    for one in (criterion, plain):
+        one.grow(1100, weight=given)
+    return _apart(criterion.weight, plain.weight.detach())
+
+
+def of_zeros() -> str:
+    """No rank has a row that isn't 0."""
+    criterion: Any = shard_classes(built("cosface", 9))
+    with torch.no_grad():
+        criterion.weight.zero_()
+    try:
+        criterion.grow(2)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def copies() -> dict[str, float]:
@@ -139,7 +157,7 @@ def disagreements() -> list[str]:
     calls: list[Any] = [
         lambda: criterion.grow(2 + rank),
         lambda: criterion.grow(2 if rank else 0),
-        lambda: criterion.grow(2, weight=torch.full(shape, float(rank))),
+        lambda: criterion.grow(2, weight=torch.full(shape, rank + 1.0)),
         lambda: criterion.grow(2, weight=None if rank else torch.ones(shape)),
     ]
     said = []
@@ -155,6 +173,11 @@ def disagreements() -> list[str]:
         criterion.grow(2, optimizer)
     except ValueError as error:
         said.append(str(error))
+    try:
+        criterion.grow(2)  # of which rank 0's optimiser keeps nothing
+    except ValueError as error:
+        said.append(str(error))
+    optimizer.state.clear()
     x, labels = torch.randn(3, DIM, dtype=FP64), torch.tensor([0, 1, 2])
     loss = criterion(x, labels)
     loss.backward()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from sharded_cases import CRITERIA, FP64, TOO_FEW
 from torch import Tensor, nn
+from torch.optim import swa_utils
 from two_processes import Pair
 
 # Not imported at all where torch has no gloo: two_processes skips the file.
@@ -60,6 +61,17 @@ def _train(criterion: Any, *optimizers: Any, steps: int = 3, seed: int = 0) -> T
     return loss
 
 
+def _usual_norm(weight: Tensor) -> float:
+    """The geometric mean of the norms of rows that aren't 0."""
+    norms = weight.detach().double().norm(dim=1)
+    return float(norms[norms > 0].log().mean().exp())
+
+
+def _of_norm(rows: Tensor, norm: float) -> Tensor:
+    rows = rows.double()
+    return norm * rows / rows.norm(dim=1, keepdim=True)
+
+
 def _padded(value: Any, rows: int) -> Any:
     if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != rows:
         return copy.deepcopy(value)
@@ -99,7 +111,9 @@ def test_training_goes_on_as_with_all_classes_and_that_state(name: str) -> None:
     assert criterion.grow(NEW, optimizer, weight=given) == range(OLD, ALL)
     assert criterion.weight is weight
     assert criterion.num_classes == ALL
-    torch.testing.assert_close(criterion.weight, torch.cat([before, given]), rtol=0, atol=0)
+    assert torch.equal(criterion.weight[:OLD], before)
+    new = criterion.weight[OLD:].detach().clone()
+    torch.testing.assert_close(new, _of_norm(given, _usual_norm(before)), rtol=1e-6, atol=0)
     for key, value in state.items():
         torch.testing.assert_close(optimizer.state[weight][key], value, rtol=0, atol=0)
 
@@ -111,21 +125,175 @@ def test_training_goes_on_as_with_all_classes_and_that_state(name: str) -> None:
     for one, opt in ((criterion, optimizer), (other, expected)):
         _train(one, opt, seed=10)
     torch.testing.assert_close(criterion.weight, other.weight, rtol=0, atol=0)
-    assert (criterion.weight[OLD:] != given).any(dim=1).all()
+    assert (criterion.weight[OLD:] != new).any(dim=1).all()
     assert not last.isnan()
 
 
-def test_drawn_rows_are_those_of_the_seed_and_of_norm_one() -> None:
+@pytest.mark.parametrize("factor", [1.0, 16.0, 0.01])
+def test_drawn_rows_are_those_of_the_seed_and_of_the_usual_norm(factor: float) -> None:
+    """Beside weights that are initialised, or trained to be, of another norm than here."""
     criterion = fm.CosFaceLoss(OLD, 400)
+    with torch.no_grad():
+        criterion.weight.mul_(factor)
+    before = criterion.weight.detach().clone()
     torch.manual_seed(5)
     criterion.grow(2000)
     torch.manual_seed(5)
-    expected = torch.empty(2000, 400)
-    _shards.draw_rows(expected, 0, 400**-0.5, int(torch.randint(1 << 62, ())))
-    assert torch.equal(criterion.weight[OLD:], expected)
-    assert criterion.weight[OLD:].norm(dim=1).mean().item() == pytest.approx(1.0, rel=0.01)
+    drawn = torch.empty(2000, 400)
+    _shards.draw_rows(drawn, 0, 400**-0.5, int(torch.randint(1 << 62, ())))
+    expected = _of_norm(drawn, _usual_norm(before)).float()
+    torch.testing.assert_close(criterion.weight[OLD:], expected, rtol=1e-6, atol=0)
+    assert criterion.weight[OLD:].norm(dim=1).mean().item() == pytest.approx(factor, rel=0.1)
     assert isinstance(criterion.weight, nn.Parameter)
     assert criterion.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [FP64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_given_rows_have_the_usual_norm_whatever_theirs(dtype: torch.dtype) -> None:
+    """From those whose squares vanish to those whose squares overflow; one row of 0, one huge."""
+    criterion = fm.ArcFaceLoss(40, DIM, dtype=dtype)
+    with torch.no_grad():
+        criterion.weight[:2] = 0.0
+        criterion.weight[2] *= 1000.0
+    before = criterion.weight.detach().clone()
+    norm = _usual_norm(before)
+    assert norm == pytest.approx(1.0, rel=0.5)  # of the mean the huge row would make 26
+    given = torch.randn(4, DIM, dtype=FP64)
+    sizes = torch.tensor([1e-200, 0.1, 20.0, 1e200], dtype=FP64)
+    criterion.grow(4, weight=given * sizes[:, None])
+    assert torch.equal(criterion.weight[:40], before)
+    tolerance = max(1e-6, 2 * torch.finfo(dtype).eps)
+    new = criterion.weight[40:].detach().double()
+    torch.testing.assert_close(new, _of_norm(given, norm), rtol=tolerance, atol=1e-7)
+
+
+def test_given_rows_train_as_fast_as_the_others() -> None:
+    """Means of embeddings of norm 20 hardly moved beside rows of norm 1."""
+    torch.manual_seed(0)
+    criterion = fm.NormalizedSoftmaxLoss(40, 16, 16.0)
+    optimizer = torch.optim.SGD(criterion.parameters(), 0.1)
+    criterion.grow(40, optimizer, weight=20.0 * torch.nn.functional.normalize(torch.randn(40, 16)))
+    before = criterion.weight.detach().clone()
+    x = torch.randn(400, 16)
+    criterion(x, torch.arange(400) % 80).backward()
+    optimizer.step()
+    turned = 1 - torch.cosine_similarity(criterion.weight.detach().double(), before.double())
+    assert 0.2 < float(turned[40:].median() / turned[:40].median()) < 5.0
+
+
+def test_rows_without_a_direction_are_named() -> None:
+    criterion = fm.ArcFaceLoss(OLD, DIM)
+    before = criterion.weight.detach().clone()
+    for value, what in ((0.0, "zeros, which have no direction"), (float("inf"), "NaN or infinite")):
+        given = torch.randn(NEW, DIM)
+        given[1:] = value
+        with pytest.raises(ValueError, match=rf"row 1 of weight is {what} \(2 of 3 rows are\)"):
+            criterion.grow(NEW, weight=given)
+    assert torch.equal(criterion.weight, before)
+    with torch.no_grad():
+        criterion.weight.zero_()
+    with pytest.raises(ValueError, match="all class weights so far are 0"):
+        criterion.grow(NEW)
+    with torch.no_grad():
+        criterion.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="so far have NaN or infinite rows"):
+        criterion.grow(NEW)
+    assert criterion.num_classes == OLD
+
+
+def test_an_optimiser_that_is_left_out() -> None:
+    """It would fail at its next step, with a momentum of the old size."""
+    criterion: Any = Own()
+    optimizer = OPTIMIZERS["sgd"]([criterion.weight])
+    of_offsets = OPTIMIZERS["adam"]([criterion.offsets])
+    new: dict[str, Any] = {"offsets": 0.0, "sizes": 1, "names": 1, "window": None}
+    new["inner.means"] = 0.0
+    criterion.grow(NEW, **new)  # neither has made a step yet
+    del new["window"]
+    _train(criterion, optimizer, of_offsets)
+    for given, kind in ((None, "SGD"), (of_offsets, "doesn't hold"), (optimizer, "Adam")):
+        with pytest.raises(ValueError, match=kind):
+            criterion.grow(NEW, given, **new)
+        assert criterion.num_classes == ALL
+    criterion.grow(NEW, [optimizer, of_offsets], **new)
+    _train(criterion, optimizer, of_offsets)
+    criterion.zero_grad()
+    optimizer.state.clear()
+    of_offsets.state.clear()
+    criterion.grow(NEW, **new)
+    _train(criterion, optimizer, of_offsets)
+    del of_offsets
+    criterion.zero_grad()
+    criterion.grow(NEW, optimizer, **new)
+
+
+class Wrapping(torch.optim.Optimizer):
+    """As Accelerate's, which has the groups and the state of the one that it wraps."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        self.param_groups, self.state = inner.param_groups, inner.state
+
+
+def test_an_optimiser_that_wraps_another() -> None:
+    criterion = fm.ArcFaceLoss(OLD, DIM, dtype=FP64)
+    inner = OPTIMIZERS["sgd"](criterion.parameters())
+    _train(criterion, inner)
+    criterion.grow(NEW, Wrapping(inner))
+    _train(criterion, inner)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_sparse_momentum_of_torchs_sgd(nesterov: bool) -> None:
+    """As one that had all classes, none of which came."""
+
+    def run(num_classes: int) -> tuple[Any, Any]:
+        criterion = fm.sampling.sample_negatives(
+            fm.CosFaceLoss(num_classes, DIM, dtype=FP64), 0.4, seed=3
+        )
+        with torch.no_grad():
+            criterion.weight.fill_(0.5)
+            criterion.weight[:OLD, 0] += torch.arange(OLD)
+        return criterion, torch.optim.SGD(criterion.parameters(), 0.1, 0.9, nesterov=nesterov)
+
+    criterion, optimizer = run(OLD)
+    _train(criterion, optimizer)
+    momentum = optimizer.state[criterion.weight]["momentum_buffer"].to_dense()
+    criterion.grow(NEW, optimizer)
+    grown = optimizer.state[criterion.weight]["momentum_buffer"]
+    assert grown.layout is torch.sparse_coo
+    assert torch.equal(grown.to_dense(), torch.cat([momentum, momentum.new_zeros(NEW, DIM)]))
+    other, expected = run(ALL)
+    other.load_state_dict(criterion.state_dict())
+    expected.state[other.weight]["momentum_buffer"] = grown.clone()
+    for one, opt in ((criterion, optimizer), (other, expected)):
+        _train(one, opt, seed=10)
+    assert torch.equal(criterion.weight, other.weight)
+
+
+@pytest.mark.parametrize("kind", ["mean", "exponential"])
+def test_a_moving_average_grows_too(kind: str) -> None:
+    """As the docstring has it; it is refused, by torch, if it hasn't."""
+    average: dict[str, Any] = (
+        {} if kind == "mean" else {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.9)}
+    )
+    criterion = fm.ArcFaceLoss(OLD, DIM, dtype=FP64)
+    optimizer = OPTIMIZERS["sgd"](criterion.parameters())
+    averaged: Any = swa_utils.AveragedModel(criterion, **average)
+    averaged.update_parameters(criterion)
+    _train(criterion, optimizer)
+    averaged.update_parameters(criterion)
+    before = averaged.module.weight.detach().clone()
+    criterion.grow(NEW, optimizer)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        averaged.update_parameters(criterion)
+    averaged.module.grow(NEW, weight=criterion.weight[-NEW:])
+    assert torch.equal(averaged.module.weight[:OLD], before)
+    directions = torch.cosine_similarity(averaged.module.weight[OLD:], criterion.weight[OLD:])
+    torch.testing.assert_close(directions, torch.ones_like(directions))
+    _train(criterion, optimizer)
+    averaged.update_parameters(criterion)
+    assert averaged.module(*_batch(ALL)).isfinite()
 
 
 def test_twice_frozen_and_with_attributes() -> None:
@@ -232,6 +400,10 @@ def test_what_a_subclass_registers() -> None:
     assert criterion.names[OLD:].tolist() == [7, 7, 7]
     assert criterion.inner.means.shape == (ALL, 2)
     assert criterion.window.shape == (OLD,)
+    given = {"inner.means": 0.0, "offsets": 0.0, "names": 7}
+    for whole in (1.5, torch.tensor([1.0, 0.5, 2.0]), float("nan")):
+        with pytest.raises(ValueError, match=r"sizes has torch.int64, which can't hold"):
+            criterion.grow(NEW, optimizer, sizes=whole, **given)
     assert set(criterion.state_dict()) == {"weight", "offsets", "sizes", "window"}
     _train(criterion, optimizer)
 
@@ -244,7 +416,9 @@ def test_sub_centers_have_their_rows_together() -> None:
     given = torch.randn(2 * NEW, DIM)
     criterion.grow(NEW, weight=given)
     assert criterion.num_classes == ALL
-    assert torch.equal(criterion.weight, torch.cat([before, given]))
+    assert torch.equal(criterion.weight[: 2 * OLD], before)
+    expected = _of_norm(given, _usual_norm(before)).float()
+    torch.testing.assert_close(criterion.weight[2 * OLD :], expected, rtol=1e-6, atol=0)
 
 
 def test_the_sampler_goes_on() -> None:
@@ -290,7 +464,7 @@ def test_refusals() -> None:
     refuses("doesn't hold the class weights", NEW, OPTIMIZERS["sgd"](nn.Linear(2, 2).parameters()))
     refuses(r"weight must have shape \(3, 6\)", NEW, weight=torch.randn(NEW, DIM + 1))
     refuses("must be fp16, bf16", NEW, weight=torch.ones(NEW, DIM, dtype=torch.int64))
-    refuses("must be finite", NEW, weight=torch.full((NEW, DIM), float("nan")))
+    refuses("row 0 of weight is NaN", NEW, weight=torch.full((NEW, DIM), float("nan")))
     refuses("weight must be a tensor, got list", NEW, weight=[1.0])
     x, labels = _batch(OLD)
     loss = criterion(x, labels)
@@ -307,6 +481,7 @@ def test_refusals() -> None:
     criterion.weight.grad = None
     before = criterion.weight.detach().clone()
     refuses("the optimizer keeps .* can't grow", NEW, lbfgs)
+    lbfgs.state.clear()
     optimizer.state[criterion.weight] = {"buckets": torch.zeros(5)}
     refuses(r"keeps buckets, a tensor \(5,\)", NEW, optimizer)
     optimizer.state.clear()

@@ -15,7 +15,7 @@ from two_processes import Pair
 
 import fused_margin as fm
 from fused_margin.distributed import clip_grad_norm_
-from fused_margin.optim import RowSparseSGD
+from fused_margin.optim import RowSparseAdam, RowSparseSGD
 from fused_margin.sampling import sample_negatives
 
 REMEDY = r"doesn't take the sparse gradient.*use fused_margin.optim.RowSparseSGD \(momentum"
@@ -50,6 +50,72 @@ def test_optimizers(name: str) -> None:
         twin.step()
         optimizer.zero_grad()
     torch.testing.assert_close(criterion.weight.detach(), other.detach(), rtol=1e-12, atol=1e-12)
+
+
+# By what is said at the first loss over all classes; the others train on
+AFTERWARDS = {
+    "sgd, momentum": r"momentum of SGD is sparse.*RowSparseSGD.*state_dict.*to_dense\(\)",
+    "sgd, nesterov": r"momentum of SGD is sparse.*RowSparseSGD.*state_dict.*to_dense\(\)",
+    "sparse adam": r"SparseAdam takes sparse gradients alone.*RowSparseAdam.*state_dict\(\)\)",
+}
+
+
+@pytest.mark.filterwarnings("ignore:the optimizer has a weight decay")
+@pytest.mark.parametrize("name", [name for name, (_, fits, _) in OPTIMIZERS.items() if fits])
+def test_all_classes_after_a_sample(name: str) -> None:
+    """What can't go on says so before anything has changed, and its remedies work."""
+    criterion, x, labels = problem()
+    sample_negatives(criterion, RATE)
+    optimizer = OPTIMIZERS[name][0](criterion.parameters())
+
+    def step() -> None:
+        criterion(x, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    criterion.sampler.rate = 1.0
+    if name in AFTERWARDS:
+        before = criterion.weight.detach().clone(), int(criterion.sampler.step)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=AFTERWARDS[name]):
+                criterion(x, labels)
+            with pytest.raises(ValueError, match=AFTERWARDS[name]):
+                fm.check_setup(criterion, optimizer)
+        assert torch.equal(criterion.weight, before[0])
+        assert criterion.sampler.step == before[1]
+        kind = RowSparseAdam if "adam" in name else RowSparseSGD
+        state, other = optimizer.state_dict(), kind(criterion.parameters(), 0.1)
+        for group in state["param_groups"]:
+            group.update({"nesterov": False} if "nesterov" in group else {})
+        other.load_state_dict(copy.deepcopy(state))
+        if "adam" in name:
+            optimizer = other
+        else:
+            kept = optimizer.state[criterion.weight]
+            kept["momentum_buffer"] = kept["momentum_buffer"].to_dense()
+    step()
+    assert criterion.weight.isfinite().all()
+    fm.check_setup(criterion, optimizer)
+    criterion.sampler.rate = RATE
+    if "nesterov" in name:
+        with pytest.raises(ValueError, match="without nesterov once its momentum is dense"):
+            fm.check_setup(criterion, optimizer)
+        return
+    step()
+    fm.check_setup(criterion, optimizer)
+
+
+def test_nesterov_after_all_classes() -> None:
+    criterion, x, labels = problem()
+    sample_negatives(criterion, 1.0)
+    optimizer = OPTIMIZERS["sgd, nesterov"][0](criterion.parameters())
+    criterion(x, labels).backward()
+    optimizer.step()
+    criterion.sampler.rate = RATE
+    with pytest.raises(ValueError, match="without nesterov once its momentum is dense"):
+        criterion(x, labels)
 
 
 def test_what_is_not_asked_about() -> None:
@@ -175,6 +241,15 @@ def test_sampled_and_plain_checkpoints_fit_each_other() -> None:
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_sampled_classes_in_a_wrapper(ranks: Pair, wrapper: str) -> None:
+    """At the first loss, and at once where the wrapper is there already."""
     kind = r"fully_shard()" if wrapper == "fsdp" else "DistributedDataParallel"
     for said in ranks.run(training.wrapped, wrapper):
-        assert f"which {kind} can't average" in said
+        assert len(said) == 2
+        for one in said:
+            assert f"which {kind} can't average" in one
+
+
+def test_copies_of_shards_are_refused_at_once(ranks: Pair) -> None:
+    if ranks.ranks == 4:  # those of a mesh of 2 x 2
+        for said in ranks.run(training.on_a_mesh_with_copies):
+            assert "this mesh of several dimensions has copies" in said

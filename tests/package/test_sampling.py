@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
 import torch
 from helpers import device_of, needs_triton
+from torch.utils.checkpoint import checkpoint
 from two_processes import Pair
 
 # Not imported at all where torch has no gloo: two_processes skips the file.
@@ -206,6 +208,89 @@ def test_refusals() -> None:
         criterion.sampler.rate = -1.0
     with pytest.raises(ValueError, match="lr must be in"):
         RowSparseSGD(criterion.parameters(), lr=-1.0)
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"sub_centers": 2}])
+def test_what_a_sample_has_not_is_refused_at_once(options: dict[str, Any]) -> None:
+    """Or at the forward, where it is set later; at a rate of 1 nothing is left out."""
+    (name,) = options
+    criterion: Any = fm.ArcFaceLoss(CLASSES, DIM, **options)
+    with pytest.raises(ValueError, match=f"{name} can't be had with sampled negatives"):
+        sample_negatives(criterion, RATE)
+    assert criterion.sampler is None
+    sampled: Any = sample_negatives(criterion, 1.0)
+    x, labels = torch.randn(4, DIM), torch.arange(4)
+    criterion(x, labels)
+    sampled.sampler.rate = RATE
+    with pytest.raises(ValueError, match=f"{name} can't be had with sampled negatives"):
+        criterion(x, labels)
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+def test_activation_checkpointing(is_reentrant: bool) -> None:
+    """The second forward would take other classes, or change statistics again: neither does."""
+    x, labels = torch.randn(12, DIM, requires_grad=True), torch.arange(12)
+    for criterion, what in (
+        (sample_negatives(fm.ArcFaceLoss(CLASSES, DIM), RATE), "classes"),
+        (fm.AdaCosLoss(CLASSES, DIM), "statistics"),
+    ):
+        run: Any = functools.partial(checkpoint, use_reentrant=is_reentrant)
+        loss = run(criterion, x, labels)
+        state = copy.deepcopy(criterion.state_dict())
+        match = f"second forward would have other {what} than the first: call it outside"
+        with pytest.raises(RuntimeError, match=match):
+            loss.backward()
+        for name, value in criterion.state_dict().items():
+            assert torch.equal(value, state[name])
+        model = torch.nn.Linear(DIM, DIM)
+        criterion(run(model, x), labels).backward()
+        assert model.weight.grad is not None
+        run(criterion.eval(), x, labels).backward()
+
+
+def test_compiled() -> None:
+    """As it is, outside of graphs; of all classes in one graph."""
+    torch._dynamo.reset()
+    criterion, x, labels = _problem()
+    sample_negatives(criterion, RATE)
+    other = copy.deepcopy(criterion)
+    call = torch.compile(criterion, backend="aot_eager")
+    whole = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    for rate, compiled in ((RATE, call), (1.0, whole), (RATE, call)):
+        criterion.sampler.rate = other.sampler.rate = rate
+        for _ in range(2):
+            found, expected = compiled(x, labels), other(x, labels)
+            found.backward()
+            expected.backward()
+            assert found == expected
+        assert criterion.sampler.step == other.sampler.step
+        for one in (criterion, other):
+            one.weight.grad = one.weight.grad.to_dense()
+        torch.testing.assert_close(criterion.weight.grad, other.weight.grad)
+    dynamo: Any = torch._dynamo
+    dynamo.reset()
+    with pytest.raises(dynamo.exc.Unsupported, match="compile the model, and call the"):
+        whole(x, labels)
+    torch._dynamo.reset()
+    criterion, x, labels = _problem()
+    adam = torch.optim.Adam(criterion.parameters())
+    with pytest.raises(ValueError, match="Adam with these settings doesn't take the sparse"):
+        torch.compile(sample_negatives(criterion, RATE), backend="aot_eager")(x, labels)
+    assert adam.param_groups
+
+
+def test_from_the_meta_device_as_from_the_constructor() -> None:
+    """The same weights for the same seed; those of shards are drawn by blocks, and others."""
+    for num_classes in (3, 3000):
+        torch.manual_seed(1)
+        expected = fm.AdaCosLoss(num_classes, DIM)
+        with torch.device("meta"):
+            criterion = sample_negatives(fm.AdaCosLoss(num_classes, DIM), RATE)
+        criterion.to_empty(device="cpu")
+        torch.manual_seed(1)
+        criterion.reset_parameters()
+        assert torch.equal(criterion.weight, expected.weight)
+        assert criterion.scale == expected.scale
 
 
 OPTIMIZERS: dict[str, tuple[Any, Any]] = {

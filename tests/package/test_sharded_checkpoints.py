@@ -29,7 +29,9 @@ def _close(found: dict[str, Any], expected: dict[str, Any]) -> None:
         np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "in backward"])
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", "adam", "in backward", "row-sparse sgd", "row-sparse adam"]
+)
 def test_any_number_of_ranks(ranks: Pair, folder: Path, optimizer: str) -> None:
     """What 2 ranks saved is loaded by 2, 3 and 4, and by one that isn't sharded."""
     if optimizer not in saved:

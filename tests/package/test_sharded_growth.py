@@ -40,13 +40,20 @@ def test_copies(ranks: Pair) -> None:
 
 def test_every_rank_raises(ranks: Pair) -> None:
     for rank, said in enumerate(ranks.run(growth.disagreements)):
-        different, none, other, missing, states, gradient = said
+        different, none, other, missing, states, left_out, gradient = said
         for one in (different, other, missing, states):
             assert "ranks ask for different growths" in one
         assert ("rank 0 of the shards can't grow: " in none) == (rank > 0)
         assert "num_new must be >= 1, got 0" in none
         assert ("rank 0 of the shards can't grow: " in gradient) == (rank > 0)
         assert "has a gradient" in gradient
+        assert ("rank 1 of the shards can't grow: " in left_out) == (rank == 0)
+        assert "SGD keeps momentum or moments of what grows" in left_out
+
+
+def test_no_norm_on_any_rank(ranks: Pair) -> None:
+    for said in ranks.run(growth.of_zeros):
+        assert "all class weights so far are 0" in said
 
 
 @pytest.mark.parametrize("rate", [0.5, 1.0])
