@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.optim import Optimizer
 
-from fused_margin import _setup, _updates, _validate, _validate_updates
+from fused_margin import _setup, _states, _updates, _validate, _validate_updates
 from fused_margin._arguments import Slopes, Update
 from fused_margin._numerics import mixed
 
@@ -21,7 +20,7 @@ Tensor = torch.Tensor
 _ROUNDED_AT_A_TIME = 1 << 16
 
 
-class SGDInBackward(Optimizer):
+class SGDInBackward(_states.LikeSGD):
     r"""SGD with momentum whose updates happen in the backward, a block of classes at a time.
 
     .. math:: g \leftarrow g + \lambda w, \qquad v \leftarrow \mu v + g, \qquad
@@ -50,7 +49,8 @@ class SGDInBackward(Optimizer):
     probabilities that make it right on average, where rounding to nearest would lose each update
     below 1/256 of a weight. So is the momentum, which has the weights' dtype. Sums are fp32. The
     random bits depend on ``seed`` and the number of the update (and, of shards, on the rank), both
-    of which ``state_dict()`` goes on with.
+    of which ``state_dict()`` goes on with. It is a state of `torch.optim.SGD` too, and of
+    `RowSparseSGD`, and theirs are taken, but not those of Nesterov's momentum or dampening.
 
     **It can't be used** where a gradient has to be seen as a whole before it is applied:
 

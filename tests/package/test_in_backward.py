@@ -178,6 +178,37 @@ def test_momentum_of_torch_s_sgd_is_taken() -> None:
     torch.testing.assert_close(criterion.weight, expected.weight, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, fm.optim.RowSparseSGD])
+def test_its_momentum_is_taken(kind: Any) -> None:
+    expected = criterion_of()
+    first = SGDInBackward([expected.weight], **MOMENTUM)
+    train(expected, first, 4)
+    criterion = copy.deepcopy(expected)
+    first.release()
+    optimizer = kind([criterion.weight], lr=1.0)
+    optimizer.load_state_dict(copy.deepcopy(first.state_dict()))
+    again = SGDInBackward([expected.weight])
+    again.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(expected, again, 4)
+    train(criterion, optimizer, 4)
+    torch.testing.assert_close(criterion.weight, expected.weight, rtol=1e-9, atol=1e-11)
+    back = SGDInBackward([criterion.weight])
+    back.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(expected, again, 2)
+    train(criterion, back, 2)
+    torch.testing.assert_close(criterion.weight, expected.weight, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("setting", [{"nesterov": True}, {"dampening": 0.5}, {"maximize": True}])
+def test_a_state_that_asks_for_more_is_refused(setting: dict[str, Any]) -> None:
+    criterion = criterion_of()
+    first = torch.optim.SGD([criterion.weight], lr=0.1, momentum=0.9, **setting)
+    train(criterion, first, 1)
+    optimizer = SGDInBackward([criterion.weight])
+    with pytest.raises(ValueError, match=f"SGDInBackward can't do {next(iter(setting))}"):
+        optimizer.load_state_dict(first.state_dict())
+
+
 def test_copies_and_pickles_update_their_own_weights() -> None:
     criterion = criterion_of()
     optimizer = SGDInBackward([criterion.weight], **MOMENTUM)
