@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fused_margin import _setup, _states, _validate, _validate_growth, _validate_shards
+from fused_margin import (
+    _setup,
+    _states,
+    _validate,
+    _validate_growth,
+    _validate_setup,
+    _validate_shards,
+)
 from fused_margin._numerics import sum_dtype
 from fused_margin.distributed import _shards, _sweep
 from fused_margin.distributed._shards import ClassShard
@@ -113,7 +120,7 @@ def _planned(criterion: Any, given: Asked) -> _Plan:
     kind, present = type(criterion).__name__, criterion.weight
     num_new = _validate.size("num_new", given.num_new, 1)
     sizes = _Sizes(criterion.num_classes, num_new, criterion.sub_centers)
-    optimizers = _validate.optimizers(given.optimizer)
+    optimizers = _validate_setup.optimizers(given.optimizer)
     _validate_growth.not_wrapped(kind, _setup.wrapper_of(present))
     _validate_growth.parameter("weight", present)
     _validate_growth.held(kind, optimizers, present)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fused_margin import _remedies, _validate, _validate_shards
+from fused_margin import _remedies, _validate, _validate_setup, _validate_shards
 
 __all__ = ["UnsynchronizedWeightsWarning", "WeightDecayWarning", "check_setup"]
 
@@ -323,8 +323,8 @@ def check_setup(
         WeightDecayWarning: an optimiser decays class weights whose norms the loss doesn't depend
             on.
     """
-    _validate.module(criterion)
-    optimizers = _validate.optimizers(optimizer)
+    _validate_setup.module(criterion)
+    optimizers = _validate_setup.optimizers(optimizer)
     reports = [_report(criterion, optimizers)]
     if _ranks(group) > 1:
         reports *= _ranks(group)
@@ -333,7 +333,7 @@ def check_setup(
     name = type(criterion).__name__
     forgotten = sorted({item.name for report in reports for item in report if item.is_forgotten})
     shared = sorted({item.name for report in reports for item in report if item.is_shared})
-    _validate.setup(name, forgotten, shared, has_parameters=all(reports))
+    _validate_setup.setup(name, forgotten, shared, has_parameters=all(reports))
     _check_optimizers_of_samplers(criterion, optimizers)
     for one in optimizers:
         check_scaler = getattr(one, "check_scaler", None)  # SGDInBackward's

@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from typing_extensions import TypedDict
 
 from fused_margin import (
     _compiled,
@@ -48,6 +47,7 @@ from fused_margin import (
 )
 from fused_margin._numerics import accumulation_dtype
 from fused_margin.compat import _dots, _refusals
+from fused_margin.compat._options import LossOptions, Regularizer
 from fused_margin.compat._regularizers import (
     CenterInvariantRegularizer,
     LpRegularizer,
@@ -75,7 +75,6 @@ __all__ = [
 ]
 
 Tensor = torch.Tensor
-Regularizer = Callable[[Tensor], Any]
 
 
 def _takes_everything(reducer: Any) -> bool:
@@ -94,22 +93,6 @@ def _row_weights(indices_tuple: Any, losses: Tensor) -> Tensor | None:
         return None
     counts = torch.bincount(indices, minlength=losses.shape[0])
     return counts.to(losses.dtype) / counts.max()
-
-
-class _Options(TypedDict, total=False):
-    """What ``**options`` of a loss may be; `_ClassWeights` and `_OnKernels` describe each."""
-
-    weight_regularizer: Regularizer | None
-    weight_reg_weight: float
-    embedding_regularizer: Regularizer | None
-    embedding_reg_weight: float
-    reducer: Any
-    weight_init_func: Callable[[Tensor], Any] | None
-    distance: Any
-    collect_stats: bool | None
-    sub_centers: int
-    backend: str
-    memory_budget: int | None
 
 
 class _ClassWeights(_names.Watched, nn.Module):
@@ -170,9 +153,9 @@ class _ClassWeights(_names.Watched, nn.Module):
         more = {
             name: parameter.default
             for name, parameter in inspect.signature(base).parameters.items()
-            if name in _Options.__annotations__ and parameter.kind is parameter.KEYWORD_ONLY
+            if name in LossOptions.__annotations__ and parameter.kind is parameter.KEYWORD_ONLY
         }
-        own.__signature__ = expanded(own, more, _Options)
+        own.__signature__ = expanded(own, more, LossOptions)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As for any module, with what to do about class weights of another name."""

@@ -448,3 +448,35 @@ def test_no_margin_per_class_is_dropped() -> None:
     criterion.margin = torch.full((7,), 0.3)
     with pytest.raises(ValueError, match="a tensor as margin"):
         convert.to_pml(criterion)
+
+
+OTHER_STATES: dict[str, tuple[Any, dict[str, tuple[int, int]], bool]] = {
+    "pytorch-metric-learning": (fm.ArcFaceLoss, {"W": (6, 10)}, True),
+    "AdaFace": (fm.CosFaceLoss, {"kernel": (6, 10)}, True),
+    "transposed": (fm.ArcFaceLoss, {"weight": (6, 10)}, True),
+    "of a wrapper": (fm.ArcFaceLoss, {"module.weight": (10, 6)}, True),
+    "to pytorch-metric-learning": (pml.ArcFaceLoss, {"weight": (10, 6)}, True),
+    "W by rows": (pml.ArcFaceLoss, {"W": (10, 6)}, True),
+    "of another size": (fm.ArcFaceLoss, {"W": (7, 10)}, False),
+    "beside its own": (fm.ArcFaceLoss, {"weight": (10, 6), "W": (6, 10)}, False),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_STATES)
+def test_the_state_of_another_package_s_loss(name: str) -> None:
+    """The error says what loads it, which does; what may be missing is no error."""
+    make, shapes, is_told = OTHER_STATES[name]
+    criterion = make(10, 6)
+    (parameter,) = criterion.parameters()
+    state = {key: torch.randn(shape) for key, shape in shapes.items()}
+    with pytest.raises(RuntimeError) as caught:
+        criterion.load_state_dict(state)
+    words = "take them with fused_margin.convert.load_class_weights(criterion, state)"
+    assert (words in str(caught.value)) == is_told
+    if not shapes.keys() & dict(criterion.named_parameters()).keys():
+        assert len(criterion.load_state_dict(state, strict=False).missing_keys) == 1
+    if is_told:
+        convert.load_class_weights(criterion, state)
+        (given,) = state.values()
+        given = given if given.shape == parameter.shape else given.t()
+        torch.testing.assert_close(parameter.detach(), given)

@@ -80,6 +80,7 @@ LAYERS = (
         "_validate_margins",
         "_validate_settings",
         "_validate_schedules",
+        "_validate_setup",
         "_validate_others",
         "_validate_shards",
         "_validate_updates",
