@@ -22,15 +22,16 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from study.command import learning_rate, whole_number
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as write
@@ -130,7 +131,12 @@ class Training:
 
     def load(self, folder: Path) -> None:
         state = self.state()
-        load(state, checkpoint_id=folder)
+        try:
+            load(state, checkpoint_id=folder)
+        except CheckpointException as error:  # of all ranks, whichever couldn't read
+            first = next(iter(error.failures.values()))[0]
+            what = f"{type(first).__name__} {first}".strip()
+            stop(f"{folder} is damaged ({what}); delete it to resume from the one before")
         set_state_dict(
             self.modules,
             self.optimizer,
@@ -150,14 +156,13 @@ def save(training: Training, folder: Path) -> None:
     """Write a checkpoint that other processes see when it is complete, or not at all."""
     final = folder / f"step-{training.step:08d}"
     part = folder / f"{final.name}.part"
-    is_first = dist.get_rank() == 0
-    if is_first:
+
+    def begin() -> None:
         for path in (final, part):
             shutil.rmtree(path, ignore_errors=True)
-    dist.barrier()
-    write(training.state(), checkpoint_id=part)  # its files are synchronised to the disk
-    dist.barrier()
-    if is_first:
+        part.mkdir()
+
+    def end() -> None:
         with (part / SETTINGS).open("w", encoding="utf-8") as file:
             json.dump(training.trained_with, file)
             file.flush()
@@ -169,6 +174,11 @@ def save(training: Training, folder: Path) -> None:
         for path in folder.glob("step-*.part"):
             shutil.rmtree(path)
 
+    on_first_rank(begin)
+    write(training.state(), checkpoint_id=part)  # its files are synchronised to the disk
+    dist.barrier()
+    on_first_rank(end)
+
 
 def _synchronise(folder: Path) -> None:
     """Bring a folder's names to the disk."""
@@ -179,30 +189,74 @@ def _synchronise(folder: Path) -> None:
 
 def newest(folder: Path, trained_with: dict[str, Any]) -> Path | None:
     """The checkpoint that all ranks load: what rank 0 finds, if it is of such a training."""
-    found: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+
+    def find() -> Path | None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--checkpoints must name a folder: {error}") from error
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"--checkpoints {folder} can't be written to; name another folder")
         paths = complete(folder)[-1:]
-        found = [paths, difference(paths[0], trained_with) if paths else None]
-    dist.broadcast_object_list(found)
-    paths, what = found
-    if what is not None:
-        dist.destroy_process_group()
-        message = f"error: {what}; give the same settings, or another --checkpoints folder"
-        raise SystemExit(message)
-    return paths[0] if paths else None
+        what = difference(paths[0], trained_with) if paths else None
+        if what is not None:
+            raise ValueError(f"{what} give another --checkpoints folder")
+        return paths[0] if paths else None
+
+    return on_first_rank(find)
+
+
+def on_first_rank(action: Callable[[], Any]) -> Any:
+    """What rank 0 returns, on all ranks; if it fails, all of them end."""
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = action()
+        except (OSError, ValueError) as error:
+            told[1] = str(error)
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        stop(told[1])
+    return told[0]
+
+
+def stop(message: str) -> NoReturn:
+    """End this rank; the others do the same."""
+    dist.destroy_process_group()
+    raise SystemExit(f"error: {message}")
+
+
+def same_settings(settings: argparse.Namespace) -> None:
+    """End if ranks were started with different ones."""
+    mine = {name: str(value) for name, value in vars(settings).items()}
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    for name in mine:
+        values = [one[name] for one in told]
+        if len(set(values)) > 1:
+            option = f"--{name.replace('_', '-')}"
+            stop(f"ranks have different {option}, {', '.join(values)} by rank; give all the same")
 
 
 def difference(checkpoint: Path, trained_with: dict[str, Any]) -> str | None:
-    """What a checkpoint was trained with that differs; None if nothing does."""
+    """What is wrong with a checkpoint, or differs from what it was trained with; else None.
+
+    What else can be done follows.
+    """
     path = checkpoint / SETTINGS
     if not path.is_file():
-        return f"{checkpoint} has no {SETTINGS}, so it isn't of this example"
-    saved = json.loads(path.read_text(encoding="utf-8"))
+        return f"{checkpoint} has no {SETTINGS}, so it isn't of this example;"
+    if not (checkpoint / ".metadata").is_file():
+        return f"{checkpoint} has no .metadata, so it is damaged: delete it, or"
+    try:
+        saved = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError):
+        return f"{path} is damaged: delete {checkpoint.name}, or"
     names = [name for name in trained_with if saved.get(name) != trained_with[name]]
     if not names:
         return None
     pairs = (f"{name} {saved.get(name)}, not {trained_with[name]}" for name in names)
-    return f"{checkpoint} was trained with {'; '.join(pairs)}"
+    return f"{checkpoint} was trained with {'; '.join(pairs)}; give the same settings, or"
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -260,8 +314,8 @@ def lines(training: Training, settings: argparse.Namespace) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     settings = parse_arguments(arguments)
-    settings.checkpoints.mkdir(parents=True, exist_ok=True)
     device = start(settings.timeout)
+    same_settings(settings)
     is_first = dist.get_rank() == 0
     training = Training(settings, device)
     folder = newest(settings.checkpoints, training.trained_with)
@@ -270,6 +324,8 @@ def main(arguments: list[str] | None = None) -> int:
     if is_first:
         what = "from the beginning" if folder is None else f"from {folder.name}"
         print(f"{dist.get_world_size()} ranks, {device.type}, {what}", flush=True)
+        if training.step >= settings.steps:
+            print(f"{training.step} steps are done already; raise --steps to go on", flush=True)
     for line in lines(training, settings):
         if is_first:
             print(line, flush=True)

@@ -95,6 +95,8 @@ def loaded(checkpoint: Any, *, mapped: bool = False) -> Any:
     except PermissionError:  # which names the file
         raise
     except _UNREADABLE as error:
+        if "torch.distributed.tensor" in str(error):
+            _refusals.sharded(checkpoint)
         if _UNSAFE.search(str(error)):
             _refusals.unsafe(checkpoint, error)
         _refusals.unreadable(checkpoint, error)

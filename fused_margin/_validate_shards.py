@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fused_margin import _validate
@@ -48,6 +49,23 @@ def weight(value: Any) -> None:
     """Check that a DTensor is sharded on classes, and nothing else."""
     if not _validate.is_class_sharded(value):
         _validate.plain("weight", value)
+
+
+WHOLE = (
+    "save what get_model_state_dict(criterion, options=StateDictOptions(full_state_dict=True)) of"
+    " torch.distributed.checkpoint.state_dict gives rank 0, or weight.full_tensor(); or let all"
+    " ranks save and load with torch.distributed.checkpoint, which fits any number of them"
+)
+
+
+def rows_of_all(value: Any) -> None:
+    """Check that the shards of a DTensor can be had, as in a state that torch.save has written."""
+    if not dist.is_available() or not dist.is_initialized():
+        rows = value._local_tensor.shape[0]
+        raise ValueError(
+            f"this weight is a DTensor, of which {rows} of {value.shape[0]} rows are here and the"
+            f" others were on other ranks, which aren't; {WHOLE}"
+        )
 
 
 def same_dtypes(dtypes: list[torch.dtype]) -> None:
@@ -181,6 +199,12 @@ def whole_classes(num_rows: int, ranks: int, sub_centers: int) -> None:
             f" over {ranks} ranks without cutting one; use a number of classes that is a multiple"
             f" of {ranks}"
         )
+
+
+def can_be_planned(reason: str | None) -> None:
+    """Refuse to plan what the package doesn't do, for a reason that names the remedy."""
+    if reason is not None:
+        raise ValueError(reason)
 
 
 def asked_of_a_sample(sub_centers: int, has_total: bool, has_stats: bool) -> None:

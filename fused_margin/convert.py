@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fused_margin import _rank_files
+from fused_margin import _rank_files, _validate
 from fused_margin._rank_files import Checkpoint, RankFiles
 from fused_margin.compat import _refusals
 from fused_margin.losses import ArcFaceLoss, CosFaceLoss, MarginSoftmaxLoss, NormalizedSoftmaxLoss
@@ -106,6 +106,8 @@ def _find(
     _refusals.layout(layout)
     of = _named(checkpoint)
     name, matrix = _chosen(_matrices(_loaded(checkpoint)), sizes, key, layout, of)
+    if _validate.is_dtensor(matrix) and isinstance(checkpoint, (str, os.PathLike)):
+        _refusals.sharded(checkpoint)
     source = Source(name, _layout(name, matrix, sizes, layout, of))
     return source, (matrix.t() if source.layout == "DC" else matrix).detach()
 

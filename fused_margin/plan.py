@@ -149,9 +149,7 @@ def plan(setting: Setting) -> Plan:
     Raises:
         ValueError: the package doesn't train so.
     """
-    reason = refusal(setting)
-    if reason is not None:
-        raise ValueError(reason)
+    _validate_shards.can_be_planned(refusal(setting))
     return _planned(setting)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fused_margin import _validate
+from fused_margin import _validate, _validate_shards
 
 CHECKPOINTS = (
     "W of pytorch-metric-learning (D, C) and pytorch-adacos (C, D), kernel of AdaFace,"
@@ -241,6 +241,14 @@ def unsafe(path: Any, error: Exception) -> NoReturn:
         " loaded. If you trust it, load it yourself with torch.load(path, weights_only=False) and"
         " pass the mapping"
     ) from error
+
+
+def sharded(path: Any) -> NoReturn:
+    """A file of DTensors."""
+    raise ValueError(
+        f"{path} has the rows of one rank alone, as torch.save writes the state_dict() of sharded"
+        f" classes; {_validate_shards.WHOLE}"
+    )
 
 
 def unreadable(path: Any, error: Exception) -> NoReturn:

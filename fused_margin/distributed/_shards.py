@@ -219,6 +219,7 @@ def fitted(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             like: Any = weight
             return _distributed(value, ClassShard.of(weight), like.device_mesh, like.placements)
     elif _validate.is_dtensor(value):
+        _validate_shards.rows_of_all(value)
         sharded: Any = value
         return sharded.full_tensor()
     return value

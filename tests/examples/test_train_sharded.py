@@ -31,14 +31,20 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def launch(folder: Path, ranks: int, *arguments: str) -> list[subprocess.Popen[str]]:
-    """The example in as many processes, as torchrun starts it, or by itself."""
+def launch(
+    folder: Path, ranks: int, *arguments: str, of_last: tuple[str, ...] = ()
+) -> list[subprocess.Popen[str]]:
+    """The example in as many processes, as torchrun starts it, or by itself.
+
+    ``of_last``: more arguments, of the last rank alone.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment |= {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "error", "examples/train_sharded.py", *SMALL, *arguments]
     started = []
     port = _free_port()
     for rank in range(ranks):
+        command += of_last if rank == ranks - 1 else ()
         if ranks > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             environment |= {"LOCAL_WORLD_SIZE": str(ranks)}
@@ -61,6 +67,20 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
         outputs.append(output)
     assert not any(outputs[1:])
     return outputs[0].splitlines()
+
+
+def ended(processes: list[subprocess.Popen[str]], status: int = 1) -> list[str]:
+    """What each rank says of an error, at once and without a traceback."""
+    said = []
+    for process in processes:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == status, errors
+        # but for what torch logs of unreadable metadata, before it raises
+        assert "Traceback" not in errors.partition("Global metadata")[0]
+        assert errors.splitlines()[-1].startswith(("error: ", "train_sharded.py: error: "))
+        assert not output
+        said.append(errors)
+    return said
 
 
 def numbers(lines: list[str]) -> dict[str, str]:
@@ -135,6 +155,59 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path: Path, ranks: int) -
     settings.unlink()
     errors = [one.communicate(timeout=120)[1] for one in launch(tmp_path, ranks, *short)]
     assert all("has no settings.json" in one for one in errors)
+
+
+def test_what_a_user_may_get_wrong(tmp_path: Path, ranks: int = 2) -> None:
+    """Every rank ends, and says what to do."""
+    for options, said in (
+        (("--batch", "0"), "argument --batch: expected a whole number of at least 1, got '0'"),
+        (("--loss", "arcface"), "unrecognized arguments: --loss arcface"),
+        (("--timeout", "soon"), "argument --timeout: expected a whole number"),
+    ):
+        assert all(said in one for one in ended(launch(tmp_path, ranks, *options), status=2))
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    for path in (file, file / "inside"):
+        for one in ended(launch(path, ranks)):
+            assert "error: --checkpoints must name a folder: " in one
+            assert str(path) in one
+
+
+def test_damaged_checkpoints(tmp_path: Path, ranks: int = 2) -> None:
+    short = ["--steps", "4", "--every", "2"]
+    finish(launch(tmp_path, ranks, *short))
+    assert "4 steps are done already; raise --steps" in finish(launch(tmp_path, ranks, *short))[1]
+    newest = tmp_path / "step-00000004"
+
+    def broken(name: str, said: str, content: bytes | None) -> None:
+        path = newest / name
+        kept = path.read_bytes()
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        for one in ended(launch(tmp_path, ranks, *short)):
+            assert re.search(said, one), one
+        path.write_bytes(kept)
+
+    parts = sorted(path.name for path in newest.glob("*.distcp"))
+    assert len(parts) == ranks
+    delete = r"step-00000004 is damaged \(.*\); delete it to resume from the one before"
+    broken(parts[-1], delete, b"cut")
+    broken(parts[-1], delete, None)
+    broken(".metadata", delete, b"no pickle")
+    broken(".metadata", r"has no \.metadata, so it is damaged: delete it, or give another", None)
+    for content in (b"{", b"[1]"):
+        broken("settings.json", r"settings\.json is damaged: delete step-00000004, or", content)
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()
+    assert finish(launch(tmp_path, ranks, *short))[0].endswith("from step-00000002")
+
+
+def test_ranks_of_different_settings(tmp_path: Path) -> None:
+    found = launch(tmp_path, 2, of_last=("--batch", "51"))
+    for one in ended(found):
+        assert "error: ranks have different --batch, 50, 51 by rank; give all the same" in one
 
 
 def test_help() -> None:

@@ -12,7 +12,13 @@ from torch import nn
 # Not imported at all where torch has no gloo: two_processes skips the file.
 # isort: split
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
@@ -103,6 +109,42 @@ def saved(optimizer: str, folder: Path) -> dict[str, Any]:
     save(training.state(), checkpoint_id=folder)
     training.train(2)
     return training.numbers()
+
+
+def saved_plainly(folder: Path) -> None:
+    """What torch.save makes of the state, and of whole ones as docs/scaling.md has them."""
+    training = Training("sgd")
+    training.train(1)
+    criterion, rank = training.modules["criterion"], dist.get_rank()
+    torch.save(criterion.state_dict(), folder / f"rank-{rank}.pt")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(training.modules, options=options)
+    optimizer = get_optimizer_state_dict(training.modules, training.optimizers, options=options)
+    gathered = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in criterion.state_dict().items()
+    }
+    assert bool(state) == (rank == 0)
+    numbers = training.numbers()
+    if rank == 0:
+        torch.save({"modules": state, "optimizer": optimizer}, folder / "whole.pt")
+        torch.save(gathered, folder / "gathered.pt")
+        torch.save({k: torch.from_numpy(v) for k, v in numbers.items()}, folder / "expected.pt")
+    dist.barrier()
+
+
+def loaded_plainly(folder: Path) -> list[bool]:
+    """A rank's own file, in as many ranks."""
+    criterion: Any = Training("sgd").modules["criterion"]
+    with torch.no_grad():
+        criterion.weight.zero_()
+    path = folder / f"rank-{dist.get_rank()}.pt"
+    criterion.load_state_dict(torch.load(path, weights_only=True))
+    expected = torch.load(folder / "gathered.pt", weights_only=True)
+    return [
+        torch.equal(v.full_tensor() if isinstance(v, DTensor) else v, expected[k])
+        for k, v in criterion.state_dict().items()
+    ]
 
 
 def resumed(optimizer: str, folder: Path, is_sharded: bool = True) -> dict[str, Any]:
