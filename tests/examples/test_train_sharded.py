@@ -157,26 +157,26 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path: Path, ranks: int) -
     assert all("has no settings.json" in one for one in errors)
 
 
-def test_what_a_user_may_get_wrong(tmp_path: Path, ranks: int = 2) -> None:
+def test_what_a_user_may_get_wrong(tmp_path: Path) -> None:
     """Every rank ends, and says what to do."""
     for options, said in (
         (("--batch", "0"), "argument --batch: expected a whole number of at least 1, got '0'"),
         (("--loss", "arcface"), "unrecognized arguments: --loss arcface"),
         (("--timeout", "soon"), "argument --timeout: expected a whole number"),
     ):
-        assert all(said in one for one in ended(launch(tmp_path, ranks, *options), status=2))
+        assert all(said in one for one in ended(launch(tmp_path, 2, *options), status=2))
     file = tmp_path / "file"
     file.write_text("no folder")
     for path in (file, file / "inside"):
-        for one in ended(launch(path, ranks)):
+        for one in ended(launch(path, 2)):
             assert "error: --checkpoints must name a folder: " in one
             assert str(path) in one
 
 
-def test_damaged_checkpoints(tmp_path: Path, ranks: int = 2) -> None:
+def test_damaged_checkpoints(tmp_path: Path) -> None:
     short = ["--steps", "4", "--every", "2"]
-    finish(launch(tmp_path, ranks, *short))
-    assert "4 steps are done already; raise --steps" in finish(launch(tmp_path, ranks, *short))[1]
+    finish(launch(tmp_path, 2, *short))
+    assert "4 steps are done already; raise --steps" in finish(launch(tmp_path, 2, *short))[1]
     newest = tmp_path / "step-00000004"
 
     def broken(name: str, said: str, content: bytes | None) -> None:
@@ -185,12 +185,12 @@ def test_damaged_checkpoints(tmp_path: Path, ranks: int = 2) -> None:
         path.unlink()
         if content is not None:
             path.write_bytes(content)
-        for one in ended(launch(tmp_path, ranks, *short)):
+        for one in ended(launch(tmp_path, 2, *short)):
             assert re.search(said, one), one
         path.write_bytes(kept)
 
     parts = sorted(path.name for path in newest.glob("*.distcp"))
-    assert len(parts) == ranks
+    assert len(parts) == 2
     delete = r"step-00000004 is damaged \(.*\); delete it to resume from the one before"
     broken(parts[-1], delete, b"cut")
     broken(parts[-1], delete, None)
@@ -201,7 +201,7 @@ def test_damaged_checkpoints(tmp_path: Path, ranks: int = 2) -> None:
     for path in newest.iterdir():
         path.unlink()
     newest.rmdir()
-    assert finish(launch(tmp_path, ranks, *short))[0].endswith("from step-00000002")
+    assert finish(launch(tmp_path, 2, *short))[0].endswith("from step-00000002")
 
 
 def test_ranks_of_different_settings(tmp_path: Path) -> None:
