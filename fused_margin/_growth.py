@@ -28,6 +28,7 @@ from fused_margin.distributed._shards import ClassShard
 
 Tensor = torch.Tensor
 Optimizers = list[torch.optim.Optimizer]
+Names = frozenset[tuple[int, str]]  # of what the optimiser of a number keeps
 
 
 class Asked(NamedTuple):
@@ -62,10 +63,12 @@ class _Report(NamedTuple):
 
     Attributes:
         norms: of its rows of the weight: the sum of the norms' logarithms, and of how many.
+        sparse: what optimisers keep of the weight as sparse tensors; not so where no row is.
     """
 
     asked: Any
     norms: tuple[float, int]
+    sparse: Names
     seed: int
     error: str
 
@@ -78,6 +81,7 @@ class _Plan(NamedTuple):
     parameters: dict[str, tuple[nn.Parameter, Tensor]]
     assigned: dict[str, Tensor]
     norms: tuple[float, int]
+    sparse: Names
     asked: Any
 
 
@@ -92,8 +96,10 @@ def grow(criterion: Any, given: Asked) -> range:
         plan = _planned(criterion, given)
     except (TypeError, ValueError) as found:
         error = found
-    asked, norms = (None, (0.0, 0)) if plan is None else (plan.asked, plan.norms)
-    reports = [_Report(asked, norms, seed, "" if error is None else str(error))]
+    if plan is None:
+        reports = [_Report(None, (0.0, 0), frozenset(), seed, str(error))]
+    else:
+        reports = [_Report(plan.asked, plan.norms, plan.sparse, seed, "")]
     if shard is not None:
         reports, mine = shard.told(reports[0])
         if error is None:
@@ -104,7 +110,10 @@ def grow(criterion: Any, given: Asked) -> range:
     norm = _usual_norm([report.norms for report in reports])
     statistics = _at_their_start(criterion)
     sizes, optimizers = plan.sizes, plan.optimizers
-    _grow_weight(present, sizes, given.weight, norm, reports[0].seed, optimizers)
+    rows = _grown_rows(present, sizes, given.weight, norm, reports[0].seed)
+    sparse = frozenset[tuple[int, str]]().union(*(report.sparse for report in reports))
+    _exchange(present, rows, sizes.of(present)[1], optimizers, sparse)
+    del rows
     for parameter, values in plan.parameters.values():
         _exchange(parameter, torch.cat([parameter, values]), values.shape[0], optimizers)
     for name, value in plan.assigned.items():
@@ -158,7 +167,14 @@ def _planned(criterion: Any, given: Asked) -> _Plan:
     tensors = {"weight": given.weight, **assigned, **made}
     sums = {name: _setup._checksum(tensor) for name, tensor in tensors.items()}
     norms = _log_norms(_validate.local(present))
-    return _Plan(sizes, optimizers, parameters, assigned, norms, (sizes.added, sums, states))
+    sparse = frozenset(
+        (number, name)
+        for number, one in enumerate(optimizers)
+        for name, value in _rows_of_state(one, present)
+        if _validate.layout(value) is not torch.strided
+    )
+    asked = sizes.added, sums, states
+    return _Plan(sizes, optimizers, parameters, assigned, norms, sparse, asked)
 
 
 def _log_norms(rows: Tensor) -> tuple[float, int]:
@@ -261,11 +277,10 @@ def _at_their_start(criterion: Any) -> list[str]:
     ]
 
 
-def _grow_weight(
-    parameter: Any, sizes: _Sizes, given: Tensor | None, norm: float, seed: int,
-    optimizers: Optimizers,
-) -> None:  # fmt: skip
-    """Append rows of this norm: in given directions or drawn, the same on any number of ranks."""
+def _grown_rows(
+    parameter: Any, sizes: _Sizes, given: Tensor | None, norm: float, seed: int
+) -> Tensor:
+    """This rank's weights, new ones of this norm, given or drawn, alike on any number of ranks."""
     old, added = sizes.of(parameter)
     local, first = _shards.grown(parameter, parameter, old, added)
     rows, skipped = local[max(0, old - first) :], max(0, first - old)
@@ -274,7 +289,7 @@ def _grow_weight(
     else:
         block = _blocks_of(given)
     _shards.fill_rows(rows, skipped, lambda number: _of_norm(block(number), norm))
-    _exchange(parameter, local, added, optimizers)
+    return local
 
 
 def _blocks_of(given: Tensor) -> Callable[[int], Tensor]:
@@ -288,22 +303,23 @@ def _of_norm(rows: Tensor, norm: float) -> Tensor:
     return rows / largest * (norm / rest)
 
 
-def _exchange(parameter: Any, local: Tensor, added: int, optimizers: Optimizers) -> None:
+def _exchange(
+    parameter: Any, local: Tensor, added: int, optimizers: Optimizers, sparse: Names = frozenset()
+) -> None:
     """Give a parameter other contents, and rows of zeros to what optimisers keep of it."""
-    names = [(one, [name for name, _ in _rows_of_state(one, parameter)]) for one in optimizers]
+    names = [[name for name, _ in _rows_of_state(one, parameter)] for one in optimizers]
     old = parameter.shape[0]
     new: Any = nn.Parameter(_shards.like(parameter, local, old + added), parameter.requires_grad)
     vars(new).update(vars(parameter))  # what others have set
     torch.utils.swap_tensors(parameter, new)
     del new, local
-    for optimizer, found in names:
-        for name in found:  # one after the other, so that one is there twice at a time
+    for number, optimizer in enumerate(optimizers):
+        for name in names[number]:  # one after the other, so that one is there twice at a time
             state: Any = optimizer.state[parameter]  # which makes one where there is none
-            value = state.pop(name)
-            is_sparse = _validate.layout(value) is torch.sparse_coo
-            value = _states.dense(value)
+            value = _states.dense(state.pop(name))
             more, _ = _shards.grown(value, parameter, old, added)
-            if is_sparse:  # as torch's SGD makes of the gradients of sampled classes
+            # of torch's SGD with sampled classes; the gradient of no row is dense
+            if (number, name) in sparse and more.shape[0]:
                 state[name] = _sweep.like_grad(more.to_sparse(1), parameter)
             else:
                 state[name] = _shards.like(value, more, old + added)

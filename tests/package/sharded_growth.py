@@ -24,7 +24,7 @@ from fused_margin.optim import RowSparseAdam, RowSparseSGD
 
 KINDS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, 0.9, foreach=False),
-    "sgd of sampled classes": lambda p: torch.optim.SGD(p, 0.1, 0.9, foreach=False),
+    "sgd of sampled classes": lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True),
     "adam": lambda p: torch.optim.Adam(p, 0.1, foreach=False),
     "row-sparse sgd": lambda p: RowSparseSGD(p, 0.1, 0.9),
     "row-sparse adam": lambda p: RowSparseAdam(p, 0.1),
