@@ -22,6 +22,7 @@ import test_validation
 import torch
 from torch.distributed import device_mesh, fsdp
 from torch.distributed import tensor as dtensor
+from torch.distributed.checkpoint import state_dict as checkpoints
 
 import fused_margin as fm
 import fused_margin.functional as fmf
@@ -78,7 +79,7 @@ ROOTS: dict[str, list[Any]] = {
     "fused_margin": [fm], "fm": [fm], "torch": [torch], "nn": [torch.nn], "math": [math],
     "F": [torch.nn.functional], "warnings": [warnings], "optimizer": [OPTIMIZER],
     "model": [torch.nn.ModuleDict({"criterion": CRITERION})], "criterion": CRITERIA,
-    "loss": [compat.pml.ArcFaceLoss(6, 4), *TENSORS],
+    "loss": [compat.pml.ArcFaceLoss(6, 4), *TENSORS], "group": [OPTIMIZER.param_groups[0]],
 } | dict.fromkeys(
     ("margin", "weight", "scale", "class_weight", "labels", "embeddings", "log_scale"), TENSORS
 ) | {
@@ -91,7 +92,7 @@ ROOTS: dict[str, list[Any]] = {
 HOMES = [
     fm, *(one for found in ROOTS.values() for one in found if isinstance(one, types.ModuleType)),
     compat.heads, compat.insightface, CRITERION, OPTIMIZER, torch.optim, torch.nn.parallel,
-    fsdp, device_mesh, dtensor, torch.Tensor,
+    fsdp, device_mesh, dtensor, checkpoints, torch.Tensor,
     builtins,
 ]  # fmt: skip
 NAME = rf"[A-Za-z_{HOLE}][\w{HOLE}]*"
