@@ -6,7 +6,6 @@ whoever else holds them go on. Everything that may be refused is refused before 
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -219,10 +218,7 @@ def _left_out(optimizers: Optimizers, parameter: Any) -> list[str]:
             and _rows_of_state(one, parameter)
         ]
 
-    if not search():
-        return []
-    gc.collect()  # one that nobody has any more may still be there
-    return search()
+    return _setup.without_garbage(search)
 
 
 def _per_class(criterion: Any) -> dict[str, Tensor]:

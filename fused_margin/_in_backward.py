@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -155,8 +154,7 @@ class SGDInBackward(_states.LikeSGD):
     def check_scaler(self) -> None:
         """Raise where losses are scaled by a GradScaler that wasn't given."""
         if self.grad_scaler is None:
-            kinds = _setup.with_subclasses([torch.amp.GradScaler])
-            found = [one for one in gc.get_objects() if type(one) in kinds]
+            found = _setup.living([torch.amp.GradScaler])
             # one that has scaled a loss has made its scale
             used = [one for one in found if one.is_enabled() and one._scale is not None]
             _validate_updates.no_other_scaler(len(used))

@@ -125,22 +125,19 @@ def hints(names: Iterable[str], call: Callable[..., Any], settings: Iterable[str
     return "; ".join(t if t.startswith("did you mean") else f"{n!r} {t}" for n, t in texts)
 
 
-def of_attribute(name: str, taken: Iterable[str], elsewhere: Mapping[str, str]) -> str:
-    """What was likely meant by an attribute that a loss doesn't read; "" if nothing is known.
+def _hint(name: str, taken: list[str], places: Mapping[str, str]) -> str:
+    known = of_attribute(name, taken, places)
+    near = [] if known else difflib.get_close_matches(name, taken, n=1)
+    return f"did you mean {near[0]!r}?" if near else known
+
+
+def of_attribute(name: str, taken: list[str], places: Mapping[str, str]) -> str:
+    """What was likely meant by a name that isn't taken; "" if nothing is known.
 
     Args:
-        name: what is assigned.
-        taken: the attributes that it does read. elsewhere: where others belong.
+        name: as it was given.
+        taken: the names that are. places: where others belong.
     """
-    return _known(name, list(taken), elsewhere)
-
-
-def _hint(name: str, taken: list[str], places: Mapping[str, str]) -> str:
-    near = difflib.get_close_matches(name, taken, n=1)
-    return _known(name, taken, places) or (f"did you mean {near[0]!r}?" if near else "")
-
-
-def _known(name: str, taken: list[str], places: Mapping[str, str]) -> str:
     if name in places:
         return places[name].format(name)
     if "temperature" in taken and any(name in group for group in SAME if group[0] == "scale"):
@@ -209,7 +206,7 @@ def unread(module: Any, name: str, taken: Iterable[str]) -> None:
     kind = type(module)
     if not module.__dict__.get("_is_made") or hasattr(kind, name) or hasattr(module, name):
         return
-    meant = of_attribute(name, taken, getattr(kind, "_elsewhere", {}))
+    meant = of_attribute(name, list(taken), getattr(kind, "_elsewhere", {}))
     if not meant or any(name in inspect.get_annotations(one) for one in kind.__mro__):
         return
     raise AttributeError(

@@ -294,9 +294,7 @@ def load(
         if "exp_avg" in wanted:
             state |= _updates(optimizer, parameter, float(facts.updates))
         if isinstance(optimizer, SGDInBackward):
-            state["step"] = torch.zeros(
-                (), dtype=torch.int64
-            )  # of its own updates, as of a new one
+            state["step"] = torch.zeros((), dtype=torch.int64)  # of its own updates: none yet
         optimizer.state[parameter] = state
     return RankFiles(facts.ranks, facts.epoch, facts.global_step, wanted)
 

@@ -10,8 +10,8 @@ import gc
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch import nn
 from fused_margin import _remedies, _validate, _validate_setup, _validate_shards
 
 __all__ = ["UnsynchronizedWeightsWarning", "WeightDecayWarning", "check_setup"]
+
+Found = TypeVar("Found")
 
 _HAS_DISTRIBUTED = dist.is_available()
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -58,8 +60,22 @@ def _fsdp_module() -> type[Any] | None:
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
-def with_subclasses(kinds: Iterable[type]) -> set[type]:
-    """The classes and all that are derived from them."""
+def living(kinds: Iterable[type]) -> list[Any]:
+    """Every object in this process of these classes, or of classes derived from them."""
+    wanted = _with_subclasses(kinds)
+    return [one for one in gc.get_objects() if type(one) in wanted]
+
+
+def without_garbage(search: Callable[[], Found]) -> Found:
+    """What a search among `living` objects finds, of those that somebody still has."""
+    found = search()
+    if found:
+        gc.collect()  # what refers to itself may be there though nobody has it any more
+        found = search()
+    return found
+
+
+def _with_subclasses(kinds: Iterable[type]) -> set[type]:
     found: set[type] = set()
     left = list(kinds)
     while left:
@@ -75,8 +91,7 @@ def _wrappers() -> list[nn.Module]:
     PyTorch keeps no list of them, and DDP leaves no mark on a parameter that Python can see.
     """
     ddp, fsdp = nn.parallel.DistributedDataParallel, _fsdp_module()
-    kinds = with_subclasses([ddp] if fsdp is None else [ddp, fsdp])
-    modules = [candidate for candidate in gc.get_objects() if type(candidate) in kinds]
+    modules = living([ddp] if fsdp is None else [ddp, fsdp])
     # not one whose constructor raised
     return [one for one in modules if not isinstance(one, ddp) or hasattr(one, "reducer")]
 
@@ -97,10 +112,7 @@ def wrapper_of(weight: Any) -> str | None:
                 return "DistributedDataParallel" if is_ddp else "fully_shard()"
         return None
 
-    if search() is None:
-        return None
-    gc.collect()  # DDP refers to itself, so that one that nobody has any more may still be there
-    return search()
+    return without_garbage(search)
 
 
 def warn_if_unsynchronized(criterion: nn.Module, weight: Any = None) -> None:
@@ -188,8 +200,7 @@ def _fits_sampler(
 
 def holders(parameter: Any) -> list[tuple[Any, dict[str, Any]]]:
     """Every optimiser in this process that has a parameter, with its group."""
-    kinds = with_subclasses([torch.optim.Optimizer])
-    return _holding((one for one in gc.get_objects() if type(one) in kinds), parameter)
+    return _holding(living([torch.optim.Optimizer]), parameter)
 
 
 def not_recomputed(criterion: nn.Module, what: str) -> None:

@@ -161,13 +161,12 @@ def row_dots(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
 
 def inverse_norms(rows: torch.Tensor | np.ndarray) -> np.ndarray:
     """1 / max(||row||, eps), (R,) fp64; of an array, which is fp64 too, always by NumPy."""
-    if isinstance(rows, torch.Tensor):
-        if rows.numel() > THREADED:
-            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).numpy()
-            return np.reciprocal(np.maximum(norms, NORM_EPS, out=norms), out=norms)
-        rows = view_of(rows.double())
-    norms = np.vecdot(rows, rows)
-    np.sqrt(norms, out=norms)
+    if isinstance(rows, torch.Tensor) and rows.numel() > THREADED:
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).numpy()
+    else:
+        wide = view_of(rows.double()) if isinstance(rows, torch.Tensor) else rows
+        norms = np.vecdot(wide, wide)
+        np.sqrt(norms, out=norms)
     return np.reciprocal(np.maximum(norms, NORM_EPS, out=norms), out=norms)
 
 

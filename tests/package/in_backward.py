@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from helpers import device_of
+from helpers import FUSED_BACKENDS, device_of
 
 import fused_margin as fm
 
@@ -13,6 +14,16 @@ Tensor = torch.Tensor
 CLASSES, DIM, ROWS = 70, 12, 9
 STEPS, FEW_STEPS = 20, 3  # few in the interpreter
 MOMENTUM: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01}
+each_backend = pytest.mark.parametrize("backend", FUSED_BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Several chunks of classes in the kernels, the last of them shorter."""
+    if "triton" in request.node.name:
+        from fused_margin._triton import launch
+
+        monkeypatch.setattr(launch, "CHUNK_BYTES", 33 * 8 * 16)
 
 
 def criterion_of(backend: str = "auto", kind: Any = fm.ArcFaceLoss, **options: Any) -> Any:

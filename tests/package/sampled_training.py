@@ -144,10 +144,10 @@ def wrapped(wrapper: str) -> list[str]:
         )
         inner = module if wrapper == "fsdp" else module.module
         if is_sampled_first:
-            said.append(_refusal(lambda: module(_mine(x), _mine(labels))))  # noqa: B023
+            said.append(_refusal(lambda: module(_mine(x), _mine(labels))))  # noqa: B023 - called at once
             inner.sampler.rate = 1.0
         else:
-            said.append(_refusal(lambda: sample_negatives(inner, RATE)))  # noqa: B023
+            said.append(_refusal(lambda: sample_negatives(inner, RATE)))  # noqa: B023 - called at once
             assert inner.sampler is None
             sample_negatives(inner, 1.0)
         module(_mine(x), _mine(labels)).backward()

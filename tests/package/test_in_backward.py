@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FUSED_BACKENDS, SHAPED_BACKENDS
+from helpers import SHAPED_BACKENDS
 from in_backward import (
     DIM,
     FEW_STEPS,
     MOMENTUM,
     STEPS,
     batches,
+    chunks,  # noqa: F401 - a fixture
     criterion_of,
+    each_backend,
     loss_of_a_batch,
     train,
 )
@@ -25,16 +27,6 @@ import fused_margin as fm
 from fused_margin.optim import SGDInBackward
 
 Tensor = torch.Tensor
-each_backend = pytest.mark.parametrize("backend", FUSED_BACKENDS)
-
-
-@pytest.fixture(autouse=True)
-def chunks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Several chunks of classes in the kernels, the last of them shorter."""
-    if "triton" in request.node.name:
-        from fused_margin._triton import launch
-
-        monkeypatch.setattr(launch, "CHUNK_BYTES", 33 * 8 * 16)
 
 
 class _Both:

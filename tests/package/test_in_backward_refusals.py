@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FUSED_BACKENDS
 from in_backward import (
     CLASSES,
     DIM,
     MOMENTUM,
     batches,
+    chunks,  # noqa: F401 - a fixture
     criterion_of,
+    each_backend,
     has_gradient,
     loss_of_a_batch,
     train,
@@ -26,7 +27,6 @@ from fused_margin import _updates
 from fused_margin.optim import SGDInBackward
 
 Tensor = torch.Tensor
-each_backend = pytest.mark.parametrize("backend", FUSED_BACKENDS)
 
 
 @each_backend
