@@ -7,6 +7,7 @@ for each gradient. Equations refer to ``docs/math.md``.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,7 +63,11 @@ def _exponentials(
     """
     scaled = x.values * (x.inverse * (problem.scale * LOG2_E))[:, None]
     z = kept_memory.empty(w.values.shape[0], x.values.shape[0], dtype=x.values.dtype)
-    _multiply(w.values, scaled.t(), dtype, z).mul_(w.inverse[:, None])
+    inv_w = w.inverse[:, None]
+    if x.values.shape[0] > x.values.shape[1]:  # W has fewer elements
+        _multiply(w.values * inv_w, scaled.t(), dtype, z)
+    else:
+        _multiply(w.values, scaled.t(), dtype, z).mul_(inv_w)
     problem.targets.fill(z, -float("inf"))
     if not needs_shift(problem.scale, z.shape[0], z.dtype):
         e = z.exp2_()
@@ -85,6 +90,62 @@ def forward(problem: Problem, num_kept: int, num_bytes: int) -> Swept:
     return Swept(torch.from_numpy(lse), u, x.inverse, inv_w, kept)
 
 
+class _Products(NamedTuple):
+    """q / ||w|| (C, D) and v / ||x|| (N, D), the gradients of the norms left in (eq. 7)."""
+
+    q: torch.Tensor | None
+    v: torch.Tensor | None
+
+
+class _Factors(NamedTuple):
+    """What e^(s c) is multiplied by in G / ||x||, and its targets' entries, (N,) each."""
+
+    of_others: torch.Tensor
+    of_target: torch.Tensor
+
+
+def _empty_products(problem: Problem, needs: Needs, dtype: torch.dtype) -> _Products:
+    num_rows, num_classes, dim = problem.sizes
+    return _Products(
+        gradient_memory.empty(num_classes, dim, dtype=dtype) if needs.w else None,
+        # contiguous whatever x's strides, as the operator's fake promises
+        problem.x.new_empty(num_rows, dim, dtype=dtype) if needs.x or needs.scale else None,
+    )
+
+
+def _exact_products(
+    problem: Problem, e: torch.Tensor, factors: _Factors, x: Vectors, w: Vectors, out: _Products
+) -> None:
+    """Products of G / (||x|| ||w||) with x and W as they are."""
+    scaled = torch.mul(e, factors.of_others, out=work_memory.empty(*e.shape, dtype=e.dtype))
+    problem.targets.put(scaled, factors.of_target)
+    scaled.mul_(w.inverse[:, None])
+    if out.q is not None:
+        torch.mm(scaled, x.values, out=out.q)
+    if out.v is not None:
+        torch.mm(scaled.t(), w.values, out=out.v)
+
+
+def _rounded_products(
+    problem: Problem, e: torch.Tensor, factors: _Factors, x: Vectors, w: Vectors, out: _Products,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Products of the exponentials alone, which are larger than x and W, rounded to ``dtype``.
+
+    As p -> 1 the target outweighs all others: it stays out of them.
+    """
+    operand, targets = e.to(dtype), problem.targets
+    of_others, inv_w = factors.of_others[:, None], w.inverse[:, None]
+    of_target = targets.of(factors.of_target) * w.inverse.index_select(0, targets.classes)
+    of_target = of_target[:, None]
+    if out.q is not None:
+        _multiply(operand, x.values * of_others, dtype, out.q).mul_(inv_w)
+        out.q.index_add_(0, targets.classes, targets.of(x.values) * of_target)
+    if out.v is not None:
+        _multiply(operand.t(), w.values * inv_w, dtype, out.v).mul_(of_others)
+        targets.add(out.v, w.values.index_select(0, targets.classes).mul_(of_target))
+
+
 def backward(
     g: RowGradients, problem: Problem, swept: Swept, num_kept: int, needs: Needs
 ) -> Gradients:
@@ -92,43 +153,27 @@ def backward(
     x = shrink_huge(embeddings(problem), swept.inv_x)
     w = shrink_huge(problem.w.to(problem.accumulate), swept.inv_w)
     num_rows, num_classes, _ = problem.sizes
-    targets, dtype = problem.targets, _product_dtype(problem)
+    dtype = _product_dtype(problem)
     if num_kept:
         e = swept.kept.view(problem.accumulate).view(num_classes, num_rows)
     else:
         e, _ = _exponentials(problem, x, w, dtype)
     inv_x = x.inverse.numpy()
-    factor = g.lse * inv_x * problem.scale
+    of_others = g.lse * inv_x * problem.scale
     if not needs_shift(problem.scale, num_classes, e.dtype):
-        factor *= np.exp(-swept.lse.numpy())
-    # G / (||x|| ||w||): both products take x and W as they are, and leave q / ||w|| and v / ||x||
-    scaled = work_memory.empty(num_classes, num_rows, dtype=e.dtype)
-    torch.mul(e, rounded(factor, e.dtype), out=scaled)
-    of_target = rounded(g.u * inv_x, e.dtype)
-    is_exact = dtype is scaled.dtype
-    if is_exact:
-        targets.put(scaled, of_target)
-    scaled.mul_(w.inverse[:, None])
-
-    operand = scaled.to(dtype)  # once for both products
-
+        of_others *= np.exp(-swept.lse.numpy())
+    factors = _Factors(rounded(of_others, e.dtype), rounded(g.u * inv_x, e.dtype))
+    products = _empty_products(problem, needs, e.dtype)
+    if dtype is e.dtype:
+        _exact_products(problem, e, factors, x, w, products)
+    else:
+        _rounded_products(problem, e, factors, x, w, products, dtype)
+    q, v = products
     d_x = d_w = d_scale = None
-    if needs.w:
-        q = gradient_memory.empty(*w.values.shape, dtype=e.dtype)
-        _multiply(operand, x.values, dtype, q)
-        if not is_exact:
-            # as p -> 1 the target outweighs all others: it stays out of a rounded product
-            x_target = targets.of(x.values * of_target[:, None])
-            q.index_add_(0, targets.classes, x_target * w.inverse[targets.classes, None])
+    if q is not None:
         project(w, q)
         d_w = q.to(problem.w.dtype)
-    if needs.x or needs.scale:
-        # contiguous whatever x's strides, as the operator's fake promises
-        v = x.values.new_empty(*x.values.shape)
-        _multiply(operand.t(), w.values, dtype, v)
-        if not is_exact:
-            factors = targets.of(of_target) * w.inverse[targets.classes]
-            targets.add(v, w.values[targets.classes] * factors[:, None])
+    if v is not None:
         radial = project(x, v)
         if needs.scale:
             of_others = radial.astype(np.float64) - g.u * swept.u.numpy()
