@@ -24,7 +24,7 @@ from benchmarks.harness import MIB
 from benchmarks.scaling import larger_half
 from benchmarks.shapes import SHAPES
 
-DEFAULTS = {"n": 256, "c": cpu.CLASSES, "d": cpu.DIM}  # of benchmarks.cpu
+DEFAULTS = {"n": 256, "c": cpu.CLASSES, "d": cpu.DIM}  # of benchmarks.cpu and benchmarks.losses
 PEERS = ("careful", "compiled", "usual", "lce", "lce_chunked")
 
 
@@ -35,6 +35,11 @@ def _median(rows: Mapping[str, Any], key: str) -> float | None:
 def _over(rows: Mapping[str, Any], upper: str, lower: str) -> float | None:
     above, below = _median(rows, upper), _median(rows, lower)
     return None if above is None or below is None else above / below
+
+
+def _sizes(shape: Mapping[str, int]) -> str:
+    """The options of a command that measured a shape."""
+    return "".join(f" --{key} {size}" for key, size in shape.items() if size != DEFAULTS[key])
 
 
 def _floor(rows: Mapping[str, Any]) -> str:
@@ -145,8 +150,7 @@ def _peers_of_one_shape(report: Report, result: Result) -> None:
             listed = "; ".join(f"{route} {milliseconds(taken)}" for route, taken in tried)
             report.add(f"The three products{', bf16' * (key != cpu.FLOOR)}, ms: {listed}.")
     without_time(report, result.data.get("without_time", {}))
-    sizes = "".join(f" --{key} {size}" for key, size in shape.items() if size != DEFAULTS[key])
-    command = f"python -m benchmarks.cpu{sizes} --rounds {result.data['rounds']}"
+    command = f"python -m benchmarks.cpu{_sizes(shape)} --rounds {result.data['rounds']}"
     report.add(provenance(result, command))
 
 
@@ -408,8 +412,26 @@ def _gpu_comparison(report: Report, result: Result, key: str, step: Mapping[str,
     without_time(report, reasons)
 
 
+def losses(report: Report, results: Sequence[Result]) -> None:
+    """One table of each run of benchmarks.losses, a row for each loss or option."""
+    for result in results:
+        data = result.data
+        report.add(
+            f"### What losses and options cost: forward + backward, {title_of(data['shape'])}"
+        )
+        report.add("Times that of the plain loss, by the median of the ratios of each round.")
+        lines = [
+            [name, row["kind"], row["over"], milliseconds(row["median_s"]), ratio(row["times"])]
+            for name, row in data["results"].items()
+        ]
+        report.table(["", "it", "over", "median ms", "times"], lines, words=3)
+        command = f"python -m benchmarks.losses{_sizes(data['shape'])} --rounds {data['rounds']}"
+        report.add(provenance(result, command))
+
+
 SECTIONS: dict[str, Callable[[Report, Sequence[Result]], None]] = {
     "cpu": peers_on_cpu,
+    "losses": losses,
     "scaling": scaling,
     "memory": peak_memory,
     "shapes": named_shapes,

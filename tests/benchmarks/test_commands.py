@@ -14,7 +14,7 @@ import pytest
 from helpers import ROOT
 from torch import Tensor
 
-from benchmarks import memory, report, shapes, test_bench
+from benchmarks import losses, memory, report, shapes, test_bench
 from fused_margin import functional
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,6 +66,27 @@ def test_steps_show_that_there_is_no_gradient(tmp_path: Path) -> None:
     assert peaks["after"] - peaks["within"] > 0.7 * d_w
     assert peaks["within"] - peaks["within_bf16"] > 0.7 * d_w  # half of weights and of momentum
     assert peaks["after"] - peaks["sampled"] > 0.5 * d_w
+
+
+def test_costs_of_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "losses.json"
+    sizes = ["--n=20", "--c=40", "--d=16", "--rounds=2"]
+    assert losses.main([*sizes, "--json", str(path)]) == 0
+    printed, results = capsys.readouterr().out, json.loads(path.read_text())["results"]
+    assert results["ArcFace"]["times"] == 1.0
+    for name, row in results.items():
+        assert name in printed
+        assert row["times"] > 0
+        assert 0.0 < max(row["relative_errors"].values()) < losses.TOLERANCE
+    assert {row["over"] for row in results.values()} == {"ArcFace", "ArcFace, 3 C classes"}
+
+
+def test_a_wrong_loss_has_no_cost(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "TOLERANCE", 1e-9)
+    assert losses.main(["--n=20", "--c=40", "--d=16", "--rounds=1"]) == 1
+    assert "ArcFace: relative error" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not HAS_PEAK, reason="needs Linux's clear_refs")

@@ -49,6 +49,17 @@ def scaling_result(environment: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def losses_result(environment: dict[str, Any]) -> dict[str, Any]:
+    row = {"kind": "asks more", "over": "ArcFace", "median_s": 0.5, "times": 1.07}
+    return {
+        "benchmark": "losses, forward + backward, fp32",
+        "shape": {"n": 64, "c": 100_000, "d": 512},
+        "rounds": 9,
+        "environment": environment,
+        "results": {"CurricularFace": row},
+    }
+
+
 def gpu_result(environment: dict[str, Any]) -> dict[str, Any]:
     floor = {"step_ms": 10.0, "8NCD_ms": 11.0}
     errors = {"loss": 1e-4, "d_x": 2e-3}
@@ -80,6 +91,7 @@ def results(cpu_result, tmp_path: Path) -> Path:
     }  # fmt: skip
     everything = {
         "cpu": cpu,
+        "losses": losses_result(environment),
         "scaling": scaling_result(environment),
         "gpu": gpu_result(environment),
         "memory": {
@@ -135,6 +147,8 @@ def test_report_has_tables_and_charts_of_every_kind(
     assert "4,000 (formula)" in text
     assert "| mnist | ArcFace | fp32 | forward + backward | 4 | 25% | 1.50 |" in text
     assert "| **fused_margin** | 15 | 1.00 | 0.67 | 2e-03 | 64 |" in text
+    assert "| CurricularFace | asks more | ArcFace | 500 | 1.07 |" in text
+    assert "`python -m benchmarks.losses --n 64 --rounds 9`" in text
     assert "Cut Cross-Entropy (not installed)" in text
     assert "## NVIDIA H200" in text
     assert cpu["environment"]["date"][:10] in text
