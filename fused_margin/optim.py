@@ -17,7 +17,7 @@ without weight decay, `torch.optim.SparseAdam`), and these take ours. Settings t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,13 @@ from fused_margin._in_backward import SGDInBackward
 __all__ = ["RowSparseAdam", "RowSparseSGD", "SGDInBackward"]
 
 Tensor = torch.Tensor
+
+# Of sampled rows that a CPU updates at a time: they and their states stay in its cache.
+BLOCK_BYTES = 1 << 20
+
+
+def _updates_in_cache(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 class _Rows(NamedTuple):
@@ -51,6 +58,18 @@ class _Rows(NamedTuple):
             index, values = grad.indices()[0], grad.values()
         return cls(index, values)
 
+    def blocks(self) -> Iterator[_Rows]:
+        """These rows, in parts where that is quicker; none if there are no rows."""
+        if self.chosen is None or not _updates_in_cache(self.values):
+            yield self
+            return
+        count = self.chosen.shape[0]
+        bytes_per_row = self.values[:1].nbytes
+        size = max(1, BLOCK_BYTES // max(1, bytes_per_row))
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            yield _Rows(self.chosen[part], self.values[part])
+
     def taken(self, tensor: Tensor) -> Tensor:
         """These rows of another tensor, as a copy; all of it is no copy."""
         return tensor if self.chosen is None else tensor.index_select(0, self.chosen)
@@ -59,6 +78,15 @@ class _Rows(NamedTuple):
         """Write them back."""
         if self.chosen is not None:
             tensor.index_copy_(0, self.chosen, rows)
+
+    def add(self, tensor: Tensor, rows: Tensor, factor: float) -> None:
+        """Add rows times a factor to these rows of another tensor."""
+        if self.chosen is None:
+            tensor.add_(rows, alpha=factor)
+        elif _updates_in_cache(tensor):  # index_add_ takes longer there
+            self.put(tensor, self.taken(tensor).add_(rows, alpha=factor))
+        else:
+            tensor.index_add_(0, self.chosen, rows.to(tensor.dtype), alpha=factor)
 
 
 class _RowSparse(_states.Portable):
@@ -91,8 +119,8 @@ class _RowSparse(_states.Portable):
         return _validate.local(value)
 
 
-def _decayed(rows: Tensor, grad: Tensor, weight_decay: float) -> Tensor:
-    return grad.add(rows, alpha=weight_decay) if weight_decay else grad
+def _decayed(w: Tensor, grad: _Rows, weight_decay: float) -> Tensor:
+    return grad.values.add(grad.taken(w), alpha=weight_decay) if weight_decay else grad.values
 
 
 class RowSparseSGD(_RowSparse, _states.LikeSGD):
@@ -125,19 +153,18 @@ class RowSparseSGD(_RowSparse, _states.LikeSGD):
         super().__init__(params, settings)
 
     def _update(self, parameter: Any, grad: _Rows, group: dict[str, Any]) -> None:
-        w = _validate.local(parameter)
-        d = _decayed(grad.taken(w), grad.values, group["weight_decay"])
+        w, velocity = _validate.local(parameter), None
         if group["momentum"]:
             state = self.state[parameter]
             if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             velocity = self._local(parameter, "momentum_buffer")
-            d = grad.taken(velocity).mul_(group["momentum"]).add_(d)
-            grad.put(velocity, d)
-        if grad.chosen is None:
-            w.add_(d, alpha=-group["lr"])
-        else:
-            w.index_add_(0, grad.chosen, d.to(w.dtype), alpha=-group["lr"])
+        for rows in grad.blocks():
+            d = _decayed(w, rows, group["weight_decay"])
+            if velocity is not None:
+                d = rows.taken(velocity).mul_(group["momentum"]).add_(d)
+                rows.put(velocity, d)
+            rows.add(w, d, -group["lr"])
 
 
 class RowSparseAdam(_RowSparse, _states.LikeAdam):
@@ -215,20 +242,18 @@ SparseAdam` does, whose first update of a late row is too long): a row behaves a
         )
         state["step"] = _step_of(state) + 1.0
         beta_1, beta_2 = group["betas"]
-        d = _decayed(grad.taken(w), grad.values, group["weight_decay"])
-        count = grad.taken(updates).add_(1.0)  # (k, 1)
-        mean = grad.taken(first).lerp_(d, 1.0 - beta_1)
-        square = grad.taken(second).mul_(beta_2).addcmul_(d, d, value=1.0 - beta_2)
-        for whole, rows in ((updates, count), (first, mean), (second, square)):
-            grad.put(whole, rows)
-        count = count.double()
-        length = (group["lr"] / (1.0 - beta_1**count)).to(w.dtype)
-        root = (1.0 - beta_2**count).sqrt().to(w.dtype)
-        step = mean * length / (square.sqrt().div_(root).add_(group["eps"]))
-        if grad.chosen is None:
-            w.sub_(step)
-        else:
-            w.index_add_(0, grad.chosen, step, alpha=-1.0)
+        for rows in grad.blocks():
+            d = _decayed(w, rows, group["weight_decay"])
+            count = rows.taken(updates).add_(1.0)  # (k, 1)
+            mean = rows.taken(first).lerp_(d, 1.0 - beta_1)
+            square = rows.taken(second).mul_(beta_2).addcmul_(d, d, value=1.0 - beta_2)
+            for whole, part in ((updates, count), (first, mean), (second, square)):
+                rows.put(whole, part)
+            count = count.double()
+            length = (group["lr"] / (1.0 - beta_1**count)).to(w.dtype)
+            root = (1.0 - beta_2**count).sqrt().to(w.dtype)
+            step = mean * length / (square.sqrt().div_(root).add_(group["eps"]))
+            rows.add(w, step, -1.0)
 
 
 def _zero_counts(parameter: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ STATES = {"sgd": 0, "momentum": 1, "adam": 2}  # numbers for each weight
 # as many that a step makes for a while: torch's, with foreach, its default on GPUs; and of sampled
 # rows RowSparseSGD's and RowSparseAdam's
 COPIED = {"sgd": 0, "momentum": 0, "adam": 1}
-COPIED_ROWS = {"sgd": 1, "momentum": 1, "adam": 5}
+COPIED_ROWS = {"sgd": 0, "momentum": 1, "adam": 5}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WEIGHTS = ("fp32", "bf16")  # the optimiser's state has their dtype, the gradient too
 CHUNK = 64 << 20  # of the kernels: the gradient of the cosines of some classes

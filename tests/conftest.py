@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+LONGEST = ("test_targets.py", "test_train_sharded.py")
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Triton decides at decoration time whether kernels are interpreted on CPU tensors.
@@ -40,8 +41,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the file that takes longest; skip tests of real hardware where there is none."""
-    items.sort(key=lambda item: item.path.name != "test_targets.py")
+    """Begin with the files that take longest; skip tests of real hardware where there is none."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if HAS_GPU:
         return
     for item in items:

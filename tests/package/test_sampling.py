@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import fused_margin as fm
 import fused_margin.functional as fmf
-from fused_margin import _ops, _setup
+from fused_margin import _ops, _setup, optim
 from fused_margin._arguments import Extras
 from fused_margin.distributed import ClassShard
 from fused_margin.distributed._shards import bounds
@@ -317,6 +317,16 @@ def _gradients(is_sparse: bool, index: Tensor, steps: int) -> list[Tensor]:
     ]
 
 
+@pytest.fixture(params=["whole", "parts", "as GPUs do"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are updated together; three at a time, the last part not full; without copies of W."""
+    if request.param == "parts":
+        monkeypatch.setattr(optim, "BLOCK_BYTES", 3 * DIM * 8 + 1)
+    elif request.param == "as GPUs do":
+        monkeypatch.setattr(optim, "_updates_in_cache", lambda tensor: False)
+
+
+@pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("is_sparse", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_with_all_rows_they_are_torchs(name: str, is_sparse: bool) -> None:
@@ -331,6 +341,7 @@ def test_with_all_rows_they_are_torchs(name: str, is_sparse: bool) -> None:
     torch.testing.assert_close(criterion.weight, other.weight, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_rows_without_a_gradient_stand_still(name: str) -> None:
     """Each row is where torch's optimiser leaves it after the steps in which it was sampled."""
