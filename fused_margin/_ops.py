@@ -226,22 +226,22 @@ def _differentiate(
     """
     centers, has_total, compute_dtype, backend, needs = settings
     inputs = _inputs(*saved, centers, has_total, compute_dtype)
-    x, w, g_total, unit = inputs.x, inputs.w, None, None
+    x, w, g_total, unit, of_hat = inputs.x, inputs.w, None, None, None
     if slopes.total is not None and omega is not None:
         # of all classes, and not of the target
         g_total, slopes = slopes.total, slopes._replace(u=slopes.u - slopes.total, total=None)
         unit = normalized(x.double())
-        if update is not None:
-            of_hat = _total.direction(g_total, unit)
-            update = _total.completing(update, of_hat, w, swept.inv_w)
+        of_hat = _total.direction(g_total, unit)
     if update is not None and not x.shape[0]:
         _updates.by_zeros(update, w, swept.inv_w.dtype)
         needs, update = needs._replace(w=False), None
     if backend == "triton":
+        if update is not None and of_hat is not None:
+            update = _total.completing(update, of_hat, w, swept.inv_w)
         gradients = _triton().backward(slopes, inputs, swept, needs, loan, update)
     else:
         with _plain_numbers():
-            gradients = _backward_on_cpu(slopes, inputs, swept, needs, loan, update)
+            gradients = _backward_on_cpu(slopes, inputs, swept, needs, loan, update, of_hat)
     if update is not None and gradients.w is not None:  # of few classes, in one piece
         update(0, gradients.w.to(swept.inv_w.dtype))
         gradients = gradients._replace(w=None)
@@ -249,8 +249,7 @@ def _differentiate(
         with torch.autocast(x.device.type, enabled=False):
             if gradients.x is not None:
                 _total.add_to_d_x(gradients.x, g_total, omega, unit)
-            if gradients.w is not None:
-                of_hat = _total.direction(g_total, unit)
+            if gradients.w is not None and of_hat is not None and backend == "triton":
                 _total.add_to_d_w(gradients.w, of_hat, w, swept.inv_w)
     d_scale, scale_tensor = gradients.scale, saved.scale_tensor
     if d_scale is not None and scale_tensor is not None:
@@ -278,14 +277,15 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_on_cpu(
     slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs, loan: Loan | None,
-    update: Update | None,
+    update: Update | None, of_hat: Tensor | None,
 ) -> Gradients:  # fmt: skip
     labels, ignored = inputs.labels.long(), None
     targets = _cpu.find_targets(labels, inputs.w.shape[0])
     if slopes.grad is not None and targets.rows is not None:
         ignored = labels == IGNORED  # which margin_ce has marked
     problem = _problem(inputs, labels, targets, ignored)
-    return _cpu.backward(_cpu.chain(slopes, ignored), problem, swept, needs, loan, update)
+    g = _cpu.chain(slopes, ignored)._replace(of_hat=of_hat)
+    return _cpu.backward(g, problem, swept, needs, loan, update)
 
 
 def _cosine_lse_operator(*args: Any) -> tuple[Tensor, ...]:

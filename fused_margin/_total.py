@@ -1,7 +1,8 @@
 """The sum of all cosines of a row, which needs no cosine (eq. 21 of ``docs/math.md``).
 
-With omega the sum of w_hat over all classes it is x_hat . omega: a pass over W for it, and one over
-d_w for its gradient, beside products that take N times as long. Plain PyTorch on any device.
+With omega the sum of w_hat over all classes it is x_hat . omega: a pass over W for it, beside
+products that take N times as long. The gradient by w_hat is the same for all classes; the CPU
+backend adds it to each block of d_w, elsewhere it takes a pass over d_w. Plain PyTorch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fused_margin._numerics import CLAMPED_INVERSE_NORM, normalized
 Tensor = torch.Tensor
 
 # Bytes of W that are worked on at a time, in the accumulation dtype
-CPU_BYTES, OTHER_BYTES = 1 << 20, 64 << 20
+CPU_BYTES, OTHER_BYTES = 4 << 20, 64 << 20
 # Below it an inverse norm, or its square, may have lost digits.
 SMALLEST_INVERSE = 2.0**-40
 
@@ -50,7 +51,10 @@ def class_sum(w: Tensor, inv_w: Tensor) -> Tensor:
     """omega, (D,) fp64, from weights (C, D) and their inverse norms (C,)."""
     total = w.new_zeros(w.shape[1], dtype=torch.float64)
     for block in _blocks(w, inv_w):
-        total += torch.mv(block.values.t(), block.factor)
+        if w.device.type == "cpu":  # in half the time of a product
+            total += (block.values * block.factor[:, None]).sum(dim=0)
+        else:
+            total += torch.mv(block.values.t(), block.factor)
     return total
 
 

@@ -245,7 +245,8 @@ def backward(
     if problem.extras.reshapes:  # where all other classes are left out
         decay[np.isinf(decay)] = 0.0
     store = _Store(problem, d_w, left.more)
-    _write_weight_gradient(d_w, store, a * decay, of_target, x, problem, swept.inv_w)
+    factors = a * decay, of_target, g.of_hat
+    _write_weight_gradient(d_w, store, factors, x, problem, swept.inv_w)
     d_x = d_scale = None
     if left.v is not None:
         # one after the other: as a loss tends to 0 their product may leave what fp32 can hold
@@ -257,15 +258,24 @@ def backward(
 
 
 def _write_weight_gradient(
-    d_w: torch.Tensor, store: _Store, factor: np.ndarray, of_target: torch.Tensor, x: Vectors,
-    problem: Problem, inv_w: torch.Tensor,
+    d_w: torch.Tensor, store: _Store,
+    factors: tuple[np.ndarray, torch.Tensor, torch.Tensor | None], x: Vectors, problem: Problem,
+    inv_w: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Write d_w, (C, D), over what is stored there, for factors f / ||x||, (N,) fp64."""
+    """Write d_w, (C, D), over what is stored there.
+
+    Args:
+        d_w: where. store: of what is there.
+        factors: f / ||x||, (N,) fp64; what `WeightGradient` takes as ``of_target`` and ``of_hat``.
+        x: embeddings. problem, inv_w: as for `backward`.
+    """
+    factor, of_target, of_hat = factors
     _, exponent = np.frexp(np.abs(factor).max(initial=0.0))
     power = 2.0 ** float(exponent) if abs(exponent) > FAR else 1.0
     sweep = Sweep(problem, x, classes_per_block(problem))
-    factors = rounded(factor / power, problem.accumulate)
-    of_w, shift = WeightGradient(sweep, d_w, x, factors, of_target), common_shift(problem)
+    scaled = rounded(factor / power, problem.accumulate)
+    of_w = WeightGradient(sweep, d_w, x, scaled, of_target, of_hat)
+    shift = common_shift(problem)
     for block in sweep.blocks(inv_w, is_first=False):
         q = store.of(block)
         if q is None:
@@ -275,7 +285,7 @@ def _write_weight_gradient(
         tangent = of_w.tangent(block, q)
         if power != 1.0:
             tangent.mul_(power)
-        of_w.add_targets(block, tangent)
+        of_w.complete(block, tangent)
         inverse = block.weight.inverse
         dots = np.vecdot(view_of(tangent), view_of(block.weight.values))
         radial = torch.from_numpy(dots).mul_(inverse).mul_(inverse)

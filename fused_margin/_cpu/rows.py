@@ -303,11 +303,23 @@ def project(rows: Vectors, gradient: torch.Tensor) -> np.ndarray:
 
 
 class RowGradients(NamedTuple):
-    """Gradients of lse, of u and, in a sweep that forms it, of the total, (N,), fp32 or fp64."""
+    """Gradients of what a forward returns.
+
+    Attributes:
+        lse, u: of these, (N,), fp32 or fp64.
+        total: in a sweep that forms it, of the total, (N,).
+        of_hat: where another does, the gradient by w_hat that all classes share, (D,) fp64.
+    """
 
     lse: np.ndarray
     u: np.ndarray
     total: np.ndarray | None = None
+    of_hat: torch.Tensor | None = None
+
+    def add_shared(self, q: torch.Tensor, w: Vectors) -> None:
+        """Add what all classes share to q / ||w||, (C, D)."""
+        if self.of_hat is not None:
+            q.addr_(w.inverse, self.of_hat.to(q.dtype))
 
 
 def chain(slopes: Slopes, ignored: torch.Tensor | None) -> RowGradients:

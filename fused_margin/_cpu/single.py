@@ -171,6 +171,7 @@ def backward(
     q, v = products
     d_x = d_w = d_scale = None
     if q is not None:
+        g.add_shared(q, w)
         project(w, q)
         d_w = q.to(problem.w.dtype)
     if v is not None:

@@ -318,6 +318,7 @@ class WeightGradient:
         x: Vectors,
         factor: torch.Tensor,
         of_target: torch.Tensor,
+        of_hat: torch.Tensor | None,
     ) -> None:
         """Prepare operands and buffers.
 
@@ -326,8 +327,10 @@ class WeightGradient:
             d_w: (C, D), where it is written, or what takes its rows.
             x: embeddings, (N, D).
             factor: of each row, (N,). of_target: g_u / ||x||, (N,).
+            of_hat: see `RowGradients`.
         """
         self.sweep, self.d_w = sweep, d_w
+        self.of_hat = None if of_hat is None else of_hat.to(sweep.accumulate)
         # rows of d_w_hat: of the other classes, (D, N), and of the target's, (N, D)
         self.operand = (x.values * factor[:, None]).to(sweep.dtype).t()
         self.of_target = x.values * of_target[:, None]
@@ -348,11 +351,21 @@ class WeightGradient:
             tangent = grad.copy_(multiply_transposed(p, self.operand, out=self.product[:length]))
         return tangent
 
-    def add_targets(self, block: Block, tangent: torch.Tensor) -> None:
-        """Add the part of the block's targets."""
+    def complete(self, block: Block, tangent: torch.Tensor) -> None:
+        """Add the part of the block's targets, and what all classes share."""
+        inverse = block.weight.inverse
         if len(block.rows):
-            of_target = self.of_target[block.rows] * block.weight.inverse[block.targets, None]
+            of_target = self.of_target[block.rows] * inverse[block.targets, None]
             tangent.index_add_(0, block.targets, of_target)
+        if self.of_hat is not None:
+            tangent.addr_(inverse, self.of_hat)
+
+    def radial_of_all(self, block: Block) -> torch.Tensor | float:
+        """What all classes share, in the direction of w_hat, over ||w||^2, (B,)."""
+        if self.of_hat is None:
+            return 0.0
+        inverse = block.weight.inverse
+        return block.weight.values.mv(self.of_hat).mul_(inverse).mul_(inverse).mul_(inverse)
 
     def write(self, block: Block, tangent: torch.Tensor, radial: torch.Tensor) -> None:
         """The block's rows: the tangent less its radial part, 0 below the norm's clamp.
@@ -463,7 +476,7 @@ def backward(
         d_w = update
         if d_w is None:
             d_w = gradient_memory.empty(num_classes, dim, dtype=problem.w.dtype)
-        of_w = WeightGradient(sweep, d_w, x, factors.a, factors.of_target)
+        of_w = WeightGradient(sweep, d_w, x, factors.a, factors.of_target, g.of_hat)
     scratch = sweep.product if sweep.widened is None else sweep.widened
     for block in sweep.blocks(swept.inv_w, is_first=False):
         length = block.stop - block.start
@@ -477,13 +490,14 @@ def backward(
         radial = None
         if of_w is not None:
             radial = _radial(block, p, product, factors, scratch[:length])
+            radial += of_w.radial_of_all(block)
         if dtype is not problem.accumulate:
             p = sweep.product[:length].copy_(p)
         if of_x is not None:
             of_x.add(block, p)
         if of_w is not None and radial is not None:
             tangent = of_w.tangent(block, p)
-            of_w.add_targets(block, tangent)
+            of_w.complete(block, tangent)
             of_w.write(block, tangent, radial)
             del tangent
     d_x = d_scale = None

@@ -123,6 +123,7 @@ def backward(
     d_x = d_w = d_scale = None
     if needs.w:
         q = torch.from_numpy(factors @ view_of(x.values))
+        g.add_shared(q, w)
         project(w, q)
         d_w = q.to(problem.w.dtype)
     if needs.x or needs.scale:
