@@ -32,6 +32,8 @@ from fused_margin._numerics import NORM_EPS, needs_shift
 LOGITS, WEIGHT_ELEMENTS = 1 << 20, 1 << 22
 # From this many multiplications on, a product in bf16 saves more than its casts cost.
 LOWERED = 1 << 24
+# Factors of x from which on it keeps its digits when it is rounded to bf16.
+SMALLEST_FACTOR = 2.0**-90
 
 
 def fits(num_rows: int, num_classes: int, dim: int) -> bool:
@@ -134,8 +136,10 @@ def _rounded_products(
 
     As p -> 1 the target outweighs all others: it stays out of them.
     """
-    operand, targets = e.to(dtype), problem.targets
-    of_others, inv_w = factors.of_others[:, None], w.inverse[:, None]
+    targets, of_others = problem.targets, factors.of_others
+    if (of_others.abs() < SMALLEST_FACTOR).any():  # products take what is near 0 for 0
+        e, of_others = e * of_others, torch.ones_like(of_others)
+    operand, of_others, inv_w = e.to(dtype), of_others[:, None], w.inverse[:, None]
     of_target = targets.of(factors.of_target) * w.inverse.index_select(0, targets.classes)
     of_target = of_target[:, None]
     if out.q is not None:

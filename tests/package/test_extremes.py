@@ -465,6 +465,23 @@ def test_many_classes_that_are_nearly_equal(backend: str, scale: float) -> None:
     assert bool(gradient.isfinite().all())
 
 
+@pytest.mark.parametrize("factor", [1.0, 1e-3, 1e-6])
+@pytest.mark.parametrize("scale", [64.0, 80.0])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_small_gradients_of_rows_beside_another_class(
+    backend: str, scale: float, factor: float
+) -> None:
+    """Factors are e^-lse there, and products in bf16 take the smallest numbers for 0."""
+    w, labels = torch.randn(50, 16, requires_grad=True), torch.arange(8)
+    x = w.detach()[labels + 20].bfloat16().requires_grad_()
+    loss = fmf.normalized_softmax(x, w, labels, scale, backend=backend)
+    found = torch.autograd.grad(loss * factor, (x, w))
+    x, w = (leaf.detach().double().requires_grad_() for leaf in (x, w))
+    loss = fmf.normalized_softmax(x, w, labels, scale, backend="reference")
+    for got, want in zip(found, torch.autograd.grad(loss, (x, w)), strict=True):
+        assert float((got.double() / factor - want).norm() / want.norm()) < 5e-3
+
+
 @each_backend
 def test_where_the_angular_case_begins(backend: str) -> None:
     """theta + m = pi belongs to it: with m = pi and theta = 0, psi = cos(pi) = -1."""
