@@ -532,7 +532,7 @@ def test_export_with_a_dynamic_batch(dim: str, num_classes: int, memory_budget: 
         torch.testing.assert_close(module(*batch), step(*batch))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")  # is deprecated: torch 2.13, 2.14
 # sizes are constants of a trace, as of any model that checks them
 @pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")
 @pytest.mark.filterwarnings("ignore:torch.from_numpy results are registered as constants")
