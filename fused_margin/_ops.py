@@ -542,9 +542,9 @@ def _numbers(*values: Any) -> Tensor:
         one = torch.ones((), dtype=torch.float64, device="cpu")
         # Dynamo keeps a float symbolic in a product, and not in torch.tensor or torch.full
         return torch.stack([one * value for value in values])
-    if torch._C._len_torch_dispatch_stack() == 0:
+    if torch._C._len_torch_dispatch_stack() == 0 and not _is_traced_by_jit():
         return _kept_numbers(values)
-    return torch.tensor(values, dtype=torch.float64, device="cpu")  # which a mode sees
+    return torch.tensor(values, dtype=torch.float64, device="cpu")  # which a mode, or a trace, sees
 
 
 def cosine_lse(
