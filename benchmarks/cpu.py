@@ -16,8 +16,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from benchmarks import baselines, harness, memory, products
 
 CLASSES, DIM = 100_000, 512  # of the runs whose file is named after N alone
@@ -177,16 +175,7 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     settings = _parse(arguments)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    try:
-        result = measure(settings)
-    except harness.WrongResultError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    harness.save(settings, result, file_stem(result["shape"]))
-    print(table(result))
-    return 0
+    return harness.carry_out(settings, measure, table, lambda result: file_stem(result["shape"]))
 
 
 if __name__ == "__main__":

@@ -133,8 +133,8 @@ class Gate:
         loss = contender.step().detach()
         actual = self._split(loss, *contender.gradients())
         contender.clear()
-        errors = {part: _relative_error(actual[part], expected[part]) for part in expected}
-        forward_error = _relative_error(forward_loss, expected["loss"])
+        errors = {part: relative_error(actual[part], expected[part]) for part in expected}
+        forward_error = relative_error(forward_loss, expected["loss"])
         if not forward_error <= errors["loss"]:  # also where it is not a number
             errors["loss"] = forward_error
         tolerances = LOWER_BOUND_TOLERANCES if contender.drops_margin else TOLERANCES
@@ -169,7 +169,8 @@ def _exact(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return loss, d_x, d_w
 
 
-def _relative_error(value: Tensor, expected: Tensor) -> float:
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """Of all numbers together, by the Euclidean norm."""
     difference = torch.linalg.vector_norm(value.double() - expected)
     return float(difference / torch.linalg.vector_norm(expected))
 
@@ -468,6 +469,29 @@ def save(settings: argparse.Namespace, result: Mapping[str, Any], what: str) -> 
     if path is not None:
         write_json(path, result)
         progress(f"wrote {path}")
+
+
+def carry_out(
+    settings: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+    what: Callable[[dict[str, Any]], str],
+) -> int:
+    """Measure, save the result as what it is called, and print its table.
+
+    Returns:
+        the exit status: 1 if a result of this package is wrong.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    try:
+        result = measure(settings)
+    except WrongResultError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    save(settings, result, what(result))
+    print(table(result))
+    return 0
 
 
 def progress(message: str) -> None:

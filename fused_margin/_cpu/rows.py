@@ -302,6 +302,12 @@ def project(rows: Vectors, gradient: torch.Tensor) -> np.ndarray:
     return radial
 
 
+def add_shared(q: torch.Tensor, of_hat: torch.Tensor | None, w: Vectors) -> None:
+    """Add to q / ||w||, (R, D), of some classes what all share: see `RowGradients`."""
+    if of_hat is not None:
+        q.addr_(w.inverse, of_hat.to(q.dtype))
+
+
 class RowGradients(NamedTuple):
     """Gradients of what a forward returns.
 
@@ -315,11 +321,6 @@ class RowGradients(NamedTuple):
     u: np.ndarray
     total: np.ndarray | None = None
     of_hat: torch.Tensor | None = None
-
-    def add_shared(self, q: torch.Tensor, w: Vectors) -> None:
-        """Add what all classes share to q / ||w||, (C, D)."""
-        if self.of_hat is not None:
-            q.addr_(w.inverse, self.of_hat.to(q.dtype))
 
 
 def chain(slopes: Slopes, ignored: torch.Tensor | None) -> RowGradients:

@@ -19,6 +19,7 @@ from fused_margin._cpu.rows import (
     Problem,
     RowGradients,
     Vectors,
+    add_shared,
     embeddings,
     measure,
     project,
@@ -175,7 +176,7 @@ def backward(
     q, v = products
     d_x = d_w = d_scale = None
     if q is not None:
-        g.add_shared(q, w)
+        add_shared(q, g.of_hat, w)
         project(w, q)
         d_w = q.to(problem.w.dtype)
     if v is not None:

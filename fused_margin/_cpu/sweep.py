@@ -27,6 +27,7 @@ from fused_margin._cpu.rows import (
     Problem,
     RowGradients,
     Vectors,
+    add_shared,
     embeddings,
     measure,
     project,
@@ -357,8 +358,7 @@ class WeightGradient:
         if len(block.rows):
             of_target = self.of_target[block.rows] * inverse[block.targets, None]
             tangent.index_add_(0, block.targets, of_target)
-        if self.of_hat is not None:
-            tangent.addr_(inverse, self.of_hat)
+        add_shared(tangent, self.of_hat, block.weight)
 
     def radial_of_all(self, block: Block) -> torch.Tensor | float:
         """What all classes share, in the direction of w_hat, over ||w||^2, (B,)."""

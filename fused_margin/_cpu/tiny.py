@@ -16,6 +16,7 @@ from fused_margin._arguments import Gradients, Needs, Swept
 from fused_margin._cpu.rows import (
     Problem,
     RowGradients,
+    add_shared,
     embeddings,
     inverse_norms,
     project,
@@ -123,7 +124,7 @@ def backward(
     d_x = d_w = d_scale = None
     if needs.w:
         q = torch.from_numpy(factors @ view_of(x.values))
-        g.add_shared(q, w)
+        add_shared(q, g.of_hat, w)
         project(w, q)
         d_w = q.to(problem.w.dtype)
     if needs.x or needs.scale:
