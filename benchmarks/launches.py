@@ -21,6 +21,7 @@ from triton.runtime.jit import create_function_from_signature
 from fused_margin import tuning
 from fused_margin._arguments import Extras, Inputs, Needs, Slopes
 from fused_margin._triton import launch, planning, tiles
+from fused_margin._triton.arguments import NO_OTHERS
 from fused_margin.margins import angular
 
 KERNELS = tuple(name for name in vars(launch) if name.endswith("_kernel"))
@@ -182,13 +183,13 @@ def variant(launched: Launch) -> str:
     """The kernel's name, and words for what makes it another kernel to the compiler."""
     given = dict(zip(launched.kernel.arg_names, launched.arguments, strict=False))
     name, words = launched.kernel.__name__, []
-    if given.get("kept") is not None:
+    if "kept" in given and given["kept"].entries is not None:
         if name != "sweep_kernel":
             words.append("kept")
         else:
             words.append("lent" if given["kept"].shifts is None else "keeping")
-    chunk, rows = given.get("chunk"), given.get("rows")
-    if name in ("sweep_kernel", "gradient_kernel") and rows is not None and rows.others is not None:
+    chunk = given.get("chunk")
+    if name in ("sweep_kernel", "gradient_kernel") and given["rows"].others is not NO_OTHERS:
         words.append("shaped" if launched.keywords["P"].CENTERS == 1 else "centres")
     if name == "gradient_kernel" and chunk is not None and chunk.row_radial is not None:
         words.append("only")
@@ -196,6 +197,8 @@ def variant(launched: Launch) -> str:
         words.append("only")
     if name == "embeddings_kernel" and chunk is not None and chunk.radial is None:
         words.append("lent")
+    if "beyond" in given and given["beyond"].ptr is not None:
+        words.append("beyond")
     if given.get("x_desc") is not None:
         words.append("described")
     if given.get("w") is not None and given["w"].index is not None:
@@ -218,6 +221,7 @@ def defaults(target: GPUTarget, operands: str, dim: int) -> dict[str, Launch]:
             if p.lent is not None and planning.FUSED_DIM < dim <= p.lent.weight.d:
                 with planning.override("lent"):
                     step(max(64, dim // 2), MANY[1], dim, given)  # rows of d_w are long enough
+                    step(3 * dim, MANY[1], dim, given)  # they are too short
             if dim == SHAPED_DIM:
                 with planning.override("chunked"):
                     shaped_step(*MANY, dim, given, 1)

@@ -43,8 +43,8 @@ and its derivative add 120 GB of C x D, 28 ms.
 **Memory** is the peak above x, W, labels, d_x and d_w, by the count of what is allocated.
 
 "lent" keeps an exponential for each cosine where d_w will be, e_g NC written by the forward and
-read by each of the two products of the backward, which has no G. W is read by the forward and by
-both products. They have room while e_g N <= e_w D; else it is "chunked".
+read by both products of the backward, each with W. All have room while e_g N <= e_w D, else those
+of the first rows; the others' are formed again by chunks ("chunked" if less than a quarter has).
 
 For Hopper GPUs a second table, of the package's own choice of strategy and of those that --strategy
 names, predicts the time of each kernel, from its launches and its compiled code
@@ -67,18 +67,17 @@ from benchmarks.shapes import SHAPES, Shape
 from fused_margin import _cpu, _ops, _validate
 from fused_margin._cpu import single, sweep
 from fused_margin._cpu.backend import LARGER_BLOCKS
-from fused_margin._triton.arguments import pitch
-from fused_margin._triton.tiles import LENT
+from fused_margin._triton.tiles import LENT, rows_held
 
-# The backward's chunk of G, and all its partials of d_x (`fused_margin._triton.launch`).
+# The backward's chunk of G, and all its partials of d_x (`launch` and `operands` of the package).
 CHUNK_BYTES = 64 << 20
 PARTIAL_BYTES = 64 << 20
 # Partials come from about two tiles of d_x for each multiprocessor of a large GPU.
 PARTIAL_TILES, PARTIAL_TILE = 264, 128 * 128
 
-GPU_STRATEGIES = ("chunked", "fused", "kept", "lent")
-STRATEGIES = ("eager", "cpu", *GPU_STRATEGIES)
+STRATEGIES = ("eager", "cpu", *(GPU_STRATEGIES := ("chunked", "fused", "kept", "lent")))
 LENT_DIM = max(lent.weight.d for lent in LENT.values())  # the largest that a tile holds
+LENT_TILE = max(lent.weight.n for lent in LENT.values())  # of which d_w holds whole ones
 SCALE = 64.0  # one whose exponentials need no shift
 
 
@@ -313,18 +312,18 @@ def partial_bytes(shape: Shape, dtypes: Dtypes) -> float:
     return float(max(one, min(PARTIAL_BYTES, PARTIAL_TILES * PARTIAL_TILE * a)))
 
 
-def is_lent(shape: Shape, dtypes: Dtypes) -> bool:
-    """Whether exponentials have room in the memory of d_w, and a tile holds a row of it."""
+def lent_share(shape: Shape, dtypes: Dtypes) -> float:
+    """Of the exponentials, what has room in the memory of d_w."""
     itemsize = 4 if dtypes.operand == "fp16" else dtypes.compute.itemsize
-    fits = itemsize * pitch(shape.num_rows) <= dtypes.w.itemsize * shape.dim
-    return fits and shape.dim <= LENT_DIM
+    columns = dtypes.w.itemsize * shape.dim // itemsize if shape.dim <= LENT_DIM else 0
+    return rows_held(shape.num_rows, columns, LENT_TILE) / shape.num_rows
 
 
 def _work_gpu(shape: Shape, dtypes: Dtypes, strategy: str, *, backward: bool) -> Work:
     num_rows, num_classes, dim = shape.num_rows, shape.num_classes, shape.dim
     logits, product = num_rows * num_classes, 2.0 * num_rows * num_classes * dim
-    lends = strategy == "lent" and is_lent(shape, dtypes)
-    keeps = strategy == "kept" or lends
+    lent = lent_share(shape, dtypes) if strategy == "lent" else 0.0
+    held = 1.0 if strategy == "kept" else lent
     weight = float(dtypes.w.itemsize * num_classes * dim)
     rows = _row_bytes(shape, dtypes, backward=backward)
     norms = dtypes.accumulate.itemsize * num_classes
@@ -336,17 +335,17 @@ def _work_gpu(shape: Shape, dtypes: Dtypes, strategy: str, *, backward: bool) ->
     operand_g = "tf32" if dtypes.operand == "fp16" else dtypes.operand
     itemsize_g = 4 if dtypes.operand == "fp16" else dtypes.compute.itemsize
     # times they are formed, in all
-    cosines = 3 if strategy == "fused" else 1 if keeps else 2
+    cosines = 3 if strategy == "fused" else 2 - held
     flops = {dtypes.operand: cosines * product}
     flops[operand_g] = flops.get(operand_g, 0.0) + 2.0 * product
     partials = partial_bytes(shape, dtypes)
-    reads_of_weight = 3 if strategy == "fused" or lends else 2
-    kept_bytes = float(itemsize_g * logits if keeps else 0)
+    reads_of_weight = (3 if strategy == "fused" or lent else 2) + (0.0 < lent < 1.0)
+    kept_bytes = float(itemsize_g * logits * held)
     chunk = l2_bytes = 0.0
-    if strategy != "fused" and not lends:
-        chunk = float(min(CHUNK_BYTES, itemsize_g * logits))
-        num_chunks = itemsize_g * logits / chunk
-        l2_bytes = 3.0 * itemsize_g * logits + 2.0 * partials * max(num_chunks - 1.0, 0.0)
+    if strategy != "fused" and lent < 1.0:
+        of_chunks = itemsize_g * logits * (1.0 - lent)
+        chunk = float(min(CHUNK_BYTES, of_chunks))
+        l2_bytes = 3.0 * of_chunks + 2.0 * partials * max(of_chunks / chunk - 1.0, 0.0)
     return Work(
         flops=flops,
         # for what is kept on top an exponential and a logarithm, besides the forward's
@@ -354,9 +353,9 @@ def _work_gpu(shape: Shape, dtypes: Dtypes, strategy: str, *, backward: bool) ->
         bytes=(reads_of_weight + 1) * weight
         + rows
         + 2.0 * partials
-        + (3.0 if lends else 2.0) * kept_bytes,
+        + (3.0 if lent else 2.0) * kept_bytes,
         l2_bytes=l2_bytes,
-        memory=norms + partials + chunk + (0.0 if lends else kept_bytes),
+        memory=norms + partials + chunk + (0.0 if lent else kept_bytes),
     )
 
 

@@ -84,7 +84,9 @@ def _sweep(call: _Call) -> Traffic:
     row_blocks, class_blocks = call.launch.grid[0], cdiv(call.C, call.c)
     x, w = call.N * call.D * call.size("operand"), call.C * call.D * call.size("w")
     passes = 2 if call.launch.keywords["P"].NORMALIZE_FIRST else 1  # norms of W come first
-    kept = 0 if call.kept is None else call.C * call.kept.pitch * call.kept.entries.element_size()
+    kept = 0
+    if call.kept.entries is not None:
+        kept = call.C * call.kept.pitch * call.kept.entries.element_size()
     tiles = row_blocks * class_blocks
     return Traffic(
         flops=2.0 * call.N * call.C * call.D,
@@ -103,7 +105,7 @@ def _gradient(call: _Call) -> Traffic:
     tiles = row_blocks * class_blocks
     g = classes * call.chunk.pitch * call.chunk.g.element_size()
     rows = ROW_BYTES * call.N * class_blocks
-    if call.kept is not None:
+    if call.kept.entries is not None:
         kept = classes * call.kept.pitch * call.kept.entries.element_size()
         return Traffic(
             l2_bytes=kept + rows + g, memory_bytes=kept, scratch_bytes=g,
@@ -171,16 +173,22 @@ def _lent_prepare(call: _Call) -> Traffic:
 
 
 def _lent_weight(call: _Call) -> Traffic:
-    class_blocks = cdiv(call.C, call.c)
-    x, q = call.N * call.D * call.size("operand"), call.C * pitch(call.N) * call.size("q")
-    matrices = call.C * call.D * (call.size("w") + call.size("d_w_ptr"))
+    class_blocks, classes = cdiv(call.num_classes, call.c), call.num_classes
+    num_rows, q = call.num_lent, classes * pitch(call.num_lent) * call.size("q")
+    beyond = 0  # of rows whose exponentials lie elsewhere
+    if call.beyond.ptr is not None:
+        num_rows += call.num_beyond
+        beyond = classes * pitch(call.num_beyond) * call.size("beyond")
+    x = num_rows * call.D * call.size("operand")
+    matrices = classes * call.D * (call.size("w") + call.size("d_w_ptr"))
     return Traffic(
-        flops=2.0 * call.N * call.C * call.D,
-        l2_bytes=q + x * class_blocks + matrices,
+        flops=2.0 * num_rows * classes * call.D,
+        l2_bytes=q + beyond + x * class_blocks + matrices,
         memory_bytes=x + q + matrices,
+        scratch_bytes=beyond,
         programs=class_blocks,
         tiles=class_blocks,
-        steps=class_blocks * cdiv(call.N, call.n),
+        steps=class_blocks * cdiv(num_rows, call.n),
     )
 
 

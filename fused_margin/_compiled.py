@@ -39,6 +39,12 @@ def _(like: torch.Tensor, kind: str, message: str) -> torch.Tensor:
     return like.new_empty(())
 
 
+def _is_exporting() -> bool:
+    # in torch 2.11 Dynamo takes the public function for True, whatever it traces for
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
 def raising(num_outputs: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a function that returns so many tensors, and checks what it is given."""
 
@@ -47,7 +53,7 @@ def raising(num_outputs: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
             try:
                 return function(*args, **kwargs)
             except (TypeError, ValueError) as error:
-                if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+                if not torch.compiler.is_dynamo_compiling() or _is_exporting():
                     if isinstance(error, TypeError):
                         _names.explain(error, function, args, kwargs)
                     raise

@@ -102,8 +102,9 @@ def _integer(name: str, value: Any, kinds: str = "an int", remedy: str = "") -> 
     if type(value) is int:  # first, as Dynamo traces it on a symbolic int
         return value
     if not _is_bool(value):
-        with contextlib.suppress(TypeError):
-            return operator.index(value)
+        if hasattr(value, "__index__"):  # what index() raises torch 2.11 can't trace
+            with contextlib.suppress(TypeError):
+                return operator.index(value)
         if not remedy and (isinstance(value, str) or _is_real(value)):
             remedy = "; convert it with int()"
     raise TypeError(f"{name} must be {kinds}, got {_shown(value)}{remedy}")

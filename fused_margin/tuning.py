@@ -264,7 +264,7 @@ def tune(
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r} but torch.cuda.is_available() is false")
     from fused_margin._triton import planning, tuned
-    from fused_margin._triton.launch import guard
+    from fused_margin._triton.operands import guard
 
     deadline = time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
@@ -307,7 +307,7 @@ def tune_once(x: torch.Tensor, w: torch.Tensor, compute_dtype: torch.dtype) -> N
     if not x.shape[0]:
         return
     from fused_margin._triton import planning, tuned
-    from fused_margin._triton.launch import guard
+    from fused_margin._triton.operands import guard
 
     with guard(x):
         if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -1,7 +1,9 @@
 """What kernels take as one argument each: Triton opens a NamedTuple inside the kernel.
 
-A field that is None is known at compile time, so that its presence is a flag. Sizes are arguments
-of their own, as are fp64 numbers: Triton types a float in a tuple as fp32.
+A field that is None is known at compile time, so that its presence is a flag. A group itself is
+always given, without fields if there is nothing in it: Triton 3.6 can't compare a group that has a
+field None with None. Sizes are arguments of their own, as are fp64 numbers: Triton types a float in
+a tuple as fp32.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ class Matrix(NamedTuple):
         index: where each row is, (R,) int64, in rows from ``ptr`` on; None: one after the other.
     """
 
-    ptr: Tensor
-    stride_row: int
-    stride_d: int
+    ptr: Tensor | None = None
+    stride_row: int = 0
+    stride_d: int = 0
     index: Tensor | None = None
 
     @classmethod
@@ -44,35 +46,6 @@ class Matrix(NamedTuple):
             padded = torch.nn.functional.pad(index, (READ_BEYOND, READ_BEYOND))
             index = padded[READ_BEYOND:-READ_BEYOND]
         return cls(tensor, *tensor.stride(), index)
-
-
-class Rows(NamedTuple):
-    """What is known of each row of the batch, (N,) each.
-
-    Attributes:
-        labels: of any integer dtype, with their stride.
-        u: target cosines, fp64. inv_x: inverse norms. lse: fp64 (eq. 2).
-        slope_lse, slope_u: derivatives of the row's own loss by lse and u; gradients of these two
-            where there is no ``grad``.
-        grad: gradient of the loss, with its stride: 0 where it is one number. Labels that come with
-            it are `margin_ce`'s, which mark ignored rows.
-        num_counted: 0-d, over what a mean was taken.
-        scale: 0-d, where it is no Python number.
-        others: what else than exp(s c) is made of other classes, None where nothing is.
-    """
-
-    labels: Tensor
-    stride_label: int
-    u: Tensor
-    inv_x: Tensor | None = None
-    lse: Tensor | None = None
-    slope_lse: Tensor | None = None
-    slope_u: Tensor | None = None
-    grad: Tensor | None = None
-    stride_grad: int = 0
-    num_counted: Tensor | None = None
-    scale: Tensor | None = None
-    others: Others | None = None
 
 
 class Others(NamedTuple):
@@ -98,21 +71,53 @@ class Others(NamedTuple):
     slope_total: Tensor | None = None
 
 
+NO_OTHERS = Others()
+
+
+class Rows(NamedTuple):
+    """What is known of each row of the batch, (N,) each.
+
+    Attributes:
+        labels: of any integer dtype, with their stride.
+        u: target cosines, fp64. inv_x: inverse norms. lse: fp64 (eq. 2).
+        slope_lse, slope_u: derivatives of the row's own loss by lse and u; gradients of these two
+            where there is no ``grad``.
+        grad: gradient of the loss, with its stride: 0 where it is one number. Labels that come with
+            it are `margin_ce`'s, which mark ignored rows.
+        num_counted: 0-d, over what a mean was taken.
+        scale: 0-d, where it is no Python number.
+        others: what else than exp(s c) is made of other classes.
+    """
+
+    labels: Tensor
+    stride_label: int
+    u: Tensor
+    inv_x: Tensor | None = None
+    lse: Tensor | None = None
+    slope_lse: Tensor | None = None
+    slope_u: Tensor | None = None
+    grad: Tensor | None = None
+    stride_grad: int = 0
+    num_counted: Tensor | None = None
+    scale: Tensor | None = None
+    others: Others = NO_OTHERS
+
+
 class LossOutputs(NamedTuple):
-    """What `rows_kernel` makes of a margin.
+    """What `rows_kernel` makes of a margin; nothing where there is none.
 
     Attributes:
         rows: loss of each row, (N,). reduced: 0-d, None where it isn't. targets: labels with
             ignored and invalid rows marked, (N,) int64.
     """
 
-    rows: Tensor
-    reduced: Tensor | None
-    targets: Tensor
+    rows: Tensor | None = None
+    reduced: Tensor | None = None
+    targets: Tensor | None = None
 
 
 class Kept(NamedTuple):
-    """What a sweep keeps of its cosines.
+    """What a sweep keeps of its cosines; nothing where there are no entries.
 
     Attributes:
         entries: (C, pitch) in rows of ``stride``, in the dtype of G. shifts: (class blocks, pitch),
@@ -121,10 +126,10 @@ class Kept(NamedTuple):
         pitch: N up to a multiple of `PITCH`.
     """
 
-    entries: Tensor
-    shifts: Tensor | None
-    pitch: int
-    stride: int
+    entries: Tensor | None = None
+    shifts: Tensor | None = None
+    pitch: int = 0
+    stride: int = 0
 
 
 class Chunk(NamedTuple):

@@ -177,7 +177,7 @@ def _finish_gradient(
     mask_n = offs_n < N
     mask = mask_c[:, None] & (offs_n < chunk.pitch)[None, :]
     labels, _, g_lse, g_u, lse, u, inv_x = _row_quantities(rows, offs_n, mask_n, P.ACC, BLOCK_N)
-    if kept is not None:
+    if kept.entries is not None:
         entries = tl.load(kept.entries + offs_c.to(tl.int64)[:, None] * kept.pitch
                           + offs_n[None, :], mask=mask, other=0.0).to(P.ACC)  # fmt: skip
         shift = tl.load(kept.shifts + (offs_c // KEPT_BLOCK).to(tl.int64)[:, None] * kept.pitch
@@ -187,7 +187,8 @@ def _finish_gradient(
         cos = tile
         if not P.NORMALIZE_FIRST:
             cos = cos * inv_w[:, None] * inv_x[None, :]
-        if rows.others is not None:
+        IS_SHAPED: tl.constexpr = rows.others.threshold is not None or P.CENTERS > 1
+        if IS_SHAPED:
             g, cos = _shaped_gradient_tile(
                 cos, offs_c, mask_c, first_row, rows, num_rows, s, g_lse, g_u, lse, u, N, P,
                 BLOCK_C, BLOCK_N,
@@ -222,7 +223,7 @@ def gradient_kernel(
     s = load_scale(scale, rows, P.ACC)
     inv_w = tl.load(inv_w_ptr + offs_c, mask=mask_c, other=0.0)
     tile = tl.zeros([BLOCK_C, BLOCK_N], P.ACC)
-    if kept is None:
+    if kept.entries is None:
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         _, mask_x = _used_rows(rows, offs_n, offs_n < N)
         inv_x = tl.zeros([BLOCK_N], P.ACC)
@@ -232,15 +233,15 @@ def gradient_kernel(
             operand, w, x_desc, w_desc, pid_n * BLOCK_N, first_class + pid_c * BLOCK_C,
             offs_n, offs_c, mask_x, mask_c, inv_x, inv_w, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
         )  # fmt: skip
-    row_radial = chunk.row_radial
-    if row_radial is not None:
-        row_radial += pid_c.to(tl.int64) * N
+    row_radial_ptr = chunk.row_radial
+    if row_radial_ptr is not None:
+        row_radial_ptr += pid_c.to(tl.int64) * N
     parts = in_parts(tile, BLOCK_C, BLOCK_N, EIGHTHS)
     PARTS: tl.constexpr = len(parts)
     radial = tl.zeros([BLOCK_C], P.ACC)
     for i in tl.static_range(PARTS):
         radial += _finish_gradient(
-            parts[i], rows, kept, chunk, row_radial, s, inv_w, offs_local, offs_c, mask_c,
+            parts[i], rows, kept, chunk, row_radial_ptr, s, inv_w, offs_local, offs_c, mask_c,
             pid_n * BLOCK_N + i * (BLOCK_N // PARTS), N, num_classes + first_class, KEPT_BLOCK, P,
             BLOCK_N // PARTS, BLOCK_C,
         )  # fmt: skip

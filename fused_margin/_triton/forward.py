@@ -159,7 +159,7 @@ def _sweep(
     total = tl.zeros([BLOCK_N], P.ACC)
     weighted = tl.zeros([BLOCK_N], P.ACC)
     mask_n = offs_n < N
-    IS_LENT: tl.constexpr = kept is not None and kept.shifts is None
+    IS_LENT: tl.constexpr = kept.entries is not None and kept.shifts is None
     run_max = tl.full([BLOCK_N], -float("inf"), P.ACC)
     run_sum = tl.zeros([BLOCK_N], P.ACC)
     for block in range(first, last):
@@ -180,20 +180,19 @@ def _sweep(
         z = tl.where(is_own | ~mask_c[None, :], -float("inf"), z)
         if P.CENTERS > 1:
             z = nearest_of_columns(z, P, BLOCK_N, BLOCK_C)
-        if others is not None:
-            if others.nearer is not None:
-                largest = tl.max(z, axis=1)
-                # the first class of those
-                index = tl.min(tl.where(z == largest[:, None], offs_c[None, :], C), axis=1)
-                best_class = tl.where(largest > best, index // P.CENTERS, best_class)
-                best = tl.maximum(best, largest)
-                nearer = s * tl.load(others.nearer + offs_n, mask=mask_n, other=0.0)
-                count += tl.sum((z > nearer[:, None]).to(tl.int32), axis=1)
-            if others.threshold is not None:
-                threshold = s * tl.load(others.threshold + offs_n, mask=mask_n, other=0.0)
-                z, _ = shaped(z, threshold[:, None], others, s)
-            if others.total is not None:
-                total += tl.sum(tl.where(z == -float("inf"), 0.0, z), axis=1)
+        if others.nearer is not None:
+            largest = tl.max(z, axis=1)
+            # the first class of those
+            index = tl.min(tl.where(z == largest[:, None], offs_c[None, :], C), axis=1)
+            best_class = tl.where(largest > best, index // P.CENTERS, best_class)
+            best = tl.maximum(best, largest)
+            nearer = s * tl.load(others.nearer + offs_n, mask=mask_n, other=0.0)
+            count += tl.sum((z > nearer[:, None]).to(tl.int32), axis=1)
+        if others.threshold is not None:
+            threshold = s * tl.load(others.threshold + offs_n, mask=mask_n, other=0.0)
+            z, _ = shaped(z, threshold[:, None], others, s)
+        if others.total is not None:
+            total += tl.sum(tl.where(z == -float("inf"), 0.0, z), axis=1)
         if IS_LENT:  # exponentials need no shift
             new_max = tl.zeros([BLOCK_N], P.ACC)
         else:
@@ -202,26 +201,25 @@ def _sweep(
         shift = tl.where(new_max == -float("inf"), 0.0, new_max)
         z = z - shift[:, None]
         e = tl.exp(z)
-        if kept is not None:
+        if kept.entries is not None:
             if IS_LENT:
                 _lend(kept, e, inv_w, offs_n, offs_c, C)
             else:
                 _keep(kept, z, e, shift, block, offs_n, offs_c)
         run_sum = run_sum * tl.exp(run_max - shift) + tl.sum(e, axis=1)
-        if others is not None and others.weighted is not None:
+        if others.weighted is not None:
             logits = tl.where(e > 0.0, z + shift[:, None], 0.0)
             weighted = weighted * tl.exp(run_max - shift) + tl.sum(e * logits, axis=1)
         run_max = new_max
-    if others is not None:
-        offs = split.to(tl.int64) * N + offs_n
-        if others.nearer is not None:
-            tl.store(others.best + offs, best, mask=mask_n)
-            tl.store(others.best_class + offs, best_class, mask=mask_n)
-            tl.store(others.count + offs, count, mask=mask_n)
-        if others.total is not None:
-            tl.store(others.total + offs, total / s, mask=mask_n)
-        if others.weighted is not None:
-            tl.store(others.weighted + offs, weighted, mask=mask_n)
+    offs = split.to(tl.int64) * N + offs_n
+    if others.nearer is not None:
+        tl.store(others.best + offs, best, mask=mask_n)
+        tl.store(others.best_class + offs, best_class, mask=mask_n)
+        tl.store(others.count + offs, count, mask=mask_n)
+    if others.total is not None:
+        tl.store(others.total + offs, total / s, mask=mask_n)
+    if others.weighted is not None:
+        tl.store(others.weighted + offs, weighted, mask=mask_n)
     return run_max, run_sum
 
 
@@ -235,9 +233,9 @@ def sweep_kernel(
 
     A sweep leaves the maximum of the scaled cosines of all but the target, and the sum of their
     exponentials relative to it, in ``partial`` (num_splits, 2, N). ``operand`` is x, or x in the
-    dtype of the product; with descriptors, what `prepare_kernel` made of x. With ``kept`` a sweep
-    leaves there, of each cosine, either z = s c - shift, where that is above -1, or exp(z); or
-    exp(s c) / ||w||, if d_w is lent.
+    dtype of the product; with descriptors, what `prepare_kernel` made of x. In ``kept``, if it has
+    entries, a sweep leaves of each cosine either z = s c - shift, where that is above -1, or
+    exp(z); or exp(s c) / ||w||, if d_w is lent.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -334,12 +332,12 @@ def rows_kernel(
         mask_n = offs_n < N
         lse = _merge(partial_ptr, offs_n, mask_n, N, num_splits, P.ACC, BLOCK_S, BLOCK_N)
         tl.store(rows.lse + offs_n, lse, mask=mask_n)
-        if losses is not None:
+        if losses.rows is not None:
             total += _row_losses(
                 rows, losses, lse, offs_n, mask_n, scale, cos_m, sin_m, threshold, offset,
                 ignore_index, C, STRAIGHT_THROUGH, P.ACC,
             )  # fmt: skip
-    if losses is not None and start == 0:
+    if losses.rows is not None and start == 0:
         count = tl.zeros([BLOCK_N], tl.int64)
         for n in range(0, N, BLOCK_N):
             offs_n = n + tl.arange(0, BLOCK_N)

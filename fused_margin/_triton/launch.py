@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_margin import _loans
 from fused_margin._arguments import (
@@ -39,25 +37,39 @@ from fused_margin._triton.lent import (
     lent_targets_kernel,
     lent_weight_kernel,
 )
+from fused_margin._triton.operands import (
+    Call,
+    Left,
+    describe,
+    guard,
+    keywords,
+    loadable,
+    merged,
+    operand_of,
+    room_for_others,
+    root_of,
+    rows_of_block,
+    some_rows,
+    split_count,
+)
 from fused_margin._triton.planning import (
-    LAUNCH_BOUND,
     Plan,
     backward_strategy,
     is_lent,
     kept_parts,
     kept_shape,
+    lent_rows,
     plain_plan,
     plan,
     with_centers,
 )
-from fused_margin._triton.tiles import Lent, Tile, cdiv, cut, power_of_two
+from fused_margin._triton.tiles import cdiv, cut, power_of_two
 from fused_margin.margins import NO_MARGIN, Margin
 
 Tensor = torch.Tensor
 
-# Bytes of the chunk of G that the backward keeps at a time, and of all partials of d_x.
+# Bytes of the chunk of G that the backward keeps at a time.
 CHUNK_BYTES = 64 << 20
-PARTIAL_BYTES = 64 << 20
 # Most rows of a tile of `gradient_kernel` where it has no product.
 KEPT_GRADIENT_ROWS = 64
 # Rows and columns that a program of `prepare_kernel` or `finish_kernel` works on at a time: few, to
@@ -69,19 +81,6 @@ MERGED_SPLITS, MERGED_ROWS = 32, 128
 SCANNED_ROWS = 64
 
 
-def guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Kernels launch on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-
-
-def _run(tile: Tile) -> dict[str, Any]:
-    """A tile as keywords of a kernel."""
-    return {
-        "BLOCK_N": tile.n, "BLOCK_C": tile.c, "BLOCK_D": tile.d,
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True,
-    }  # fmt: skip
-
-
 def _plan(inputs: Inputs) -> Plan:
     """The plan of a call; descriptors know neither classes with several rows nor some of them."""
     x, w, compute_dtype, extras = inputs.x, inputs.w, inputs.compute_dtype, inputs.extras
@@ -90,28 +89,6 @@ def _plan(inputs: Inputs) -> Plan:
         return p
     p = plain_plan(x, w, compute_dtype) if p.descriptors else p
     return with_centers(p, extras.centers)
-
-
-def _block_rows(tile: Tile, p: Plan) -> int:
-    """Rows of W in a block of classes."""
-    return tile.c // p.precision.PLACES * p.precision.CENTERS
-
-
-def _loadable(labels: Tensor) -> Tensor:
-    """Kernels load 8 to 64 bit integers; Triton has no wide unsigned tensors from PyTorch."""
-    wide_unsigned = (torch.uint16, torch.uint32, torch.uint64)
-    return labels.long() if labels.dtype in wide_unsigned else labels
-
-
-def _operand(x: Tensor, num_classes: int, p: Plan) -> Tensor:
-    """x as the sweep multiplies it: cast once where each tile of the classes would cast it again.
-
-    fp16 operands are normalised first, in the tile; a step that is bound by its launches has none
-    to spare.
-    """
-    if p.precision.NORMALIZE_FIRST or x.shape[0] * num_classes <= LAUNCH_BOUND:
-        return x
-    return x.to(p.compute)
 
 
 def _prepare(
@@ -128,17 +105,12 @@ def _prepare(
     return operand[:, :dim]
 
 
-def _describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A descriptor of blocks of a matrix."""
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
-
-
 def _sweep(
     inputs: Inputs,
     p: Plan,
     rows: Rows,
     swept: Swept,
-    loan: Loan | None,
+    left: Left | None,
     ignore_index: int | None,
     weighs: bool = False,
 ) -> tuple[Tensor, Others | None]:
@@ -151,9 +123,9 @@ def _sweep(
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     kept, kept_block = kept_parts(swept.kept, num_rows, p)
     tile = p.tiles.forward
-    if loan is not None:
-        q, tiles = loan.left
-        kept = Kept(q, None, pitch(num_rows), q.stride(0))
+    if left is not None:
+        q, tiles, num_lent = left
+        kept = Kept(q, None, pitch(num_lent), q.stride(0))
         # addresses of listed rows take registers
         fewer = p.tiles.asked_rows if inputs.extras.classes is not None else tiles.rows
         tile = tile.with_rows(min(tiles.rows, fewer))
@@ -164,84 +136,35 @@ def _sweep(
     tile = cut(tile, num_rows, num_classes, dim)
     if kept_block:
         tile = tile.with_classes(kept_block)
-    class_blocks, row_blocks = cdiv(num_classes, _block_rows(tile, p)), cdiv(num_rows, tile.n)
+    class_blocks, row_blocks = cdiv(num_classes, rows_of_block(tile, p)), cdiv(num_rows, tile.n)
     # one program of each row block is for its target cosines
     splits = min(class_blocks, max(1, p.programs // max(row_blocks, 1) - 1))
     blocks_per_split = cdiv(class_blocks, splits)
     splits = cdiv(class_blocks, blocks_per_split)
     partial = x.new_empty((splits, 2, num_rows), dtype=p.accumulate)
     if asks:
-        rows = rows._replace(others=_others(inputs, p, splits, weighs))
+        rows = rows._replace(others=room_for_others(inputs, p, splits, weighs))
     x_desc = w_desc = None
     if p.descriptors:
         operand = _prepare(p, x, rows, swept.inv_x, ignore_index)
-        x_desc, w_desc = _describe(operand, tile.n, tile.d), _describe(w, tile.c, tile.d)
+        x_desc, w_desc = describe(operand, tile.n, tile.d), describe(w, tile.c, tile.d)
     else:
-        operand = _operand(x, num_classes, p)
+        operand = operand_of(x, num_classes, p)
     sweep_kernel[(row_blocks, splits + 1)](
         Matrix.of(x), Matrix.of(operand), Matrix.of(w, inputs.extras.classes), x_desc, w_desc,
-        rows, partial, swept.inv_w, kept, inputs.scale, ignore_index or 0, num_rows, num_classes,
-        dim, blocks_per_split, SOME_IGNORED=ignore_index is not None, P=p.precision, **_run(tile),
+        rows, partial, swept.inv_w, kept or Kept(), inputs.scale, ignore_index or 0, num_rows,
+        num_classes, dim, blocks_per_split, SOME_IGNORED=ignore_index is not None, P=p.precision,
+        **keywords(tile),
     )  # fmt: skip
-    return partial, rows.others
+    return partial, rows.others if asks else None
 
 
-def _others(inputs: Inputs, p: Plan, splits: int, weighs: bool) -> Others:
-    """What a sweep of so many splits is told of other classes, with memory for what it finds."""
-    extras, num_rows = inputs.extras, inputs.x.shape[0]
-
-    def empty(is_asked: bool, dtype: torch.dtype = p.accumulate) -> Tensor | None:
-        return inputs.x.new_empty((splits, num_rows), dtype=dtype) if is_asked else None
-
-    looks, adds = extras.nearer is not None, extras.adds_in_sweep
-    return Others(
-        extras.threshold, extras.phi, _root(extras), extras.nearer, empty(looks),
-        empty(looks, torch.int32), empty(looks, torch.int32), empty(adds), empty(weighs),
-    )  # fmt: skip
-
-
-def _root(extras: Extras) -> Tensor | None:
-    """phi, as the flag that it has a root."""
-    return extras.phi if extras.phi is not None and extras.phi.shape[0] == 7 else None
-
-
-def _merged(inputs: Inputs, p: Plan, others: Others) -> Found:
-    """What the splits of a sweep found, together."""
-    extras = inputs.extras
-    found = Found.empty(inputs.x, p.accumulate, extras)
-    if others.total is not None:
-        found = found._replace(total=others.total.sum(dim=0, dtype=torch.float64))
-    if others.best is not None and others.best_class is not None and others.count is not None:
-        largest = others.best.amax(dim=0)
-        # the first class of those
-        last = torch.iinfo(torch.int32).max
-        hardest = others.best_class.masked_fill(others.best < largest, last).amin(dim=0)
-        scale = inputs.scale if inputs.scale_tensor is None else inputs.scale_tensor
-        found = found._replace(
-            hardest=hardest.long(), hardest_cosine=(largest / scale).to(p.accumulate),
-            rank=others.count.sum(dim=0),
-        )  # fmt: skip
-    return found
-
-
-class Left(NamedTuple):
-    """What a forward leaves in the memory of d_w.
-
-    Attributes:
-        q: exponentials, (C, N and more), in rows as long as those of d_w.
-        tiles: of the kernels that are to take them, whatever precision is asked for by then.
-    """
-
-    q: Tensor
-    tiles: Lent
-
-
-def _lend(w: Tensor, p: Plan) -> Loan | None:
+def _lend(x: Tensor, w: Tensor, p: Plan) -> Loan | None:
     """Memory of d_w, for a sweep to leave exponentials in; None if no tile holds its rows."""
     if p.lent is None:
         return None
     d_w = w.new_empty(w.shape)  # contiguous whatever the strides of w
-    return Loan(d_w, Left(d_w.view(p.gradient), p.lent))
+    return Loan(d_w, Left(d_w.view(p.gradient), p.lent, lent_rows(x, w, p)))
 
 
 def _memory(
@@ -252,7 +175,7 @@ def _memory(
     # to read another than a number would need a synchronisation
     may_lend = inputs.scale_tensor is None and not inputs.extras.reshapes and _loans.may_lend(w)
     if lends_for is not None and may_lend and is_lent(x, w, inputs.scale, p, budget):
-        loan = _lend(w, p)
+        loan = _lend(x, w, p)
     shape = kept_shape(x, w, inputs.compute_dtype, budget, inputs.extras)
     return Swept.empty(x, w, p.accumulate, shape), loan
 
@@ -264,13 +187,13 @@ def _rows(
     num_classes: int,
     scale: float,
     margin: Margin,
-    losses: LossOutputs | None,
+    losses: LossOutputs,
     reduction: str,
     ignore_index: int,
 ) -> None:
     """Launch what is linear in N: lse, and losses where they are asked for."""
     num_splits, _, num_rows = partial.shape
-    is_reduced = losses is not None and losses.reduced is not None
+    is_reduced = losses.reduced is not None
     rows_per_program = num_rows if is_reduced else MERGED_ROWS
     rows_kernel[(cdiv(num_rows, rows_per_program),)](
         partial, rows, losses, scale, margin.cos, margin.sin, margin.threshold, margin.offset,
@@ -290,15 +213,17 @@ def cosine_lse(
     swept, loan = _memory(inputs, p, budget, lends_for)
     found = Found.empty(x, p.accumulate, extras)
     if x.shape[0]:
-        labels = _loadable(inputs.labels)
+        labels = loadable(inputs.labels)
         rows = Rows(
             labels, labels.stride(0), swept.u, swept.inv_x, swept.lse, scale=inputs.scale_tensor
         )
         with guard(x):
-            partial, others = _sweep(inputs, p, rows, swept, loan, None)
-            _rows(p, rows, partial, w.shape[0], inputs.scale, NO_MARGIN, None, "none", 0)
+            partial, others = _sweep(
+                inputs, p, rows, swept, None if loan is None else loan.left, None
+            )
+            _rows(p, rows, partial, w.shape[0], inputs.scale, NO_MARGIN, LossOutputs(), "none", 0)
             if others is not None:
-                found = _merged(inputs, p, others)
+                found = merged(inputs, p, others)
     return swept, found, loan
 
 
@@ -317,14 +242,16 @@ def margin_ce(
     reduced = None if reduction == "none" else x.new_empty((), dtype=p.accumulate)
     outputs = Losses.empty(x, p.accumulate, is_reduced=False)  # rows' losses come first anyway
     if num_rows:
-        labels = _loadable(inputs.labels)
+        labels = loadable(inputs.labels)
         rows = Rows(
             labels, labels.stride(0), swept.u, swept.inv_x, swept.lse, outputs.slope_lse,
             outputs.slope_u, num_counted=outputs.num_counted,
         )  # fmt: skip
         losses = LossOutputs(outputs.loss, reduced, outputs.targets)
         with guard(x):
-            partial, _ = _sweep(inputs, p, rows, swept, loan, ignore_index)
+            partial, _ = _sweep(
+                inputs, p, rows, swept, None if loan is None else loan.left, ignore_index
+            )
             _rows(
                 p, rows, partial, w.shape[0], inputs.scale, margin, losses, reduction, ignore_index
             )
@@ -349,12 +276,12 @@ def backward(
     d_x = x.new_empty(x.shape) if needs.x else None
     is_again = loan is TAKEN
     if is_again:
-        loan = _lend(w, p)
+        loan = _lend(x, w, p)
     d_w = w.new_empty(w.shape) if needs.w and loan is None and update is None else None
     if num_rows == 0:
         zero = x.new_zeros((), dtype=p.accumulate) if needs.scale else None
         return Gradients(d_x, None if d_w is None else d_w.zero_(), zero)
-    labels, grad = _loadable(inputs.labels), slopes.grad
+    labels, grad = loadable(inputs.labels), slopes.grad
     rows = Rows(
         labels, labels.stride(0), swept.u, swept.inv_x, swept.lse,
         # slopes may come with stride 0 (an expanded scalar) and any dtype
@@ -364,13 +291,13 @@ def backward(
     )  # fmt: skip
     if extras.reshapes:
         of_total = None if slopes.total is None else slopes.total.to(p.accumulate).contiguous()
-        others = Others(extras.threshold, extras.phi, _root(extras), slope_total=of_total)
+        others = Others(extras.threshold, extras.phi, root_of(extras), slope_total=of_total)
         rows = rows._replace(others=others)
-    call = _Call(p, rows, inputs, swept, Gradients(d_x, d_w, None), needs, update)
+    call = Call(p, rows, inputs, swept, Gradients(d_x, d_w, None), needs, update)
     with guard(x):
         if loan is not None:
             if is_again:
-                _sweep_again(call, loan)
+                _sweep_again(call, loan.left)
             return _lent(call, loan)
         d_scale = None
         if extras.reshapes and needs.scale:
@@ -390,7 +317,7 @@ def backward(
     return Gradients(d_x, d_w, d_scale)
 
 
-def _d_scale(call: _Call) -> Tensor:
+def _d_scale(call: Call) -> Tensor:
     """The derivative by s where logits are s phi(c): by a sweep of its own for their mean."""
     x, w, p = call.inputs.x, call.inputs.w, call.p
     nothing = kept_shape(x, w, call.inputs.compute_dtype, 0)
@@ -409,24 +336,7 @@ def _d_scale(call: _Call) -> Tensor:
     return (call.rows.slope_lse * mean).sum() / scale
 
 
-def _splits(wanted: int, available: int, bytes_per_split: int) -> int:
-    """How many splits of the classes get a partial of d_x each."""
-    return max(1, min(wanted, available, PARTIAL_BYTES // bytes_per_split))
-
-
-class _Call(NamedTuple):
-    """What all launches of a backward share."""
-
-    p: Plan
-    rows: Rows
-    inputs: Inputs
-    swept: Swept
-    gradients: Gradients
-    needs: Needs
-    update: Update | None
-
-
-def _fused(call: _Call) -> Tensor | None:
+def _fused(call: Call) -> Tensor | None:
     """Launch the fused backward; returns the partials of d_x that are still to be merged."""
     p, rows, inputs, swept, gradients, needs, _ = call
     x, w, inv_w = inputs.x, inputs.w, swept.inv_w
@@ -438,13 +348,13 @@ def _fused(call: _Call) -> Tensor | None:
     if needs.w:
         fused_weight_kernel[(cdiv(num_classes, weight_tile.c),)](
             Matrix.of(x), Matrix.of(w, inputs.extras.classes), rows, inv_w, gradients.w,
-            inputs.scale, num_rows, num_classes, dim, P=p.precision, **_run(weight_tile),
+            inputs.scale, num_rows, num_classes, dim, P=p.precision, **keywords(weight_tile),
         )  # fmt: skip
     if not (needs.x or needs.scale):
         return None
     tile = embeddings_tile
     row_blocks, class_blocks = cdiv(num_rows, tile.n), cdiv(num_classes, tile.c)
-    splits = _splits(
+    splits = split_count(
         cdiv(2 * p.programs, row_blocks),
         cdiv(class_blocks, 4),
         num_rows * dim * p.accumulate.itemsize,
@@ -454,24 +364,24 @@ def _fused(call: _Call) -> Tensor | None:
     partial = x.new_empty((splits, num_rows, dim), dtype=p.accumulate)
     fused_embeddings_kernel[(row_blocks, splits)](
         Matrix.of(x), Matrix.of(w, inputs.extras.classes), rows, inv_w, partial, inputs.scale,
-        num_rows, num_classes, dim, blocks_per_split, P=p.precision, **_run(tile),
+        num_rows, num_classes, dim, blocks_per_split, P=p.precision, **keywords(tile),
     )  # fmt: skip
     return partial
 
 
-def _chunked(call: _Call) -> Tensor | None:
+def _chunked(call: Call) -> Tensor | None:
     """Launch the chunked backward; returns the partials of d_x that are still to be merged."""
     p, rows, inputs, swept, gradients, needs, update = call
     x, w, inv_w = inputs.x, inputs.w, swept.inv_w
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     kept, kept_block = kept_parts(swept.kept, num_rows, p)
     tile = p.tiles.gradient
-    if rows.others is not None:
+    if inputs.extras.reshapes:
         tile = tile.with_rows(p.tiles.shaped_rows)
     if kept is not None:
         tile = tile.with_rows(KEPT_GRADIENT_ROWS)
     tile = cut(tile, num_rows, num_classes, dim)
-    block_rows, row_blocks = _block_rows(tile, p), cdiv(num_rows, tile.n)
+    block_rows, row_blocks = rows_of_block(tile, p), cdiv(num_rows, tile.n)
     class_blocks = cdiv(num_classes, block_rows)
     class_bytes = pitch(num_rows) * p.gradient.itemsize
     if update is not None:  # rows of d_w lie in a buffer too
@@ -482,7 +392,7 @@ def _chunked(call: _Call) -> Tensor | None:
     embeddings_tile = cut(p.tiles.embeddings, num_rows, size, dim)
     needs_v = needs.x or needs.scale
     grid = cdiv(num_rows, embeddings_tile.n), cdiv(dim, embeddings_tile.d)
-    splits = _splits(
+    splits = split_count(
         p.programs // (grid[0] * grid[1]),
         cdiv(size, 4 * embeddings_tile.c),
         num_rows * dim * p.accumulate.itemsize,
@@ -506,21 +416,21 @@ def _chunked(call: _Call) -> Tensor | None:
     operand = x
     if p.descriptors and (kept is None or needs.w):
         operand = _prepare(p, x, rows, None, IGNORED if rows.grad is not None else None)
-        x_in_product = _describe(operand, weight_tile.n, weight_tile.d)
+        x_in_product = describe(operand, weight_tile.n, weight_tile.d)
     if kept is None and p.descriptors:
-        x_desc, w_desc = _describe(operand, tile.n, tile.d), _describe(w, tile.c, tile.d)
+        x_desc, w_desc = describe(operand, tile.n, tile.d), describe(w, tile.c, tile.d)
     elif kept is None:
-        operand = _operand(x, num_classes, p)
+        operand = operand_of(x, num_classes, p)
     operand = Matrix.of(operand)
     for first in range(0, num_classes, size):
         length = min(size, num_classes - first)
         if x_in_product is not None and (g_desc is None or length < size):
-            g_desc = _describe(chunk.g[:length], weight_tile.c, weight_tile.n)
+            g_desc = describe(chunk.g[:length], weight_tile.c, weight_tile.n)
         # one axis: the others of a CUDA grid end at 65,535
         gradient_kernel[(cdiv(length, block_rows) * row_blocks,)](
-            operand, w_in, x_desc, w_desc, rows, inv_w, kept, chunk, inputs.scale, first, length,
-            num_rows, dim, row_blocks, KEPT_BLOCK=kept_block,
-            EIGHTHS=p.tiles.eighths, P=p.precision, **_run(tile),
+            operand, w_in, x_desc, w_desc, rows, inv_w, kept or Kept(), chunk, inputs.scale, first,
+            length, num_rows, dim, row_blocks, KEPT_BLOCK=kept_block,
+            EIGHTHS=p.tiles.eighths, P=p.precision, **keywords(tile),
         )  # fmt: skip
         if needs.w:
             w_here, inv_here, d_w, begin = w_in, inv_w, gradients.w, first
@@ -530,32 +440,85 @@ def _chunked(call: _Call) -> Tensor | None:
             blocks = cdiv(dim, weight_tile.d) * cdiv(length, weight_tile.c)
             weight_kernel[(blocks,)](
                 x_in, w_here, x_in_product, g_desc, rows, chunk, inv_here, d_w, begin, length,
-                num_rows, dim, row_blocks, P=p.precision, **_run(weight_tile),
+                num_rows, dim, row_blocks, P=p.precision, **keywords(weight_tile),
             )  # fmt: skip
         if needs_v:
             embeddings_kernel[(*grid, splits)](
                 x_in, w_in, rows, chunk, partial, gradients.x, first, length, num_rows, dim,
-                cdiv(length, splits), class_blocks, P=p.precision, **_run(embeddings_tile),
+                cdiv(length, splits), class_blocks, P=p.precision, **keywords(embeddings_tile),
             )  # fmt: skip
         if update is not None and of_chunk is not None:
             update(first, of_chunk[:length])
     return partial
 
 
-def _sweep_again(call: _Call, loan: Loan) -> None:
-    """Leave in new memory what the forward had left."""
-    x, w, p = call.inputs.x, call.inputs.w, call.p
+def _sweep_again(call: Call, left: Left, first: int = 0, last: int | None = None) -> None:
+    """Leave in new memory what the forward had left of some classes, or of all.
+
+    Args:
+        call: of the rows of the batch in question.
+        left: where to.
+        first: of the classes. last: after the last; None for all.
+    """
+    x, w, p, classes = call.inputs.x, call.inputs.w, call.p, call.inputs.extras.classes
+    labels = call.rows.labels
+    if last is not None:
+        labels = labels.long() - first
+        if classes is None:
+            w = w[first:last]
+        else:  # which number the rows of W
+            w, classes = w[: last - first], classes[first:last]
     swept = Swept.empty(x, w, p.accumulate, kept_shape(x, w, call.inputs.compute_dtype, 0))
-    rows = Rows(call.rows.labels, call.rows.stride_label, swept.u, swept.inv_x)
+    rows = Rows(labels, labels.stride(0), swept.u, swept.inv_x)
     # what else it was asked for, it has answered
-    inputs = call.inputs._replace(extras=Extras(classes=call.inputs.extras.classes))
-    _sweep(inputs, p, rows, swept, loan, None if call.rows.grad is None else IGNORED)
+    inputs = call.inputs._replace(w=w, extras=Extras(classes=classes))
+    ignored = None if call.rows.grad is None else IGNORED - first
+    _sweep(inputs, p, rows, swept, left, ignored)
 
 
-def _lent(call: _Call, loan: Loan) -> Gradients:
+class _Embeddings:
+    """d_x of a call whose exponentials are there, of some classes after others."""
+
+    def __init__(self, call: Call, most_classes: int) -> None:
+        """``most_classes``: how many are added at a time."""
+        p, (num_rows, dim) = call.p, call.inputs.x.shape
+        self.call = call
+        self.tile = cut(p.tiles.embeddings, num_rows, most_classes, dim)
+        self.grid = cdiv(num_rows, self.tile.n), cdiv(dim, self.tile.d)
+        splits = split_count(
+            p.programs // (self.grid[0] * self.grid[1]),
+            cdiv(most_classes, 4 * self.tile.c),
+            num_rows * dim * p.accumulate.itemsize,
+        )
+        self.partial = call.inputs.x.new_empty((splits, num_rows, dim), dtype=p.accumulate)
+
+    def add(self, q: Tensor, first: int, num_classes: int) -> None:
+        """Add the product with ``num_classes`` rows of W from ``first`` on."""
+        call, (splits, num_rows, dim) = self.call, self.partial.shape
+        w = Matrix.of(call.inputs.w, call.inputs.extras.classes)
+        embeddings_kernel[(*self.grid, splits)](
+            Matrix.of(call.inputs.x), w, call.rows, Chunk(q, None, None, q.stride(0)),
+            self.partial, call.gradients.x, first, num_classes, num_rows, dim,
+            cdiv(num_classes, splits), 0, P=call.p.precision, **keywords(self.tile),
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        """Write d_x."""
+        call, (splits, num_rows, dim) = self.call, self.partial.shape
+        w = Matrix.of(call.inputs.w, call.inputs.extras.classes)
+        lent_finish_kernel[(cdiv(num_rows, FEW_ROWS),)](
+            Matrix.of(call.inputs.x), w, call.rows, self.partial, call.swept.inv_w,
+            call.gradients.x, call.inputs.scale, num_rows, call.inputs.w.shape[0], dim, splits,
+            P=call.p.precision, BLOCK_N=FEW_ROWS, BLOCK_D=FEW_COLUMNS, num_warps=4, num_stages=2,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _lent(call: Call, loan: Loan) -> Gradients:
     """Launch the backward whose exponentials lie in the memory of d_w, which comes last."""
     p, rows, inputs, swept, gradients, _, _ = call
-    x, w, (q, tiles) = inputs.x, inputs.w, loan.left
+    x, w, left = inputs.x, inputs.w, loan.left
+    q, num_lent = left.q, left.num_rows
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     x_in, w_in = Matrix.of(x), Matrix.of(w, inputs.extras.classes)
     operand = x.new_empty((num_rows, 8 * cdiv(dim, 8)), dtype=p.gradient)
@@ -566,34 +529,53 @@ def _lent(call: _Call, loan: Loan) -> Gradients:
     )  # fmt: skip
     operand = operand[:, :dim]
     if gradients.x is not None:
-        tile = cut(p.tiles.embeddings, num_rows, num_classes, dim)
-        grid = cdiv(num_rows, tile.n), cdiv(dim, tile.d)
-        splits = _splits(
-            p.programs // (grid[0] * grid[1]),
-            cdiv(num_classes, 4 * tile.c),
-            num_rows * dim * p.accumulate.itemsize,
-        )
-        partial = x.new_empty((splits, num_rows, dim), dtype=p.accumulate)
-        embeddings_kernel[(*grid, splits)](
-            x_in, w_in, rows, Chunk(q, None, None, q.stride(0)), partial, gradients.x, 0,
-            num_classes, num_rows, dim, cdiv(num_classes, splits), 0, P=p.precision, **_run(tile),
-        )  # fmt: skip
-        lent_finish_kernel[(cdiv(num_rows, FEW_ROWS),)](
-            x_in, w_in, rows, partial, swept.inv_w, gradients.x, inputs.scale, num_rows,
-            num_classes, dim, splits, P=p.precision, BLOCK_N=FEW_ROWS, BLOCK_D=FEW_COLUMNS,
-            num_warps=4, num_stages=2, enable_fp_fusion=True,
-        )  # fmt: skip
-    tile = cut(tiles.weight, num_rows, num_classes, dim)
-    x_desc = q_desc = None
+        embeddings = _Embeddings(some_rows(call, slice(num_lent)), num_classes)
+        embeddings.add(q, 0, num_classes)
+        embeddings.finish()
+    tile = cut(left.tiles.weight, num_lent, num_classes, dim)
+    x_desc = q_desc = beyond_desc = None
     if p.descriptors and (dim * w.itemsize) % 16 == 0:
-        x_desc = _describe(operand, tile.n, tile.d)
-        q_desc = _describe(q[:, :num_rows], tile.c, tile.n)
-    lent_weight_kernel[(cdiv(num_classes, tile.c),)](
-        Matrix.of(operand), w_in, Matrix.of(q), x_desc, q_desc, largest, swept.inv_w, loan.d_w,
-        num_rows, num_classes, dim, P=p.precision, **_run(tile),
-    )  # fmt: skip
+        x_desc = describe(operand, tile.n, tile.d)
+        q_desc = describe(q[:, :num_lent], tile.c, tile.n)
+    for first, length, beyond in _beyond(call, left, tile.c):
+        beyond_in = Matrix() if beyond is None else Matrix.of(beyond)
+        if q_desc is not None and beyond is not None:
+            numbers = beyond[:length, : num_rows - num_lent]
+            beyond_desc = describe(numbers, tile.c, tile.n)
+        lent_weight_kernel[(cdiv(length, tile.c),)](
+            Matrix.of(operand), w_in, Matrix.of(q), beyond_in, x_desc, q_desc, beyond_desc,
+            largest, swept.inv_w, loan.d_w, first, length, num_lent, num_rows - num_lent, dim,
+            P=p.precision, **keywords(tile),
+        )  # fmt: skip
     lent_targets_kernel[(num_rows,)](
         x_in, w_in, rows, swept.inv_w, loan.d_w, num_rows, num_classes, dim, P=p.precision,
         BLOCK_N=SCANNED_ROWS, BLOCK_D=FEW_COLUMNS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return Gradients(gradients.x, loan.d_w, None)
+
+
+def _beyond(call: Call, left: Left, block: int) -> Iterator[tuple[int, int, Tensor | None]]:
+    """Chunks of classes: the first, how many, and exponentials of rows of which d_w has none.
+
+    They are formed again, in memory that all chunks share, and d_x of these rows is made of them.
+    All classes are one chunk where there are no such rows.
+    """
+    p, (num_rows, _), num_classes = call.p, call.inputs.x.shape, call.inputs.w.shape[0]
+    if left.num_rows == num_rows:
+        yield 0, num_classes, None
+        return
+    call = some_rows(call, slice(left.num_rows, None))
+    columns = pitch(num_rows - left.num_rows)
+    blocks = max(1, CHUNK_BYTES // (columns * p.gradient.itemsize * block))
+    size = min(num_classes, blocks * block)
+    q = call.inputs.x.new_empty((size, columns), dtype=p.gradient)
+    embeddings = None if call.gradients.x is None else _Embeddings(call, size)
+    for first in range(0, num_classes, size):
+        length = min(size, num_classes - first)
+        again = Left(q, left.tiles, num_rows - left.num_rows)
+        _sweep_again(call, again, first, first + length)
+        if embeddings is not None:
+            embeddings.add(q, first, length)
+        yield first, length, q
+    if embeddings is not None:
+        embeddings.finish()

@@ -4,7 +4,9 @@ There lie the exponentials of class k, Q_kn = exp(s c_kn) / ||w_k||, 0 at the ta
 be row k of d_w. With f_n = g_lse s exp(-lse_n), G_kn = f_n ||w_k|| Q_kn for k != y_n (eq. 7): no
 cosine is formed again, and nothing is done to an exponential. Two products are left: for d_x,
 sum_k Q_kn w_k, by `embeddings_kernel`, and for d_w, sum_n Q_kn f_n x_hat_n, whose programs read the
-rows of Q over which they write their rows of d_w, and no others.
+rows of Q over which they write their rows of d_w, and no others. A row of d_w that is too short for
+all of the batch holds the exponentials of its first rows; those of the others are formed again, for
+some classes at a time.
 
 f_n may be beyond what fp32 holds, as a loss tends to 0. Only its ratio to the largest of all,
 exp(M), goes into a product; what is multiplied by it, by halves, is finite.
@@ -70,28 +72,49 @@ def lent_prepare_kernel(
         tl.store(operand + offs_d, scaled, mask=mask_n[:, None] & mask_d)
 
 
-@triton.jit(do_not_specialize=["N"])
-def lent_weight_kernel(
-    operand, w, q, x_desc, q_desc, largest_ptr, inv_w_ptr, d_w_ptr, N, C, D, P: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Rows of d_w of a block of classes, but for their targets (eq. 8), over their exponentials."""
-    first_class = tl.program_id(0) * BLOCK_C
-    offs_c = first_class + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
+@triton.jit
+def _add_product(tile, q, operand, q_desc, x_desc, first_class, first_row, offs_c, mask_c, N, D,
+                 P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Adds sum_n Q_kn f_n x_hat_n over N rows of the batch, of which ``operand`` has others first.
+
+    Descriptors read classes from ``first_class`` on, pointers those of ``offs_c``.
+    """
     offs_d = tl.arange(0, BLOCK_D)[None, :]
-    tile = tl.zeros([BLOCK_C, BLOCK_D], P.ACC)
     for n in range(0, N, BLOCK_N):
         if q_desc is not None:
             q_rows = q_desc.load([first_class, n])  # (BLOCK_C, BLOCK_N)
-            x_rows = x_desc.load([n, 0])  # (BLOCK_N, BLOCK_D)
+            x_rows = x_desc.load([first_row + n, 0])  # (BLOCK_N, BLOCK_D)
         else:
             offs_n = n + tl.arange(0, BLOCK_N)
             mask_q = mask_c[:, None] & (offs_n < tl.cdiv(N, PITCH) * PITCH)[None, :]
             q_rows = tl.load(at(q, offs_c[:, None], offs_n[None, :]), mask=mask_q, other=0.0)
-            x_rows = tl.load(at(operand, offs_n[:, None], offs_d),
+            x_rows = tl.load(at(operand, (first_row + offs_n)[:, None], offs_d),
                              mask=(offs_n < N)[:, None] & (offs_d < D), other=0.0)  # fmt: skip
         tile = dot(q_rows, x_rows, tile, P, False)
+    return tile
+
+
+@triton.jit(do_not_specialize=["first_class", "num_classes", "num_lent", "num_beyond"])
+def lent_weight_kernel(
+    operand, w, q, beyond, x_desc, q_desc, beyond_desc, largest_ptr, inv_w_ptr, d_w_ptr,
+    first_class, num_classes, num_lent, num_beyond, D, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows of d_w of a block of classes, but for their targets (eq. 8), over their exponentials.
+
+    Of ``num_classes`` from ``first_class`` on. Exponentials of the first ``num_lent`` rows of the
+    batch lie in d_w, those of ``num_beyond`` others, if there are any, in ``beyond``.
+    """
+    offs_local = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_local < num_classes
+    offs_c = first_class + offs_local
+    first_local = tl.program_id(0) * BLOCK_C
+    tile = tl.zeros([BLOCK_C, BLOCK_D], P.ACC)
+    tile = _add_product(tile, q, operand, q_desc, x_desc, first_class + first_local, 0,
+                        offs_c, mask_c, num_lent, D, P, BLOCK_N, BLOCK_D)  # fmt: skip
+    if beyond.ptr is not None:
+        tile = _add_product(tile, beyond, operand, beyond_desc, x_desc, first_local, num_lent,
+                            offs_local, mask_c, num_beyond, D, P, BLOCK_N, BLOCK_D)  # fmt: skip
     tl.debug_barrier()  # all warps have read their exponentials before one writes over them
     half = tl.exp(0.5 * tl.load(largest_ptr))
     tile = tile * half * half

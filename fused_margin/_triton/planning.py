@@ -18,7 +18,7 @@ from fused_margin._arguments import PLAIN, Extras
 from fused_margin._numerics import accumulation_dtype, needs_shift
 from fused_margin._triton import tiles, tuned
 from fused_margin._triton.arguments import Kept, Precision, pitch
-from fused_margin._triton.tiles import Lent, Tiles, cdiv, power_of_two
+from fused_margin._triton.tiles import Lent, Tiles, cdiv, power_of_two, rows_held
 
 Tensor = torch.Tensor
 
@@ -337,21 +337,27 @@ def kept_parts(kept: Tensor, num_rows: int, p: Plan) -> tuple[Kept | None, int]:
     return Kept(entries, shifts, columns, columns), block_c
 
 
+def lent_rows(x: Tensor, w: Tensor, p: Plan) -> int:
+    """Of how many rows of the batch, the first, d_w holds the exponentials; 0 if it isn't lent.
+
+    All, or so many whole tiles that not much is formed again; a tile has to hold whole rows of d_w.
+    """
+    num_rows, dim = x.shape
+    if p.lent is None or dim > p.lent.weight.d or (dim * w.itemsize) % p.gradient.itemsize:
+        return 0
+    if p.accumulate is torch.float64 and w.dtype is not p.accumulate:
+        return 0  # targets are added to what has been rounded to the dtype of d_w
+    return rows_held(num_rows, dim * w.itemsize // p.gradient.itemsize, p.lent.weight.n)
+
+
 def is_lent(x: Tensor, w: Tensor, scale: float, p: Plan, budget: int) -> bool:
     """Whether a forward whose d_w may be lent leaves its exponentials there.
 
-    Where the backward would else be "chunked", if exponentials need no shift, those of a class fit
-    into its row of d_w, and a tile holds whole rows.
+    Where the backward would else be "chunked", if exponentials need no shift, and d_w holds enough
+    of them.
     """
     (num_rows, dim), num_classes = x.shape, w.shape[0]
-    row_bytes = dim * w.itemsize
-    fits = (
-        p.lent is not None
-        and dim <= p.lent.weight.d
-        and pitch(num_rows) * p.gradient.itemsize <= row_bytes
-        and row_bytes % p.gradient.itemsize == 0
-    )
-    if num_rows == 0 or not fits or needs_shift(scale, num_classes, p.accumulate):
+    if lent_rows(x, w, p) == 0 or needs_shift(scale, num_classes, p.accumulate):
         return False
     if _override.strategy is not None:
         return _override.strategy == "lent"

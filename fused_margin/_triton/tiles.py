@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
+from fused_margin._triton.arguments import pitch
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -272,6 +274,21 @@ LENT: dict[tuple[str, str], Lent] = {
 DESCRIBED_LENT: dict[tuple[str, str], Lent] = {
     ("sm_90", "bf16"): Lent(Tile(64, 64, 512, 8, 3), rows=256),
 }
+
+
+# Of a batch whose exponentials d_w can't hold, it holds at least one row in so many.
+LEAST_LENT = 4
+
+
+def rows_held(num_rows: int, columns: int, tile: int) -> int:
+    """Of how many rows of the batch d_w holds exponentials, in rows of ``columns`` of its own.
+
+    All, or so many whole tiles that not too much is formed again; 0 if that can't be.
+    """
+    if pitch(num_rows) <= columns:
+        return num_rows
+    whole = columns // tile * tile
+    return whole if whole * LEAST_LENT >= num_rows else 0
 
 
 def family(backend: str, arch: int | str) -> str:

@@ -293,7 +293,10 @@ def magface_margin(
     """m(a) of eq. 19, (N,)."""
     lower = _validate_margins.angle("lower_margin", lower_margin)
     upper = _validate_margins.angle("upper_margin", upper_margin)
-    return lower + (upper - lower) / (upper_norm - lower_norm) * (found - lower_norm)
+    # tensors, since Dynamo keeps a float symbolic in a product
+    one = found.new_ones(())
+    first, last = one * lower, one * upper
+    return first + (last - first) * ((found - lower_norm) / (upper_norm - lower_norm))
 
 
 def magface_penalty(found: torch.Tensor, upper_norm: float, regularizer: float) -> torch.Tensor:

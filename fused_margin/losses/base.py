@@ -439,9 +439,9 @@ class MarginSoftmaxLoss(nn.Module):
         )  # fmt: skip
         is_compiling = torch.compiler.is_dynamo_compiling()
         if is_sampled and is_compiling:
-            from fused_margin.losses import _uncompiled
+            from fused_margin import _uncompiled
 
-            return _uncompiled.sampled_loss(self, *given)
+            return _uncompiled.call(self._sampled_loss, *given)
         if is_sampled:
             return self._sampled_loss(*given)
         with contextlib.nullcontext() if self.training or is_compiling else _updates.paused():

@@ -142,10 +142,22 @@ def test_work_with_lent_memory() -> None:
     # W once more, and exponentials read twice
     more = 4 * shape.num_classes * shape.dim + 2 * shape.num_rows * shape.num_classes
     assert lent.bytes - kept.bytes == pytest.approx(more)
-    # fp32 products: exponentials are twice as long
+    # fp32 products: exponentials are twice as long, and half of them have room
     half = shapes.Shape("half", 1024, 100_000, 512, "test")
-    work = roofline.work(half, roofline.DTYPES["tf32"], "lent", backward=True)
-    assert work == roofline.work(half, roofline.DTYPES["tf32"], "chunked", backward=True)
+    ncd = half.num_rows * half.num_classes * half.dim
+    some, none = (
+        roofline.work(half, roofline.DTYPES["tf32"], name, backward=True)
+        for name in ("lent", "chunked")
+    )
+    assert (some.flops, none.flops) == ({"tf32": 7 * ncd}, {"tf32": 8 * ncd})
+    assert some.memory == none.memory
+    # fp32 embeddings of 64 dimensions: less than a quarter
+    least = shapes.Shape("least", 1024, 100_000, 64, "test")
+    of_least = [
+        roofline.work(least, roofline.DTYPES["tf32"], name, backward=True)
+        for name in ("lent", "chunked")
+    ]
+    assert of_least[0] == of_least[1]
 
 
 def test_command_prints_kernels() -> None:

@@ -153,6 +153,7 @@ def test_cosines_that_are_kept(name: str, mode: Mode) -> None:
         plan = planning.plan(case.inputs.x, case.inputs.w, case.inputs.compute_dtype)
     kept, block = planning.kept_parts(swept.kept, sizes.n, plan)
     assert kept is not None
+    assert kept.entries is not None
     assert kept.shifts is not None
     _check_norms(swept, sizes)
     z = scale * case.cosines
@@ -226,30 +227,44 @@ def test_products_of_the_backward(name: str, mode: Mode, ways: str) -> None:
         _check_backward(sizes, mode, "chunked", {"descriptors": _descriptors(ways)})
 
 
+@pytest.mark.parametrize("rows", ["all", "some"])
 @pytest.mark.parametrize("ways", ["descriptors", "pointers"])
 @pytest.mark.parametrize(("name", "mode"), CASES)
-def test_products_over_lent_memory(name: str, mode: Mode, ways: str) -> None:
-    """Exponentials of 0 and 1, put where d_w will be, and an lse of 0."""
-    from fused_margin._triton import arguments, launch, planning
+def test_products_over_lent_memory(
+    monkeypatch: pytest.MonkeyPatch, name: str, mode: Mode, ways: str, rows: str
+) -> None:
+    """Exponentials of 0 and 1, put where d_w will be or as if formed again, and an lse of 0."""
+    from fused_margin._triton import launch, planning
 
     sizes = SIZES[name]
+    if rows == "some":
+        sizes = sizes._replace(n=3 * sizes.d)
     for seed in range(SEEDS):
         with planning.override("lent", descriptors=_descriptors(ways)):
             case, slopes, swept, g = _backward_case(sizes, mode, seed)
             plan = planning.plan(case.inputs.x, case.inputs.w, case.inputs.compute_dtype)
-            d_w = torch.empty_like(case.inputs.w)
-            needed = arguments.pitch(sizes.n) * plan.gradient.itemsize
-            if plan.lent is None or needed > sizes.d * d_w.itemsize:
+            num_lent = planning.lent_rows(case.inputs.x, case.inputs.w, plan)
+            if plan.lent is None or num_lent == 0:
                 pytest.skip("a row of d_w is too short, or no tile holds one")
+            if (num_lent == sizes.n) != (rows == "all"):
+                pytest.skip(f"a row of d_w has {num_lent} of {sizes.n} exponentials")
+            others = (g.scatter(1, case.labels[:, None], 0.0) / math.sqrt(sizes.k)).t()
+            d_w = torch.empty_like(case.inputs.w)
             q = d_w.view(plan.gradient)
             q.zero_()
-            others = g.scatter(1, case.labels[:, None], 0.0) / math.sqrt(sizes.k)
-            q[:, : sizes.n] = others.t()
+            q[:, :num_lent] = others[:, :num_lent]
+
+            def form_again(
+                call: Any, left: Any, first: int, last: int,
+                numbers: Tensor = others[:, num_lent:],
+            ) -> None:  # fmt: skip
+                left.q.zero_()
+                left.q[: last - first, : left.num_rows] = numbers[first:last]
+
+            monkeypatch.setattr(launch, "_sweep_again", form_again)
             swept = swept._replace(lse=torch.zeros_like(swept.lse))
-            needs = Needs(True, True, False)
-            got = launch.backward(
-                slopes, case.inputs, swept, needs, Loan(d_w, launch.Left(q, plan.lent))
-            )
+            loan = Loan(d_w, launch.Left(q, plan.lent, num_lent))
+            got = launch.backward(slopes, case.inputs, swept, Needs(True, True, False), loan)
         _check_gradients(got, case, g, sizes)
 
 

@@ -86,6 +86,7 @@ LAYERS = (
         "_validate_updates",
         "_validate_growth",
         "_validate_states",
+        "_uncompiled",
     },
     {"margins"},
     {"negatives"},

@@ -90,7 +90,8 @@ def _leaves(backend: str, mode: Mode = FP32, shape: tuple[int, int, int] = SHAPE
 @each_backend
 def test_gradients(loans: list[int], backend: str, shape: tuple[int, int, int], mode: Mode) -> None:
     check_loss(ARCFACE, problem(*shape), mode, backend, reduction="none")
-    if backend == "cpu" or shape[0] <= shape[2]:  # otherwise a whole block may be too much
+    num_rows, _, dim = shape
+    if backend == "cpu" or (dim <= 64 and num_rows <= 4 * (dim // 16 * 16)):  # for whole tiles
         assert loans
 
 
@@ -139,6 +140,35 @@ def test_the_functions_of_any_margin_lend_too(
     torch.testing.assert_close(actual, expected)
 
 
+@needs_triton
+@pytest.mark.parametrize("mode", [FP32, FP64, BF16, BF16_MASTER_FP32], ids=str)
+@pytest.mark.parametrize("chunk_bytes", [1, 40 * 16 * 8, 1 << 20])
+def test_rows_of_the_batch_that_d_w_cannot_hold(
+    loans: list[int], monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, mode: Mode
+) -> None:
+    """Of 90 rows it has 80 or 32; exponentials of the others are formed again, chunk by chunk."""
+    from fused_margin._triton import launch, planning
+
+    monkeypatch.setattr(launch, "CHUNK_BYTES", chunk_bytes)
+    found: list[tuple[int, int, int]] = []
+    beyond = launch._beyond
+
+    def noting(call: Any, left: Any, block: int) -> Any:
+        for first, length, q in beyond(call, left, block):
+            assert q is not None
+            found.append((first, length, left.num_rows))
+            yield first, length, q
+
+    monkeypatch.setattr(launch, "_beyond", noting)
+    with planning.override("lent"):
+        check_loss(ARCFACE, problem(90, 150, 40), mode, "triton", reduction="none")
+    assert loans
+    assert {num_lent for *_, num_lent in found} == {80 if mode is BF16_MASTER_FP32 else 32}
+    assert sum(length for _, length, _ in found) == 150 * len(loans)
+    num_chunks = len(found) / len(loans)
+    assert num_chunks == 1 if chunk_bytes == 1 << 20 else chunk_bytes > 1 or num_chunks > 2
+
+
 @each_backend
 def test_the_gradient_is_the_memory_lent(loans: list[int], backend: str) -> None:
     x, w, labels = _leaves(backend)
@@ -149,9 +179,12 @@ def test_the_gradient_is_the_memory_lent(loans: list[int], backend: str) -> None
 
 
 @each_backend
-def test_a_second_backward_forms_the_cosines_again(loans: list[int], backend: str) -> None:
+@pytest.mark.parametrize("shape", [SHAPES[0], (33, 150, 24)], ids=str)
+def test_a_second_backward_forms_the_cosines_again(
+    loans: list[int], shape: tuple[int, int, int], backend: str
+) -> None:
     """The same bits come of it; the first one's gradient, and what it has become, is left alone."""
-    x, w, labels = _leaves(backend, FP64)
+    x, w, labels = _leaves(backend, FP64, shape)
     loss = fmf.arcface(x, w, labels, backend=backend)
     first = torch.autograd.grad(loss, (x, w), retain_graph=True)
     copies = [gradient.clone() for gradient in first]
@@ -360,7 +393,9 @@ def test_a_gpu_lends_by_default_where_it_would_form_the_cosines_again() -> None:
     with planning.override():
         assert is_lent(1024, 2_059_906, 512)
         assert not is_lent(1024, 100_000, 64), "fused"
-        assert not is_lent(1040, 128_256, 512), "a row of d_w is too short"
+        assert is_lent(1040, 128_256, 512), "a row of d_w holds most of the batch"
+        assert is_lent(4096, 128_256, 512)
+        assert not is_lent(4112, 128_256, 512), "a row of d_w holds less than a quarter"
         assert not is_lent(512, 128_256, 1024), "no tile holds rows"
         assert not is_lent(512, 128_256, 512, scale=80.0), "exponentials need a shift"
         assert not is_lent(32, 10_000_000, 512), "bound by reading the weights"

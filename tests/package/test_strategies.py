@@ -32,7 +32,7 @@ import fused_margin.functional as fmf
 from fused_margin import _ops, _validate
 
 launch = pytest.importorskip("fused_margin._triton.launch", reason="Triton is not installed")
-from fused_margin._triton import planning, tiles  # noqa: E402  # after the check that Triton is there
+from fused_margin._triton import operands, planning, tiles  # noqa: E402  # after the check that Triton is there
 
 pytestmark = pytest.mark.usefixtures("poison")
 STRATEGIES = planning.STRATEGIES
@@ -297,7 +297,7 @@ def test_few_launches_at_small_c(
 
 def test_wide_tiles_and_a_cast_operand(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: tiles that are finished in quarters, and x cast before the sweep."""
-    monkeypatch.setattr(launch, "LAUNCH_BOUND", 0)
+    monkeypatch.setattr(operands, "LAUNCH_BOUND", 0)
     wide = dataclasses.replace(
         tiles.default("interpreter", "bf16"),
         forward=tiles.Tile(64, 64, 16, 1, 1),

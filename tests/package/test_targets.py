@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ WITH_PRODUCTS = {
     "fused_embeddings_kernel",
     "sweep_kernel, lent",
     "lent_weight_kernel",
+    "lent_weight_kernel, beyond",
     "embeddings_kernel, lent",
     "sweep_kernel, shaped",
     "sweep_kernel, centres",
@@ -43,6 +46,7 @@ DESCRIBED = {  # on sm_90 with bf16 products
     "weight_kernel, described",
     "sweep_kernel, lent, described",
     "lent_weight_kernel, described",
+    "lent_weight_kernel, beyond, described",
     "sweep_kernel, shaped, described",
     "gradient_kernel, shaped, described",
 }
@@ -57,6 +61,7 @@ WITHOUT_PRODUCTS = {
 }
 
 
+SPILLED_BY_36 = 256  # bytes
 # in bf16, over a list of classes
 LISTED = {
     "sweep_kernel, listed",
@@ -69,6 +74,29 @@ LISTED = {
     "lent_targets_kernel, listed",
     "lent_finish_kernel, listed",
 }
+
+
+def _names_compared_with_none(kernel: ast.FunctionDef) -> set[str]:
+    return {
+        node.left.id
+        for node in ast.walk(kernel)
+        if isinstance(node, ast.Compare)
+        and isinstance(node.ops[0], ast.Is | ast.IsNot)
+        and isinstance(node.left, ast.Name)
+    }
+
+
+def test_no_kernel_asks_whether_a_group_is_there() -> None:
+    """Triton 3.6 can't compare a NamedTuple that has a field None; its fields and pointers can."""
+    asked: set[str] = set()
+    for file in (ROOT / "fused_margin" / "_triton").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and "jit" in str(
+                [ast.unparse(decorator) for decorator in node.decorator_list]
+            ):
+                asked |= _names_compared_with_none(node)
+    assert asked
+    assert not {name for name in asked if not name.endswith(("_ptr", "_desc"))}
 
 
 def _compile(architectures: tuple[str, ...], directory: Path, *options: str) -> list[dict]:
@@ -108,6 +136,26 @@ def _names(rows: list[dict]) -> list[str]:
     return [f"{r['kernel']} {r['architecture']} {r['operands']} D={r['dim']}" for r in rows]
 
 
+def _spills_at_most() -> int:
+    """Bytes that a kernel may spill, none with the Triton that the tiles were chosen with.
+
+    3.6, which torch 2.11 brings, makes some of a few kernels spill.
+    """
+    is_old = tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
+    return SPILLED_BY_36 if is_old else 0
+
+
+def _unfit(rows: list[dict]) -> list[tuple[str, str, list[str]]]:
+    """Kernels with problems, but for spills that are to be expected."""
+    found = []
+    for row in rows:
+        allowed = 0 < row["spill_bytes"] <= _spills_at_most()
+        problems = [p for p in row["problems"] if not (allowed and p.startswith("spills"))]
+        if problems:
+            found.append((row["kernel"], row["architecture"], problems))
+    return found
+
+
 def test_report_covers_every_default(rows: list[dict]) -> None:
     assert {(r["architecture"], r["operands"], r["dim"]) for r in rows} == {
         (a, o, int(d)) for a in ARCHITECTURES for o, dims in DIMS.items() for d in dims
@@ -121,12 +169,13 @@ def test_report_covers_every_default(rows: list[dict]) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_default_spills(rows: list[dict], architecture: str) -> None:
     mine = [r for r in rows if r["architecture"] == architecture]
-    assert not _names([r for r in mine if r["spill_bytes"]])
+    assert not _names([r for r in mine if r["spill_bytes"] > _spills_at_most()])
+    assert sum(r["spill_bytes"] > 0 for r in mine) <= len(mine) / 10
 
 
 def test_no_default_is_unfit(rows: list[dict]) -> None:
     """Spills, shuffles in main loops, bank conflicts and so on, but for reasons that are given."""
-    assert not [(r["kernel"], r["architecture"], r["problems"]) for r in rows if r["problems"]]
+    assert not _unfit(rows)
 
 
 def test_fp32_embeddings_under_autocast(tmp_path: Path) -> None:
@@ -134,7 +183,7 @@ def test_fp32_embeddings_under_autocast(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     found = _compile(("sm_90",), tmp_path, "--dims", "512", "--operands", "autocast-bf16")
     assert {r["kernel"] for r in found} >= {"weight_kernel", "sweep_kernel, described"}
-    assert not [(r["kernel"], r["problems"]) for r in found if r["problems"]]
+    assert not _unfit(found)
 
 
 @pytest.mark.parametrize("operands", ["bf16", "fp16", "tf32", "fp64"])
@@ -237,7 +286,7 @@ import json
 from benchmarks import kernels, launches
 
 target, variants = kernels.TARGETS["sm_90"], collections.defaultdict(set)
-for num_rows in range(1, 1026):
+for num_rows in (*range(1, 1026), 1100, 1535, 2048, 3333, 4096, 4112, 5001):
     with launches.recorded(target) as found:
         launches.step(num_rows, 100_003, 512, launches.TYPES["bf16"])
     for launch in found:
@@ -249,18 +298,20 @@ print(json.dumps({name: len(keys) for name, keys in variants.items()}))
 def test_no_compilation_for_another_batch(tmp_path: Path) -> None:
     """Nor for another chunk: only for a tile's rows, a power of 2 from 16 on.
 
-    And once more for the few rows with which a call is too small for descriptors. From 33 rows up
-    to 1024 d_w is lent.
+    And once more for the few rows with which a call is too small for descriptors. From 33 rows on
+    d_w is lent; beyond 1024, for which it has no room, the sweep of the others is compiled too, for
+    a chunk of whole blocks and for the last.
     """
     pytest.importorskip("triton", reason="Triton is not installed")
     counts = json.loads(_run_without_interpreter(_BATCHES, tmp_path))
     assert counts == {
-        "prepare_kernel": 2,
-        "sweep_kernel": 7,
+        "prepare_kernel": 3,
+        "sweep_kernel": 11,
         "rows_kernel": 4,
         "gradient_kernel": 4,
         "weight_kernel": 4,
-        "embeddings_kernel": 6,
+        "embeddings_kernel": 7,
         "finish_kernel": 1,
-        **{f"lent_{name}_kernel": 1 for name in ("prepare", "weight", "targets", "finish")},
+        "lent_weight_kernel": 2,
+        **{f"lent_{name}_kernel": 1 for name in ("prepare", "targets", "finish")},
     }
