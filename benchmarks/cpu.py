@@ -2,18 +2,29 @@
 
     python -m benchmarks.cpu                                   # N=256, C=100,000, D=512, fp32
     python -m benchmarks.cpu --n 64 --save                     # to benchmarks/results
+    python -m benchmarks.cpu --c 1000 --d 128 --processes 12   # medians over 12 processes
 
 ArcFace, the same data for everyone; each contender passes the gate before anything is timed. A
 rival that fails it, isn't installed or needs another device is listed with the reason and gets no
 time; if this package fails it, the run ends. Rounds are interleaved and medians compared. Peak
 memory is taken afterwards, of one contender per process.
+
+Where matrices have about a megabyte a process is one sample: whether the C library gives them back
+to the system in every step, to be touched as new pages in the next, depends on what else lies in
+its heap. --processes repeats all of it in processes one after the other, and takes medians of
+theirs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks import baselines, harness, memory, products
@@ -46,6 +57,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=harness.thread_count, help="torch's threads (torch's own choice)"
     )
+    parser.add_argument(
+        "--processes", type=rounds, default=1, metavar="K",
+        help="repeat it in so many processes (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     harness.add_output_options(parser)
@@ -145,23 +160,102 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def measure_repeatedly(settings: argparse.Namespace) -> dict[str, Any]:
+    """`measure` in processes one after the other, if there is to be more than one.
+
+    Raises:
+        WrongResultError: this package's own result was wrong in one of them.
+    """
+    if settings.processes == 1:
+        return measure(settings)
+    command = [sys.executable, "-m", "benchmarks.cpu", "--rounds", str(settings.rounds)]
+    command += [f"--{size}={getattr(settings, size)}" for size in ("n", "c", "d")]
+    command += ["--no-compile"] * settings.no_compile + ["--no-memory"] * settings.no_memory
+    if settings.threads is not None:
+        command += ["--threads", str(settings.threads)]
+    found = []
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "result.json"
+        for index in range(settings.processes):
+            harness.progress(f"process {index + 1} of {settings.processes}")
+            run = subprocess.run(
+                [*command, "--json", str(file)], cwd=harness.ROOT, check=False,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            if run.returncode:
+                last_line = run.stderr.strip().rpartition("\n")[2]
+                what = last_line.removeprefix("error: ") or f"exit status {run.returncode}"
+                raise harness.WrongResultError(f"in process {index + 1}: {what}")
+            found.append(json.loads(file.read_text()))
+    return over_processes(found)
+
+
+def over_processes(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Results of several processes as one: medians of their medians and of their ratios."""
+    first = found[0]
+    everywhere = set.intersection(*(set(one["results"]) for one in found))
+    results: dict[str, dict[str, Any]] = {}
+    for key, row in first["results"].items():
+        if key in everywhere:
+            rows = [one["results"][key] for one in found]
+            medians = [one["median_s"] for one in rows]
+            results[key] = {name: row[name] for name in row if name != "seconds"} | {
+                "median_s": statistics.median(medians),
+                "min_s": min(one["min_s"] for one in rows),
+                "max_s": max(one["max_s"] for one in rows),
+                "medians_s": medians,
+            }
+    ratios = {
+        name: [one["ratios_of_medians"][name] for one in found]
+        for name in first["ratios_of_medians"]
+        if all(name in one["ratios_of_medians"] for one in found)
+    }
+    return first | {
+        "processes": len(found),
+        "results": results,
+        "ratios_of_medians": {name: statistics.median(each) for name, each in ratios.items()},
+        "ratios_by_process": ratios,
+    }
+
+
+def _range_over_ours(result: dict[str, Any], row: dict[str, Any]) -> tuple[float, float, float]:
+    """How many times ours in fp32, median and extremes over processes."""
+    ours = result["results"]["ours"]
+    if "medians_s" not in ours:
+        return (row["median_s"] / ours["median_s"],) * 3
+    pairs = zip(row["medians_s"], ours["medians_s"], strict=True)
+    each = [mine / of_ours for mine, of_ours in pairs]
+    return statistics.median(each), min(each), max(each)
+
+
 def table(result: dict[str, Any]) -> str:
     """Format the result for people."""
     shape, environment = result["shape"], result["environment"]
-    ours = result["results"]["ours"]["median_s"]
+    processes = result.get("processes", 1)
+    heads = "" if processes == 1 else f" {'least':>6} {'most':>6}"
     lines = [
         f"{result['benchmark']}: N={shape['n']}, C={shape['c']:,}, D={shape['d']}",
         f"{environment['cpu']}, {environment['threads']} threads, torch {environment['torch']}",
-        f"{'':40} {'median ms':>10} {'min ms':>10} {'over ours':>10} {'peak MiB':>10}",
+        f"{'':40} {'median ms':>10} {'min ms':>10} {'over ours':>10}{heads} {'peak MiB':>10}",
     ]
     for row in sorted(result["results"].values(), key=lambda row: row["median_s"]):
         peak = row.get("above_x_w_and_d_w_mib")
+        over, least, most = _range_over_ours(result, row)
+        extremes = "" if processes == 1 else f" {least:6.2f} {most:6.2f}"
         lines.append(
             f"{row['name'] + (' *' if row.get('drops_margin') else ''):40}"
             f" {1e3 * row['median_s']:10.1f} {1e3 * row['min_s']:10.1f}"
-            f" {row['median_s'] / ours:10.2f} {'' if peak is None else f'{peak:.0f}':>10}"
+            f" {over:10.2f}{extremes} {'' if peak is None else f'{peak:.0f}':>10}"
         )
     ratios = result["ratios_of_medians"]
+    for name, each in result.get("ratios_by_process", {}).items():
+        if name.startswith("careful"):
+            inverse = sorted(1.0 / one for one in each)
+            lines.append(
+                f"ours over careful, {'bf16' if 'bf16' in name else 'fp32'}, over"
+                f" {len(each)} processes: median {statistics.median(inverse):.2f}, from"
+                f" {inverse[0]:.2f} to {inverse[-1]:.2f}"
+            )
     lines.append("peak: memory above x, W and dW; *: computes no margin, a lower bound")
     lines.append(
         f"ours over the three products: {ratios['ours_over_products']:.2f}, by the quickest route"
@@ -175,7 +269,9 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     settings = _parse(arguments)
-    return harness.carry_out(settings, measure, table, lambda result: file_stem(result["shape"]))
+    return harness.carry_out(
+        settings, measure_repeatedly, table, lambda result: file_stem(result["shape"])
+    )
 
 
 if __name__ == "__main__":

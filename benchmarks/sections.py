@@ -151,6 +151,8 @@ def _peers_of_one_shape(report: Report, result: Result) -> None:
             report.add(f"The three products{', bf16' * (key != cpu.FLOOR)}, ms: {listed}.")
     without_time(report, result.data.get("without_time", {}))
     command = f"python -m benchmarks.cpu{_sizes(shape)} --rounds {result.data['rounds']}"
+    if "processes" in result.data:
+        command += f" --processes {result.data['processes']}"
     report.add(provenance(result, command))
 
 

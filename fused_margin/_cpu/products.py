@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 from typing import Any
@@ -33,6 +34,7 @@ def product_dtype(compute_dtype: torch.dtype, accumulate: torch.dtype) -> torch.
     return accumulate
 
 
+@functools.cache  # each product asks
 def has_bf16_products() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware, and torch makes it do so."""
     if not _asks(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):

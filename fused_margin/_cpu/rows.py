@@ -159,15 +159,22 @@ def row_dots(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
     return np.vecdot(view_of(a), view_of(b))
 
 
-def inverse_norms(rows: torch.Tensor | np.ndarray) -> np.ndarray:
-    """1 / max(||row||, eps), (R,) fp64; of an array, which is fp64 too, always by NumPy."""
-    if isinstance(rows, torch.Tensor) and rows.numel() > THREADED:
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).numpy()
-    else:
-        wide = view_of(rows.double()) if isinstance(rows, torch.Tensor) else rows
-        norms = np.vecdot(wide, wide)
-        np.sqrt(norms, out=norms)
+def inverse_norms(rows: np.ndarray) -> np.ndarray:
+    """1 / max(||row||, eps) of fp64 rows, (R,) fp64."""
+    return _inverse_of(np.sqrt(np.vecdot(rows, rows)))
+
+
+def _inverse_of(norms: np.ndarray) -> np.ndarray:
     return np.reciprocal(np.maximum(norms, NORM_EPS, out=norms), out=norms)
+
+
+def _measured(rows: torch.Tensor) -> tuple[np.ndarray, torch.Tensor | None]:
+    """`inverse_norms` of rows of any dtype, and the rows in fp64 where these were made for it."""
+    if rows.numel() > THREADED:
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).numpy()
+        return _inverse_of(norms), None
+    wide = rows.double()
+    return inverse_norms(view_of(wide)), wide
 
 
 def rounded(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -187,7 +194,7 @@ def shrink_huge(rows: torch.Tensor, inverse: torch.Tensor) -> Vectors:
     factors = torch.ldexp(torch.full_like(rows[huge, :1], SHRUNK_NORM), -exponents)
     rows = rows.clone()
     rows[huge] *= factors
-    return Vectors(rows, rounded(inverse_norms(rows), rows.dtype), (huge, factors))
+    return Vectors(rows, rounded(_measured(rows)[0], rows.dtype), (huge, factors))
 
 
 class Measured(NamedTuple):
@@ -196,21 +203,23 @@ class Measured(NamedTuple):
     Attributes:
         rows: (R, D). exact: inverse norms of ``rows``, (R,) fp64.
         inverse: those of the rows before huge ones were shrunk, (R,), accumulation dtype.
+        wide: ``rows`` in fp64 where there is a copy, (R, D).
     """
 
     rows: Vectors
     exact: np.ndarray
     inverse: torch.Tensor
+    wide: torch.Tensor | None
 
 
 def measure(values: torch.Tensor) -> Measured:
     """Find the norms of rows (R, D) in the accumulation dtype."""
-    exact = inverse_norms(values)
+    exact, wide = _measured(values)
     inverse = rounded(exact, values.dtype)
     rows = shrink_huge(values, inverse)
     if rows.shrunk is not None:
-        exact = inverse_norms(rows.values)
-    return Measured(rows, exact, inverse)
+        exact, wide = _measured(rows.values)
+    return Measured(rows, exact, inverse, wide)
 
 
 def embeddings(problem: Problem) -> torch.Tensor:
@@ -231,7 +240,7 @@ def target_cosines(x: Measured, w: torch.Tensor, targets: Targets) -> torch.Tens
     num_found, dim = targets.classes.shape[0], w.shape[1]
     u = np.empty(num_found)
     step = max(1, WIDENED // dim)
-    values = targets.of(x.rows.values)
+    values = targets.of(x.rows.values if x.wide is None else x.wide)
     for start in range(0, num_found, step):
         here = slice(start, start + step)
         weight = measure(w.index_select(0, targets.classes[here]).double())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from typing import Any
 
 import pytest
@@ -101,3 +102,34 @@ def test_wrong_rival_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "careful_over_ours" not in result["ratios_of_medians"]
     assert result["without_time"]["careful"].startswith("wrong result: careful eager")
     assert "no time for careful: wrong result" in cpu.table(result)
+
+
+def test_cpu_run_in_several_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Medians over processes, each of which made the whole run."""
+    arguments = [*TINY, "--threads", "1", "--no-compile", "--no-memory", "--processes", "2"]
+    settings = cpu._parse(arguments)
+    result = cpu.measure_repeatedly(settings)
+    assert result["processes"] == 2
+    for row in result["results"].values():
+        assert len(row["medians_s"]) == 2
+        assert row["median_s"] == pytest.approx(sum(row["medians_s"]) / 2)
+        assert row["min_s"] <= min(row["medians_s"]) <= max(row["medians_s"]) <= row["max_s"]
+    ours, careful = (result["results"][key]["medians_s"] for key in ("ours", "careful"))
+    each = [theirs / mine for theirs, mine in zip(careful, ours, strict=True)]
+    assert result["ratios_by_process"]["careful_over_ours"] == pytest.approx(each)
+    assert result["ratios_of_medians"]["careful_over_ours"] == pytest.approx(sum(each) / 2)
+    printed = cpu.table(result)
+    least, most = sorted(1.0 / one for one in each)
+    assert f"over 2 processes: median {(least + most) / 2:.2f}, from {least:.2f} to" in printed
+    assert "process 2 of 2" in capsys.readouterr().err
+
+
+def test_a_process_with_a_wrong_result_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(command: list[str], **_: Any) -> Any:
+        return subprocess.CompletedProcess(command, 1, "", "gate\nerror: ours: 7 above\n")
+
+    monkeypatch.setattr(cpu.subprocess, "run", run)
+    assert cpu.main([*TINY, "--processes", "3"]) == 1
+    assert "error: in process 1: ours: 7 above" in capsys.readouterr().err
