@@ -72,6 +72,7 @@ WITHOUT_PRODUCT = (
     "rows_kernel",
     "finish_kernel",
     "gradient_kernel, kept",
+    "gradient_kernel, lent",
     "lent_prepare_kernel",
     "lent_targets_kernel",
     "lent_finish_kernel",

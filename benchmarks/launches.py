@@ -184,10 +184,8 @@ def variant(launched: Launch) -> str:
     given = dict(zip(launched.kernel.arg_names, launched.arguments, strict=False))
     name, words = launched.kernel.__name__, []
     if "kept" in given and given["kept"].entries is not None:
-        if name != "sweep_kernel":
-            words.append("kept")
-        else:
-            words.append("lent" if given["kept"].shifts is None else "keeping")
+        kept = "kept" if name == "gradient_kernel" else "keeping"
+        words.append("lent" if given["kept"].shifts is None else kept)
     chunk = given.get("chunk")
     if name in ("sweep_kernel", "gradient_kernel") and given["rows"].others is not NO_OTHERS:
         words.append("shaped" if launched.keywords["P"].CENTERS == 1 else "centres")
@@ -218,7 +216,7 @@ def defaults(target: GPUTarget, operands: str, dim: int) -> dict[str, Launch]:
             with planning.override("kept"):
                 step(*MANY, dim, given)
             p = plan_for(target, x, w, given.compute, lowers)
-            if p.lent is not None and planning.FUSED_DIM < dim <= p.lent.weight.d:
+            if p.lent is not None and dim > planning.FUSED_DIM:
                 with planning.override("lent"):
                     step(max(64, dim // 2), MANY[1], dim, given)  # rows of d_w are long enough
                     step(3 * dim, MANY[1], dim, given)  # they are too short

@@ -315,8 +315,9 @@ def partial_bytes(shape: Shape, dtypes: Dtypes) -> float:
 def lent_share(shape: Shape, dtypes: Dtypes) -> float:
     """Of the exponentials, what has room in the memory of d_w."""
     itemsize = 4 if dtypes.operand == "fp16" else dtypes.compute.itemsize
-    columns = dtypes.w.itemsize * shape.dim // itemsize if shape.dim <= LENT_DIM else 0
-    return rows_held(shape.num_rows, columns, LENT_TILE) / shape.num_rows
+    columns = dtypes.w.itemsize * shape.dim // itemsize
+    share = rows_held(shape.num_rows, columns, LENT_TILE) / shape.num_rows
+    return share if shape.dim <= LENT_DIM else float(share == 1.0)
 
 
 def _work_gpu(shape: Shape, dtypes: Dtypes, strategy: str, *, backward: bool) -> Work:

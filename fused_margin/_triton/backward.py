@@ -132,6 +132,18 @@ def _kept_gradient_tile(kept, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse,
 
 
 @triton.jit
+def _lent_gradient_tile(q, inv_w, offs_c, mask_c, labels, s, g_lse, g_u, lse, u):
+    """The same from what the forward left in d_w, exp(s c) / ||w||, 0 at the targets."""
+    is_target = mask_c[:, None] & (offs_c[:, None] == labels[None, :])
+    e = q / inv_w[:, None]
+    # without any other class lse is -inf, and nothing is left
+    share = tl.exp(tl.where(lse == -float("inf"), 0.0, -lse))
+    g = (g_lse * s)[None, :] * (e * share[None, :])
+    cos = tl.log(tl.where(e > 0.0, e, 1.0)) / s  # without use where g is 0
+    return tl.where(is_target, g_u[None, :], g), tl.where(is_target, u[None, :], cos)
+
+
+@triton.jit
 def _products(
     operand, w, x_desc, w_desc, first_row, first_class, offs_n, offs_c, mask_x, mask_c,
     inv_x, inv_w, D, P: tl.constexpr,
@@ -178,11 +190,19 @@ def _finish_gradient(
     mask = mask_c[:, None] & (offs_n < chunk.pitch)[None, :]
     labels, _, g_lse, g_u, lse, u, inv_x = _row_quantities(rows, offs_n, mask_n, P.ACC, BLOCK_N)
     if kept.entries is not None:
-        entries = tl.load(kept.entries + offs_c.to(tl.int64)[:, None] * kept.pitch
+        entries = tl.load(kept.entries + offs_c.to(tl.int64)[:, None] * kept.stride
                           + offs_n[None, :], mask=mask, other=0.0).to(P.ACC)  # fmt: skip
-        shift = tl.load(kept.shifts + (offs_c // KEPT_BLOCK).to(tl.int64)[:, None] * kept.pitch
-                        + offs_n[None, :], mask=mask, other=0.0)  # fmt: skip
-        g, cos = _kept_gradient_tile(entries, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
+        if kept.shifts is None:
+            norm_w = tl.where(mask_c, inv_w, 1.0)
+            g, cos = _lent_gradient_tile(
+                entries, norm_w, offs_c, mask_c, labels, s, g_lse, g_u, lse, u
+            )  # fmt: skip
+        else:
+            shift = tl.load(kept.shifts + (offs_c // KEPT_BLOCK).to(tl.int64)[:, None] * kept.pitch
+                            + offs_n[None, :], mask=mask, other=0.0)  # fmt: skip
+            g, cos = _kept_gradient_tile(
+                entries, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse, u
+            )  # fmt: skip
     else:
         cos = tile
         if not P.NORMALIZE_FIRST:

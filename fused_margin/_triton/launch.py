@@ -160,7 +160,7 @@ def _sweep(
 
 
 def _lend(x: Tensor, w: Tensor, p: Plan) -> Loan | None:
-    """Memory of d_w, for a sweep to leave exponentials in; None if no tile holds its rows."""
+    """Memory of d_w, for a sweep to leave exponentials in; None if there are no tiles for it."""
     if p.lent is None:
         return None
     d_w = w.new_empty(w.shape)  # contiguous whatever the strides of w
@@ -295,16 +295,19 @@ def backward(
         rows = rows._replace(others=others)
     call = Call(p, rows, inputs, swept, Gradients(d_x, d_w, None), needs, update)
     with guard(x):
-        if loan is not None:
+        left = None if loan is None else loan.left
+        if loan is not None and left is not None:
             if is_again:
-                _sweep_again(call, loan.left)
-            return _lent(call, loan)
+                _sweep_again(call, left)
+            if x.shape[1] <= left.tiles.weight.d:
+                return _lent(call, loan)
+            call = call._replace(gradients=Gradients(d_x, loan.d_w, None))
         d_scale = None
         if extras.reshapes and needs.scale:
             d_scale = _d_scale(call)  # before W may change
-        is_plain = not extras.reshapes and update is None
+        is_plain = not extras.reshapes and update is None and left is None
         is_fused = is_plain and backward_strategy(x, w, p, swept.kept) == "fused"
-        partial = _fused(call) if is_fused else _chunked(call)  # what was kept goes through chunks
+        partial = _fused(call) if is_fused else _chunked(call, left)  # as what was kept
         if partial is not None:
             of_rows = x.new_empty(num_rows, dtype=p.accumulate) if needs.scale else None
             finish_kernel[(cdiv(num_rows, FEW_ROWS),)](
@@ -314,7 +317,7 @@ def backward(
             )  # fmt: skip
             if d_scale is None and of_rows is not None:
                 d_scale = of_rows.sum()
-    return Gradients(d_x, d_w, d_scale)
+    return Gradients(d_x, call.gradients.w, d_scale)
 
 
 def _d_scale(call: Call) -> Tensor:
@@ -369,12 +372,17 @@ def _fused(call: Call) -> Tensor | None:
     return partial
 
 
-def _chunked(call: Call) -> Tensor | None:
-    """Launch the chunked backward; returns the partials of d_x that are still to be merged."""
+def _chunked(call: Call, left: Left | None) -> Tensor | None:
+    """Launch the chunked backward; returns the partials of d_x that are still to be merged.
+
+    What may be ``left`` in d_w is read for a chunk before its rows of d_w are written.
+    """
     p, rows, inputs, swept, gradients, needs, update = call
     x, w, inv_w = inputs.x, inputs.w, swept.inv_w
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     kept, kept_block = kept_parts(swept.kept, num_rows, p)
+    if left is not None:
+        kept = Kept(left.q, None, pitch(num_rows), left.q.stride(0))
     tile = p.tiles.gradient
     if inputs.extras.reshapes:
         tile = tile.with_rows(p.tiles.shaped_rows)
@@ -515,7 +523,7 @@ class _Embeddings:
 
 
 def _lent(call: Call, loan: Loan) -> Gradients:
-    """Launch the backward whose exponentials lie in the memory of d_w, which comes last."""
+    """Launch the backward whose exponentials lie in d_w, of whose rows a tile holds whole ones."""
     p, rows, inputs, swept, gradients, _, _ = call
     x, w, left = inputs.x, inputs.w, loan.left
     q, num_lent = left.q, left.num_rows

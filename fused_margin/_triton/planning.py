@@ -30,6 +30,9 @@ FUSED_DIM = 64
 LARGEST_CENTERS = 16
 # Up to this many rows d_w isn't lent: narrow tiles of the sweep would spill, and W's bytes bind.
 LENT_ROWS = 32
+# From this scale on a cosine is the logarithm of its exponential, as rounded, where no tile holds
+# whole rows of d_w.
+LENT_SCALE = 1.0
 # Bytes of a block where nothing is kept: a size that may be 0 or 1 would constrain N under
 # torch.export.
 NOTHING = 2
@@ -102,7 +105,7 @@ class Plan:
         operands: the operand type of `tiles.OPERANDS` that the tiles are for.
         descriptors: whether W, x and G are read through tensor descriptors.
         tiles: the tiles.
-        lent: tiles of the kernels to which d_w is lent; None where none holds whole rows.
+        lent: tiles of the kernels to which d_w is lent; None where it never is.
         programs: how many programs fill the device.
     """
 
@@ -340,14 +343,16 @@ def kept_parts(kept: Tensor, num_rows: int, p: Plan) -> tuple[Kept | None, int]:
 def lent_rows(x: Tensor, w: Tensor, p: Plan) -> int:
     """Of how many rows of the batch, the first, d_w holds the exponentials; 0 if it isn't lent.
 
-    All, or so many whole tiles that not much is formed again; a tile has to hold whole rows of d_w.
+    All; or, where a tile holds whole rows of d_w, so many whole tiles that not much is formed
+    again.
     """
     num_rows, dim = x.shape
-    if p.lent is None or dim > p.lent.weight.d or (dim * w.itemsize) % p.gradient.itemsize:
+    if p.lent is None or (dim * w.itemsize) % p.gradient.itemsize:
         return 0
     if p.accumulate is torch.float64 and w.dtype is not p.accumulate:
         return 0  # targets are added to what has been rounded to the dtype of d_w
-    return rows_held(num_rows, dim * w.itemsize // p.gradient.itemsize, p.lent.weight.n)
+    held = rows_held(num_rows, dim * w.itemsize // p.gradient.itemsize, p.lent.weight.n)
+    return held if held == num_rows or dim <= p.lent.weight.d else 0
 
 
 def is_lent(x: Tensor, w: Tensor, scale: float, p: Plan, budget: int) -> bool:
@@ -358,6 +363,8 @@ def is_lent(x: Tensor, w: Tensor, scale: float, p: Plan, budget: int) -> bool:
     """
     (num_rows, dim), num_classes = x.shape, w.shape[0]
     if lent_rows(x, w, p) == 0 or needs_shift(scale, num_classes, p.accumulate):
+        return False
+    if p.lent is not None and dim > p.lent.weight.d and scale < LENT_SCALE:
         return False
     if _override.strategy is not None:
         return _override.strategy == "lent"

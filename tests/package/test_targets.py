@@ -54,6 +54,7 @@ WITHOUT_PRODUCTS = {
     "prepare_kernel",
     "rows_kernel",
     "gradient_kernel, kept",
+    "gradient_kernel, lent",
     "finish_kernel",
     "lent_prepare_kernel",
     "lent_targets_kernel",

@@ -128,8 +128,8 @@ def test_a_wrong_candidate_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> N
     wrong = tiles.Tile(16, 16, 16, 1, 1)
     launch_chunked = launch._chunked
 
-    def corrupting(call):
-        partial = launch_chunked(call)
+    def corrupting(call, left):
+        partial = launch_chunked(call, left)
         if call.p.tiles.gradient == wrong:
             call.gradients.w.mul_(1.5)
         return partial
