@@ -1,4 +1,4 @@
-"""Speed and peak memory of forward + backward on a CPU, against every rival, in one process.
+"""Speed and peak memory of forward + backward on a CPU, against every rival, interleaved.
 
     python -m benchmarks.cpu                                   # N=256, C=100,000, D=512, fp32
     python -m benchmarks.cpu --n 64 --save                     # to benchmarks/results
@@ -12,7 +12,8 @@ memory is taken afterwards, of one contender per process.
 Where matrices have about a megabyte a process is one sample: whether the C library gives them back
 to the system in every step, to be touched as new pages in the next, depends on what else lies in
 its heap. --processes repeats all of it in processes one after the other, and takes medians of
-theirs.
+theirs (of errors the largest); "least" and "most" are the extremes of their ratios. A contender
+that one of them has no time for gets none.
 """
 
 from __future__ import annotations
@@ -200,6 +201,12 @@ def over_processes(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
             rows = [one["results"][key] for one in found]
             medians = [one["median_s"] for one in rows]
             results[key] = {name: row[name] for name in row if name != "seconds"} | {
+                **{
+                    name: statistics.median(one[name] for one in rows)
+                    for name in row
+                    if name.endswith("_mib")
+                },
+                "relative_errors": _largest([one["relative_errors"] for one in rows]),
                 "median_s": statistics.median(medians),
                 "min_s": min(one["min_s"] for one in rows),
                 "max_s": max(one["max_s"] for one in rows),
@@ -210,12 +217,22 @@ def over_processes(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for name in first["ratios_of_medians"]
         if all(name in one["ratios_of_medians"] for one in found)
     }
+    without_time: dict[str, str] = {}
+    for one in reversed(found):
+        without_time |= one["without_time"]
     return first | {
         "processes": len(found),
+        "without_time": without_time,
         "results": results,
         "ratios_of_medians": {name: statistics.median(each) for name, each in ratios.items()},
         "ratios_by_process": ratios,
     }
+
+
+def _largest(errors: Sequence[dict[str, float] | None]) -> dict[str, float] | None:
+    """The largest error of each part; None of what has no errors."""
+    known = [one for one in errors if one is not None]
+    return {part: max(one[part] for one in known) for part in known[0]} if known else None
 
 
 def _range_over_ours(result: dict[str, Any], row: dict[str, Any]) -> tuple[float, float, float]:

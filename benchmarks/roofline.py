@@ -42,9 +42,8 @@ and its derivative add 120 GB of C x D, 28 ms.
 
 **Memory** is the peak above x, W, labels, d_x and d_w, by the count of what is allocated.
 
-"lent" keeps an exponential for each cosine where d_w will be, e_g NC written by the forward and
-read by both products of the backward, each with W. All have room while e_g N <= e_w D, else those
-of the first rows; the others' are formed again by chunks ("chunked" if less than a quarter has).
+"lent" keeps an exponential for each cosine where d_w will be, e_g NC, if e_g N <= e_w D, else of
+the first rows; both products read them, but for D > 512, whose G is made of them by chunks.
 
 For Hopper GPUs a second table, of the package's own choice of strategy and of those that --strategy
 names, predicts the time of each kernel, from its launches and its compiled code
@@ -76,8 +75,6 @@ PARTIAL_BYTES = 64 << 20
 PARTIAL_TILES, PARTIAL_TILE = 264, 128 * 128
 
 STRATEGIES = ("eager", "cpu", *(GPU_STRATEGIES := ("chunked", "fused", "kept", "lent")))
-LENT_DIM = max(lent.weight.d for lent in LENT.values())  # the largest that a tile holds
-LENT_TILE = max(lent.weight.n for lent in LENT.values())  # of which d_w holds whole ones
 SCALE = 64.0  # one whose exponentials need no shift
 
 
@@ -312,19 +309,22 @@ def partial_bytes(shape: Shape, dtypes: Dtypes) -> float:
     return float(max(one, min(PARTIAL_BYTES, PARTIAL_TILES * PARTIAL_TILE * a)))
 
 
-def lent_share(shape: Shape, dtypes: Dtypes) -> float:
-    """Of the exponentials, what has room in the memory of d_w."""
+def lent_share(shape: Shape, dtypes: Dtypes) -> tuple[float, bool]:
+    """Of the exponentials, what has room in d_w; whether tiles hold whole rows of it, as is."""
+    if (lent := LENT.get(("sm_90", dtypes.operand))) is None:
+        return 0.0, False
     itemsize = 4 if dtypes.operand == "fp16" else dtypes.compute.itemsize
     columns = dtypes.w.itemsize * shape.dim // itemsize
-    share = rows_held(shape.num_rows, columns, LENT_TILE) / shape.num_rows
-    return share if shape.dim <= LENT_DIM else float(share == 1.0)
+    share = rows_held(shape.num_rows, columns, lent.weight.n) / shape.num_rows
+    is_direct = shape.dim <= lent.weight.d
+    return (share if is_direct else float(share == 1.0)), is_direct
 
 
 def _work_gpu(shape: Shape, dtypes: Dtypes, strategy: str, *, backward: bool) -> Work:
     num_rows, num_classes, dim = shape.num_rows, shape.num_classes, shape.dim
     logits, product = num_rows * num_classes, 2.0 * num_rows * num_classes * dim
-    lent = lent_share(shape, dtypes) if strategy == "lent" else 0.0
-    held = 1.0 if strategy == "kept" else lent
+    lent, is_direct = lent_share(shape, dtypes) if strategy == "lent" else (0.0, False)
+    held, direct = 1.0 if strategy == "kept" else lent, lent if is_direct else 0.0
     weight = float(dtypes.w.itemsize * num_classes * dim)
     rows = _row_bytes(shape, dtypes, backward=backward)
     norms = dtypes.accumulate.itemsize * num_classes
@@ -340,21 +340,21 @@ def _work_gpu(shape: Shape, dtypes: Dtypes, strategy: str, *, backward: bool) ->
     flops = {dtypes.operand: cosines * product}
     flops[operand_g] = flops.get(operand_g, 0.0) + 2.0 * product
     partials = partial_bytes(shape, dtypes)
-    reads_of_weight = (3 if strategy == "fused" or lent else 2) + (0.0 < lent < 1.0)
+    reads_of_weight = 3 if strategy == "fused" or direct else 2
     kept_bytes = float(itemsize_g * logits * held)
     chunk = l2_bytes = 0.0
-    if strategy != "fused" and lent < 1.0:
-        of_chunks = itemsize_g * logits * (1.0 - lent)
+    if strategy != "fused" and direct < 1.0:
+        of_chunks = itemsize_g * logits * (1.0 - direct)
         chunk = float(min(CHUNK_BYTES, of_chunks))
         l2_bytes = 3.0 * of_chunks + 2.0 * partials * max(of_chunks / chunk - 1.0, 0.0)
     return Work(
         flops=flops,
         # for what is kept on top an exponential and a logarithm, besides the forward's
-        exponentials=float((cosines + (2 if strategy == "kept" else 0)) * logits),
+        exponentials=float((cosines + (2 if strategy == "kept" else lent > direct)) * logits),
         bytes=(reads_of_weight + 1) * weight
         + rows
         + 2.0 * partials
-        + (3.0 if lent else 2.0) * kept_bytes,
+        + (3.0 if direct else 2.0) * kept_bytes,
         l2_bytes=l2_bytes,
         memory=norms + partials + chunk + (0.0 if lent else kept_bytes),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -45,11 +45,45 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting() if flag is None else flag
 
 
+def _waits_for_ranks(values: Iterable[Any]) -> bool:
+    """Whether class weights that are split over ranks, a DTensor, are among them, or a module's."""
+    for value in values:
+        weight = getattr(value, "weight", None) if isinstance(value, torch.nn.Module) else value
+        if hasattr(weight, "device_mesh") and hasattr(weight, "placements"):
+            return True
+    return False
+
+
+def between_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function that waits for other ranks if its class weights are split over them.
+
+    It then runs as it is, outside of graphs. Dynamo would break them within, where rows are
+    gathered: not for batches that vary, and in torch 2.11 with gradients of 0.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_dynamo_compiling() and _waits_for_ranks((*args, *kwargs.values())):
+            from fused_margin import _uncompiled
+
+            return _uncompiled.call(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
 def raising(num_outputs: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function that returns so many tensors, and checks what it is given."""
+    """Decorate a function that returns so many tensors, and checks what it is given.
+
+    It runs `between_graphs`, too.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> Any:
+            if torch.compiler.is_dynamo_compiling() and _waits_for_ranks((*args, *kwargs.values())):
+                from fused_margin import _uncompiled
+
+                return _uncompiled.call(function, *args, **kwargs)
             try:
                 return function(*args, **kwargs)
             except (TypeError, ValueError) as error:

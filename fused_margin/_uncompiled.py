@@ -13,6 +13,6 @@ import torch
     " ranks, which wait for each other, runs outside of graphs: compile the model, and call the"
     " criterion on what it returns, or do without fullgraph=True"
 )
-def call(function: Callable[..., Any], *args: Any) -> Any:
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function outside of the graph."""
-    return function(*args)
+    return function(*args, **kwargs)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fused_margin import _centers, _names, _validate, _validate_others
+from fused_margin import _centers, _compiled, _names, _validate, _validate_others
 from fused_margin._centers import nearest_centers
 from fused_margin._numerics import accumulation_dtype, normalized, sum_dtype
 from fused_margin._weight_sweeps import _blocks
@@ -118,6 +118,7 @@ def class_rows(weight: Tensor | nn.Module, sub_centers: int | None) -> tuple[Ten
 
 
 @torch.no_grad()
+@_compiled.between_graphs
 @_names.hinting
 def predict(
     embeddings: Tensor,
@@ -172,6 +173,7 @@ def _nearest(x: Tensor, w: Tensor, k: int, sub_centers: int) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
+@_compiled.between_graphs
 @_names.hinting
 def evaluate(
     embeddings: Tensor,

@@ -51,7 +51,7 @@ FAR = 60
 
 
 def fits(problem: Problem, needs: Needs) -> bool:
-    """Whether the exponentials need no shift, a row may have any other class, and f is enough.
+    """Whether one shift serves all exponentials, a row may have any other class, and f is enough.
 
     It isn't for the sum of phi(c), nor for d_scale where phi is another function than c.
     """

@@ -123,7 +123,7 @@ class Kept(NamedTuple):
         entries: (C, pitch) in rows of ``stride``, in the dtype of G. shifts: (class blocks, pitch),
             relative to which they are, and entries go up to whole blocks. None where they are
             exponentials over the norm of the class, without a shift.
-        pitch: N up to a multiple of `PITCH`.
+        pitch: how many entries a class has, N up to a multiple of `PITCH`; or of the first rows.
     """
 
     entries: Tensor | None = None

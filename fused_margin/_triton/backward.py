@@ -234,7 +234,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """One tile of a `Chunk` of ``num_classes`` classes from ``first_class`` on.
 
-    KEPT_BLOCK is the block of classes that shared a shift in the forward, 0 if nothing was kept.
+    KEPT_BLOCK is the block of classes that shared a shift in the forward, 0 if none has one.
     Row blocks come first, so that those of a block of classes find its rows of W in the L2 cache.
     """
     pid_n, pid_c = tl.program_id(0) % num_row_blocks, tl.program_id(0) // num_row_blocks

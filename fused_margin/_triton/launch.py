@@ -113,11 +113,12 @@ def _sweep(
     left: Left | None,
     ignore_index: int | None,
     weighs: bool = False,
+    most_classes: int | None = None,
 ) -> tuple[Tensor, Others | None]:
     """Launch a sweep; returns its partials, (num_splits, 2, N), and those of what else it found.
 
     Rows with the label ``ignore_index`` are not looked at, unless it is None. ``weighs``: whether
-    the mean of s phi(c) is to be found.
+    the mean of s phi(c) is to be found. ``most_classes``: of all calls that run the same code.
     """
     x, w, asks = inputs.x, inputs.w, not inputs.extras.is_plain
     (num_rows, dim), num_classes = x.shape, w.shape[0]
@@ -133,7 +134,7 @@ def _sweep(
         tile = tile.with_rows(p.tiles.asked_rows)
     elif kept is not None:
         tile = tile.with_rows(p.tiles.kept_rows)
-    tile = cut(tile, num_rows, num_classes, dim)
+    tile = cut(tile, num_rows, most_classes or num_classes, dim)
     if kept_block:
         tile = tile.with_classes(kept_block)
     class_blocks, row_blocks = cdiv(num_classes, rows_of_block(tile, p)), cdiv(num_rows, tile.n)
@@ -465,7 +466,7 @@ def _sweep_again(call: Call, left: Left, first: int = 0, last: int | None = None
 
     Args:
         call: of the rows of the batch in question.
-        left: where to.
+        left: where to, with a place for as many classes as there are at most.
         first: of the classes. last: after the last; None for all.
     """
     x, w, p, classes = call.inputs.x, call.inputs.w, call.p, call.inputs.extras.classes
@@ -481,7 +482,7 @@ def _sweep_again(call: Call, left: Left, first: int = 0, last: int | None = None
     # what else it was asked for, it has answered
     inputs = call.inputs._replace(w=w, extras=Extras(classes=classes))
     ignored = None if call.rows.grad is None else IGNORED - first
-    _sweep(inputs, p, rows, swept, left, ignored)
+    _sweep(inputs, p, rows, swept, left, ignored, most_classes=left.q.shape[0])
 
 
 class _Embeddings:
@@ -499,13 +500,13 @@ class _Embeddings:
             num_rows * dim * p.accumulate.itemsize,
         )
         self.partial = call.inputs.x.new_empty((splits, num_rows, dim), dtype=p.accumulate)
+        self.w = Matrix.of(call.inputs.w, call.inputs.extras.classes)  # which copies a list
 
     def add(self, q: Tensor, first: int, num_classes: int) -> None:
         """Add the product with ``num_classes`` rows of W from ``first`` on."""
         call, (splits, num_rows, dim) = self.call, self.partial.shape
-        w = Matrix.of(call.inputs.w, call.inputs.extras.classes)
         embeddings_kernel[(*self.grid, splits)](
-            Matrix.of(call.inputs.x), w, call.rows, Chunk(q, None, None, q.stride(0)),
+            Matrix.of(call.inputs.x), self.w, call.rows, Chunk(q, None, None, q.stride(0)),
             self.partial, call.gradients.x, first, num_classes, num_rows, dim,
             cdiv(num_classes, splits), 0, P=call.p.precision, **keywords(self.tile),
         )  # fmt: skip
@@ -513,9 +514,8 @@ class _Embeddings:
     def finish(self) -> None:
         """Write d_x."""
         call, (splits, num_rows, dim) = self.call, self.partial.shape
-        w = Matrix.of(call.inputs.w, call.inputs.extras.classes)
         lent_finish_kernel[(cdiv(num_rows, FEW_ROWS),)](
-            Matrix.of(call.inputs.x), w, call.rows, self.partial, call.swept.inv_w,
+            Matrix.of(call.inputs.x), self.w, call.rows, self.partial, call.swept.inv_w,
             call.gradients.x, call.inputs.scale, num_rows, call.inputs.w.shape[0], dim, splits,
             P=call.p.precision, BLOCK_N=FEW_ROWS, BLOCK_D=FEW_COLUMNS, num_warps=4, num_stages=2,
             enable_fp_fusion=True,
@@ -540,6 +540,7 @@ def _lent(call: Call, loan: Loan) -> Gradients:
         embeddings = _Embeddings(some_rows(call, slice(num_lent)), num_classes)
         embeddings.add(q, 0, num_classes)
         embeddings.finish()
+        del embeddings  # with its partials
     tile = cut(left.tiles.weight, num_lent, num_classes, dim)
     x_desc = q_desc = beyond_desc = None
     if p.descriptors and (dim * w.itemsize) % 16 == 0:

@@ -1,4 +1,6 @@
-"""The backward after a forward to which d_w was lent. Equations refer to ``docs/math.md``.
+"""The backward after a forward to which d_w was lent, of whose rows a tile holds whole ones.
+
+Equations refer to ``docs/math.md``.
 
 There lie the exponentials of class k, Q_kn = exp(s c_kn) / ||w_k||, 0 at the targets, in what will
 be row k of d_w. With f_n = g_lse s exp(-lse_n), G_kn = f_n ||w_k|| Q_kn for k != y_n (eq. 7): no
@@ -37,6 +39,7 @@ def _log_factor(rows, offs_n, mask_n, s, ACC: tl.constexpr, BLOCK_N: tl.constexp
     _, _, g_lse, _, lse, _, _ = _row_quantities(rows, offs_n, mask_n, ACC, BLOCK_N)
     a = g_lse * s
     is_zero = a == 0.0
+    lse = tl.where(lse == -float("inf"), 0.0, lse)  # without any other class nothing is left
     log_factor = tl.where(is_zero, -float("inf"), tl.log(tl.where(is_zero, 1.0, tl.abs(a))) - lse)
     return log_factor, tl.where(is_zero, 0.0, tl.where(a < 0.0, -1.0, 1.0))
 
@@ -212,7 +215,7 @@ def lent_finish_kernel(
     inv_w = tl.load(inv_w_ptr + label, mask=has_target, other=0.0)
     of_target = tl.where(has_target, g_u * inv_w * inv_x, 0.0)
     # one after the other: their product may be less than fp32 holds
-    factors = g_lse * s * inv_x, tl.exp(-lse)
+    factors = g_lse * s * inv_x, tl.exp(tl.where(lse == -float("inf"), 0.0, -lse))
     radial = tl.zeros([BLOCK_N], P.ACC)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)[None, :]

@@ -103,10 +103,10 @@ def split_count(wanted: int, available: int, bytes_per_split: int) -> int:
 
 
 class Left(NamedTuple):
-    """What a forward leaves in the memory of d_w.
+    """What a sweep leaves in the memory of d_w, or in a buffer for some of the classes.
 
     Attributes:
-        q: exponentials, (C, N and more), in rows as long as those of d_w.
+        q: exponentials, (C, N and more), in rows as long as those of d_w, or of the buffer.
         tiles: of the kernels that are to take them, whatever precision is asked for by then.
         num_rows: of the batch, the first, whose exponentials they are.
     """

@@ -278,6 +278,8 @@ DESCRIBED_LENT: dict[tuple[str, str], Lent] = {
 
 # Of a batch whose exponentials d_w can't hold, it holds at least one row in so many.
 LEAST_LENT = 4
+# At least so many rows are formed again: narrower sweeps that lend spill.
+LEAST_AGAIN = 33
 
 
 def rows_held(num_rows: int, columns: int, tile: int) -> int:
@@ -287,7 +289,7 @@ def rows_held(num_rows: int, columns: int, tile: int) -> int:
     """
     if pitch(num_rows) <= columns:
         return num_rows
-    whole = columns // tile * tile
+    whole = min(columns, max(0, num_rows - LEAST_AGAIN)) // tile * tile
     return whole if whole * LEAST_LENT >= num_rows else 0
 
 

@@ -7,7 +7,15 @@ import math
 import torch
 from typing_extensions import Unpack
 
-from fused_margin import _collectives, _names, _ops, _validate, _validate_margins, margins
+from fused_margin import (
+    _collectives,
+    _compiled,
+    _names,
+    _ops,
+    _validate,
+    _validate_margins,
+    margins,
+)
 from fused_margin._numerics import accumulation_dtype, sum_dtype
 from fused_margin.functional.core import Psi, margin_loss
 from fused_margin.functional.options import CallOptions, choose, loss
@@ -18,6 +26,7 @@ SMALLEST_SPREAD = 1e-3  # added to AdaFace's standard deviation
 
 
 @torch.no_grad()
+@_compiled.between_graphs
 @_names.hinting
 def adacos_scale(
     embeddings: torch.Tensor,

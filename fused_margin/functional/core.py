@@ -50,11 +50,6 @@ def margin_loss(
 
     ``penalty``: what is added to each row's loss, (N,). ``sampler``: which classes take part.
     """
-    if _is_between_graphs(weight):
-        from fused_margin import _uncompiled
-
-        given = (embeddings, weight, labels, psi, scale, options, penalty, sampler)
-        return _uncompiled.call(margin_loss, *given)
     _validate_margins.psi(psi)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(options.backend, embeddings.device)
@@ -114,14 +109,6 @@ def margin_loss(
         else:
             loss = _reduce(rows, (~ignored).sum().clamp_min(1), options.reduction)
     return loss if stats is None else (loss, stats)
-
-
-def _is_between_graphs(weight: torch.Tensor) -> bool:
-    """Whether a compiler has to leave out what would wait for other ranks.
-
-    In torch 2.11 it breaks the graph within, and the gradients are 0.
-    """
-    return torch.compiler.is_dynamo_compiling() and _validate.is_class_sharded(weight)
 
 
 def _evaluation(
@@ -266,12 +253,6 @@ def cosine_lse(
     memory_budget = _validate.memory_budget(memory_budget)
     scale = _validate.scale(scale, embeddings.device)
     backend = _validate.backend(backend, embeddings.device)
-    if _is_between_graphs(weight):
-        from fused_margin import _uncompiled
-
-        given = (embeddings, weight, labels, scale)
-        named = {"backend": backend, "memory_budget": memory_budget}
-        return _uncompiled.call(functools.partial(cosine_lse, **named), *given)
     if _validate.is_class_sharded(weight):
         scale = _sharded.shared_scale(scale, weight)
     lse, u, _ = sweep(embeddings, weight, labels, scale, backend, memory_budget)
@@ -303,13 +284,6 @@ def cosine_logits(
     scale = _validate.scale(scale, embeddings.device)
     sub_centers = _validate.size("sub_centers", sub_centers, 1)
     _validate.centers(weight.shape[0], sub_centers)
-    if _is_between_graphs(weight):
-        from fused_margin import _uncompiled
-
-        named = {"sub_centers": sub_centers}
-        return _uncompiled.call(
-            functools.partial(cosine_logits, **named), embeddings, weight, scale
-        )
     if _validate.is_class_sharded(weight):
         of_shard = functools.partial(_logits, sub_centers=sub_centers)
         return _sharded_logits.logits(of_shard, embeddings, weight, scale, sub_centers)

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from fused_margin import (
     _collectives,
+    _compiled,
     _names,
     _ops,
     _validate,
@@ -37,6 +38,7 @@ def _with(own: Negatives, options: CallOptions, call: Callable[..., Any]) -> Opt
 
 
 @torch.no_grad()
+@_compiled.between_graphs
 @_names.hinting
 def curricularface_t(
     embeddings: Tensor,
@@ -218,6 +220,7 @@ def circle_softmax(
 
 
 @torch.no_grad()
+@_compiled.between_graphs
 @_names.hinting
 def inter_topk(
     embeddings: Tensor,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import numpy as np
@@ -278,15 +277,23 @@ def same_draws(num_classes: int, cuts: list[int]) -> bool:
 
 
 def compiled() -> dict[str, float]:
-    """A compiled criterion, with breaks of the graph where ranks talk."""
-    part = batch([4, 3, 2, 5][: dist.get_world_size()], 9)[dist.get_rank()]
-    criterion = shard_classes(built("arcface", 9))
-    expected = measured(criterion, "arcface", part)
-    criterion.zero_grad()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = measured(torch.compile(criterion, backend="aot_eager"), "arcface", part)
-    return {
-        key: _largest_difference(found[key.replace("d_weight", "d__orig_mod.weight")], value)
-        for key, value in expected.items()
-    }
+    """Compiled calls, outside of graphs where ranks talk, for batches that vary."""
+    found: dict[str, float] = {}
+    for name in ("arcface", "adacos", "curricularface"):
+        criterion, eager = shard_classes(built(name, 9)), shard_classes(built(name, 9))
+        in_graphs = torch.compile(criterion, backend="aot_eager")
+        evaluate = torch.compile(fm.metrics.evaluate, backend="aot_eager")
+        for step, sizes in enumerate(([4, 3, 2, 5], [5, 5, 5, 5], [3, 6, 7, 3])):
+            part = batch(sizes[: dist.get_world_size()], 9)[dist.get_rank()]
+            for one in (criterion, eager):
+                one.zero_grad()
+            expected, got = measured(eager, name, part), measured(in_graphs, name, part)
+            for key, value in got.items():
+                of_eager = expected[key.replace("_orig_mod.", "")]
+                found[f"{name}, {step}, {key}"] = _largest_difference(value, of_eager)
+            given = part.x, eager, part.labels
+            cosines = [call(*given).target_cosine for call in (evaluate, fm.metrics.evaluate)]
+            found[f"{name}, {step}, evaluate"] = _largest_difference(
+                *(one.nan_to_num(-2.0) for one in cosines)
+            )
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,7 @@ def lends(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> An
     """Problems as small as these are lent memory, in small blocks."""
     for name in ("MIN_BLOCK", "MAX_BLOCK"):
         monkeypatch.setattr(sweep, name, 16)
+    monkeypatch.setattr(importlib.import_module("fused_margin._triton.tiles"), "LEAST_AGAIN", 1)
     if getattr(request.node, "callspec", None) is None or "triton" not in str(request.node.name):
         yield
         return
@@ -384,8 +386,12 @@ def test_what_is_done_ahead_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
-def test_a_gpu_lends_by_default_where_it_would_form_the_cosines_again() -> None:
-    from fused_margin._triton import planning
+def test_a_gpu_lends_by_default_where_it_would_form_the_cosines_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fused_margin._triton import planning, tiles
+
+    monkeypatch.setattr(tiles, "LEAST_AGAIN", 33)
 
     def is_lent(num_rows: int, num_classes: int, dim: int, scale: float = 64.0) -> bool:
         x = torch.empty(num_rows, dim, dtype=torch.bfloat16, device="meta")
@@ -399,6 +405,9 @@ def test_a_gpu_lends_by_default_where_it_would_form_the_cosines_again() -> None:
         assert is_lent(1024, 2_059_906, 512)
         assert not is_lent(1024, 100_000, 64), "fused"
         assert is_lent(1040, 128_256, 512), "a row of d_w holds most of the batch"
+        # all, or but for so many rows that a sweep of theirs is wide enough
+        held = {num_rows: tiles.rows_held(num_rows, 1024, 64) for num_rows in (1024, 1040, 1057)}
+        assert held == {1024: 1024, 1040: 960, 1057: 1024}
         assert is_lent(4096, 128_256, 512)
         assert not is_lent(4112, 128_256, 512), "a row of d_w holds less than a quarter"
         assert is_lent(2048, 128_256, 1024), "chunk by chunk, as no tile holds rows"

@@ -307,11 +307,11 @@ def test_no_compilation_for_another_batch(tmp_path: Path) -> None:
     counts = json.loads(_run_without_interpreter(_BATCHES, tmp_path))
     assert counts == {
         "prepare_kernel": 3,
-        "sweep_kernel": 11,
+        "sweep_kernel": 10,
         "rows_kernel": 4,
         "gradient_kernel": 4,
         "weight_kernel": 4,
-        "embeddings_kernel": 7,
+        "embeddings_kernel": 6,
         "finish_kernel": 1,
         "lent_weight_kernel": 2,
         **{f"lent_{name}_kernel": 1 for name in ("prepare", "targets", "finish")},
