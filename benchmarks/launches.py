@@ -120,8 +120,12 @@ def recorded(
         chosen = plan_for(target, x.dtype, w.dtype, compute_dtype, lowers, is_described)
         return chosen if instead is None else replace(chosen, tiles=instead)
 
+    def plain(x: torch.Tensor, w: torch.Tensor, compute_dtype: torch.dtype) -> planning.Plan:
+        return plan_for(target, x.dtype, w.dtype, compute_dtype, lowers)
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(launch, "plan", plan))
+        stack.enter_context(mock.patch.object(launch, "plain_plan", plain))
         stack.enter_context(mock.patch.object(planning, "plain_plan", plan))
         for name in KERNELS:
             recorder = _Recorder(getattr(launch, name), found)

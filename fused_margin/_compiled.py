@@ -49,6 +49,8 @@ def _waits_for_ranks(values: Iterable[Any]) -> bool:
     """Whether class weights that are split over ranks, a DTensor, are among them, or a module's."""
     for value in values:
         weight = getattr(value, "weight", None) if isinstance(value, torch.nn.Module) else value
+        if not isinstance(weight, torch.Tensor):  # of a symbolic number nothing more is known
+            continue
         if hasattr(weight, "device_mesh") and hasattr(weight, "placements"):
             return True
     return False

@@ -74,7 +74,7 @@ def test_typed() -> None:
 # From the bottom up; a folder counts as one. Each imports from its own layer and those below it.
 LAYERS = (
     {"_version", "_arguments", "_names", "_numerics"},
-    {"_transforms", "_remedies", "_compiled"},
+    {"_transforms", "_remedies", "_compiled", "_uncompiled"},
     {"_validate"},
     {
         "_validate_margins",
@@ -86,7 +86,6 @@ LAYERS = (
         "_validate_updates",
         "_validate_growth",
         "_validate_states",
-        "_uncompiled",
     },
     {"margins"},
     {"negatives"},
