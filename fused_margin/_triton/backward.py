@@ -398,7 +398,9 @@ def embeddings_kernel(
                        P.ACC)  # fmt: skip
         else:
             partial = partial_ptr + (split.to(tl.int64) * N + row)[:, None] * D + offs_d[None, :]
-            before = tl.load(partial, mask=mask & (first_class > 0), other=0.0)
+            # a tensor, as the interpreter of Triton 3.9 makes no mask of a number's comparison
+            is_later = tl.zeros([1, 1], tl.int32) + first_class > 0
+            before = tl.load(partial, mask=mask & is_later, other=0.0)
             tl.store(partial, before + parts[i], mask=mask)
 
 
