@@ -19,13 +19,9 @@ that one of them has no time for gets none.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks import baselines, harness, memory, products
@@ -169,25 +165,16 @@ def measure_repeatedly(settings: argparse.Namespace) -> dict[str, Any]:
     """
     if settings.processes == 1:
         return measure(settings)
-    command = [sys.executable, "-m", "benchmarks.cpu", "--rounds", str(settings.rounds)]
-    command += [f"--{size}={getattr(settings, size)}" for size in ("n", "c", "d")]
-    command += ["--no-compile"] * settings.no_compile + ["--no-memory"] * settings.no_memory
-    if settings.threads is not None:
-        command += ["--threads", str(settings.threads)]
+    options = {name: getattr(settings, name) for name in ("n", "c", "d", "rounds", "threads")}
+    options |= {"no-compile": settings.no_compile or None, "no-memory": settings.no_memory or None}
     found = []
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "result.json"
-        for index in range(settings.processes):
-            harness.progress(f"process {index + 1} of {settings.processes}")
-            run = subprocess.run(
-                [*command, "--json", str(file)], cwd=harness.ROOT, check=False,
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            )  # fmt: skip
-            if run.returncode:
-                last_line = run.stderr.strip().rpartition("\n")[2]
-                what = last_line.removeprefix("error: ") or f"exit status {run.returncode}"
-                raise harness.WrongResultError(f"in process {index + 1}: {what}")
-            found.append(json.loads(file.read_text()))
+    for index in range(settings.processes):
+        harness.progress(f"process {index + 1} of {settings.processes}")
+        try:
+            found.append(harness.apart("cpu", options))
+        except harness.FailedError as error:
+            what = error.last_line.removeprefix("error: ") or error
+            raise harness.WrongResultError(f"in process {index + 1}: {what}") from error
     return over_processes(found)
 
 

@@ -280,7 +280,11 @@ def interleave(
 
 
 class FailedError(RuntimeError):
-    """A command in a process of its own has failed."""
+    """A command in a process of its own has failed; ``last_line`` is the last that it wrote."""
+
+    def __init__(self, status: int, last_line: str) -> None:
+        super().__init__(f"exit status {status}: {last_line}")
+        self.last_line = last_line
 
 
 def apart(module: str, options: Mapping[str, Any]) -> Any:
@@ -288,19 +292,23 @@ def apart(module: str, options: Mapping[str, Any]) -> Any:
 
     Args:
         module: as ``"memory"``.
-        options: values by the names of its options; those that are None are left out.
+        options: values by the names of its options; True for a flag, None for one left out.
 
     Raises:
         FailedError: with its exit status, and the last line that it wrote.
     """
-    given = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    given = [
+        f"--{key}" if value is True else f"--{key}={value}"
+        for key, value in options.items()
+        if value is not None
+    ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "result.json")
         command = [sys.executable, "-m", f"benchmarks.{module}", *given, f"--json={path}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             last_line = done.stderr.strip().rpartition("\n")[2]
-            raise FailedError(f"exit status {done.returncode}: {last_line}")
+            raise FailedError(done.returncode, last_line)
         return json.loads(path.read_text(encoding="utf-8"))
 
 

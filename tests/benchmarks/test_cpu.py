@@ -130,6 +130,6 @@ def test_a_process_with_a_wrong_result_ends_the_run(
     def run(command: list[str], **_: Any) -> Any:
         return subprocess.CompletedProcess(command, 1, "", "gate\nerror: ours: 7 above\n")
 
-    monkeypatch.setattr(cpu.subprocess, "run", run)
+    monkeypatch.setattr(harness.subprocess, "run", run)
     assert cpu.main([*TINY, "--processes", "3"]) == 1
     assert "error: in process 1: ours: 7 above" in capsys.readouterr().err
