@@ -45,13 +45,17 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting() if flag is None else flag
 
 
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is a DTensor, without importing torch.distributed.tensor."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
 def _waits_for_ranks(values: Iterable[Any]) -> bool:
     """Whether class weights that are split over ranks, a DTensor, are among them, or a module's."""
     for value in values:
         weight = getattr(value, "weight", None) if isinstance(value, torch.nn.Module) else value
-        if not isinstance(weight, torch.Tensor):  # of a symbolic number nothing more is known
-            continue
-        if hasattr(weight, "device_mesh") and hasattr(weight, "placements"):
+        # of a symbolic number Dynamo knows no attributes
+        if isinstance(weight, torch.Tensor) and is_dtensor(weight):
             return True
     return False
 
@@ -63,7 +67,6 @@ def between_graphs(function: Callable[P, R]) -> Callable[P, R]:
     gathered: not for batches that vary, and in torch 2.11 with gradients of 0.
     """
 
-    @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_dynamo_compiling() and _waits_for_ranks((*args, *kwargs.values())):
             from fused_margin import _uncompiled
@@ -71,7 +74,10 @@ def between_graphs(function: Callable[P, R]) -> Callable[P, R]:
             return _uncompiled.call(function, *args, **kwargs)
         return function(*args, **kwargs)
 
-    return wrapped
+    # Dynamo counts recompilations of code: each function gets some of its own
+    code = wrapped.__code__.replace(co_name=function.__name__)
+    own = types.FunctionType(code, wrapped.__globals__, closure=wrapped.__closure__)
+    return functools.update_wrapper(own, function)
 
 
 def raising(num_outputs: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -81,11 +87,8 @@ def raising(num_outputs: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        def wrapped(*args: P.args, **kwargs: P.kwargs) -> Any:
-            if torch.compiler.is_dynamo_compiling() and _waits_for_ranks((*args, *kwargs.values())):
-                from fused_margin import _uncompiled
-
-                return _uncompiled.call(function, *args, **kwargs)
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> Any:
             try:
                 return function(*args, **kwargs)
             except (TypeError, ValueError) as error:
@@ -98,10 +101,7 @@ def raising(num_outputs: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 output = torch.ops.fused_margin.refuse.default(like, kind, str(error))
                 return output if num_outputs == 1 else (output,) * num_outputs
 
-        # Dynamo counts recompilations of code: each function gets some of its own
-        code = wrapped.__code__.replace(co_name=function.__name__)
-        own = types.FunctionType(code, wrapped.__globals__, closure=wrapped.__closure__)
-        return functools.update_wrapper(own, function)
+        return between_graphs(checked)
 
     return decorate
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fused_margin import _names, _remedies, _transforms
-from fused_margin._compiled import known
+from fused_margin._compiled import is_dtensor, known
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 REDUCTIONS = ("mean", "sum", "none")
@@ -133,11 +133,6 @@ def _is_bool(value: Any) -> bool:
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def is_dtensor(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is a DTensor, without importing torch.distributed.tensor."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def local(tensor: Any) -> torch.Tensor:
