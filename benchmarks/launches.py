@@ -125,8 +125,8 @@ def recorded(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(launch, "plan", plan))
-        stack.enter_context(mock.patch.object(launch, "plain_plan", plain))
-        stack.enter_context(mock.patch.object(planning, "plain_plan", plan))
+        for module in (launch, planning):
+            stack.enter_context(mock.patch.object(module, "plain_plan", plain))
         for name in KERNELS:
             recorder = _Recorder(getattr(launch, name), found)
             stack.enter_context(mock.patch.object(launch, name, recorder))

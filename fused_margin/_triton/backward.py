@@ -193,9 +193,9 @@ def _finish_gradient(
         entries = tl.load(kept.entries + offs_c.to(tl.int64)[:, None] * kept.stride
                           + offs_n[None, :], mask=mask, other=0.0).to(P.ACC)  # fmt: skip
         if kept.shifts is None:
-            norm_w = tl.where(mask_c, inv_w, 1.0)
+            divisor = tl.where(mask_c, inv_w, 1.0)
             g, cos = _lent_gradient_tile(
-                entries, norm_w, offs_c, mask_c, labels, s, g_lse, g_u, lse, u
+                entries, divisor, offs_c, mask_c, labels, s, g_lse, g_u, lse, u
             )  # fmt: skip
         else:
             shift = tl.load(kept.shifts + (offs_c // KEPT_BLOCK).to(tl.int64)[:, None] * kept.pitch

@@ -41,6 +41,7 @@ from fused_margin._triton.operands import (
     Call,
     Left,
     describe,
+    embeddings_grid,
     guard,
     keywords,
     loadable,
@@ -296,8 +297,9 @@ def backward(
         rows = rows._replace(others=others)
     call = Call(p, rows, inputs, swept, Gradients(d_x, d_w, None), needs, update)
     with guard(x):
-        left = None if loan is None else loan.left
-        if loan is not None and left is not None:
+        left = None
+        if loan is not None:
+            left = loan.left
             if is_again:
                 _sweep_again(call, left)
             if x.shape[1] <= left.tiles.weight.d:
@@ -398,14 +400,8 @@ def _chunked(call: Call, left: Left | None) -> Tensor | None:
     # as many whole blocks as the bytes hold, at least one
     size = min(num_classes, max(1, CHUNK_BYTES // (class_bytes * block_rows)) * block_rows)
     weight_tile = cut(p.tiles.weight, num_rows, size, dim)
-    embeddings_tile = cut(p.tiles.embeddings, num_rows, size, dim)
     needs_v = needs.x or needs.scale
-    grid = cdiv(num_rows, embeddings_tile.n), cdiv(dim, embeddings_tile.d)
-    splits = split_count(
-        p.programs // (grid[0] * grid[1]),
-        cdiv(size, 4 * embeddings_tile.c),
-        num_rows * dim * p.accumulate.itemsize,
-    )
+    embeddings_tile, grid, splits = embeddings_grid(p, num_rows, size, dim)
     # one split of one chunk is all there is
     is_only = needs.x and splits == 1 and size == num_classes and not needs.scale
 
@@ -492,13 +488,7 @@ class _Embeddings:
         """``most_classes``: how many are added at a time."""
         p, (num_rows, dim) = call.p, call.inputs.x.shape
         self.call = call
-        self.tile = cut(p.tiles.embeddings, num_rows, most_classes, dim)
-        self.grid = cdiv(num_rows, self.tile.n), cdiv(dim, self.tile.d)
-        splits = split_count(
-            p.programs // (self.grid[0] * self.grid[1]),
-            cdiv(most_classes, 4 * self.tile.c),
-            num_rows * dim * p.accumulate.itemsize,
-        )
+        self.tile, self.grid, splits = embeddings_grid(p, num_rows, most_classes, dim)
         self.partial = call.inputs.x.new_empty((splits, num_rows, dim), dtype=p.accumulate)
         self.w = Matrix.of(call.inputs.w, call.inputs.extras.classes)  # which copies a list
 

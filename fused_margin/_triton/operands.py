@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_margin._arguments import Extras, Found, Gradients, Inputs, Needs, Swept, Update
 from fused_margin._triton.arguments import Others, Rows
 from fused_margin._triton.planning import LAUNCH_BOUND, Plan
-from fused_margin._triton.tiles import Lent, Tile
+from fused_margin._triton.tiles import Lent, Tile, cdiv, cut
 
 Tensor = torch.Tensor
 
@@ -100,6 +100,20 @@ def merged(inputs: Inputs, p: Plan, others: Others) -> Found:
 def split_count(wanted: int, available: int, bytes_per_split: int) -> int:
     """How many splits of the classes get a partial of d_x each."""
     return max(1, min(wanted, available, PARTIAL_BYTES // bytes_per_split))
+
+
+def embeddings_grid(
+    p: Plan, num_rows: int, num_classes: int, dim: int
+) -> tuple[Tile, tuple[int, int], int]:
+    """Tile, blocks and splits of `embeddings_kernel` over so many classes at a time."""
+    tile = cut(p.tiles.embeddings, num_rows, num_classes, dim)
+    grid = cdiv(num_rows, tile.n), cdiv(dim, tile.d)
+    splits = split_count(
+        p.programs // (grid[0] * grid[1]),
+        cdiv(num_classes, 4 * tile.c),
+        num_rows * dim * p.accumulate.itemsize,
+    )
+    return tile, grid, splits
 
 
 class Left(NamedTuple):

@@ -37,8 +37,8 @@ BF16, BF16_MASTER_FP32 = (mode for mode in HALF_MODES if mode.name in ("bf16", "
 each_backend = pytest.mark.parametrize(
     "backend", [pytest.param("cpu", marks=ahead), pytest.param("triton", marks=needs_triton)]
 )
-# rows of d_w longer than those of exponentials, as long, shorter; odd; within a block and beyond
-# within a tile and longer
+# rows of d_w longer than those of exponentials, as long, shorter; odd; within a block and beyond;
+# longer than a tile
 SHAPES = (
     (7, 33, 24), (16, 33, 16), (33, 150, 24), (5, 41, 3), (48, 70, 17), (48, 150, 40),
     (48, 150, 80),
