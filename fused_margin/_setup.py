@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fused_margin import _remedies, _validate, _validate_setup, _validate_shards
+from fused_margin import _remedies, _validate, _validate_setup, _validate_shards, _warnings
 
 __all__ = ["UnsynchronizedWeightsWarning", "WeightDecayWarning", "check_setup"]
 
@@ -146,14 +145,13 @@ def warn_if_unsynchronized(criterion: nn.Module, weight: Any = None) -> None:
     _calls[criterion] = _DECIDED
     if any(parameter is weight for module in modules for parameter in module.parameters()):
         return
-    warnings.warn(
+    _warnings.warn(
         f"a model is trained on {_ranks()} ranks, but the class weights of this"
         f" {type(criterion).__name__} are in no data-parallel module: each rank trains them with"
         f" the gradients of its own batches. To average them {REMEDY}. fused_margin.check_setup("
         "criterion, optimizer) says whether all is right. If you average the gradients yourself,"
         " ignore fused_margin.UnsynchronizedWeightsWarning with warnings.filterwarnings",
         UnsynchronizedWeightsWarning,
-        stacklevel=6,  # the caller of the criterion, past forward's two frames and nn.Module's two
     )
 
 
@@ -298,7 +296,7 @@ def _warn_of_weight_decay(criterion: nn.Module, optimizers: list[torch.optim.Opt
             decay = decays.get(id(parameter), 0.0)
             if hasattr(module, "psi") and name in ("weight", "W") and decay > 0.0:
                 message = _remedies.of_weight_decay(type(module).__name__, name, decay)
-                warnings.warn(message, WeightDecayWarning, stacklevel=3)
+                _warnings.warn(message, WeightDecayWarning)
 
 
 def check_setup(

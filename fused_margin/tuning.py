@@ -19,7 +19,6 @@ import math
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fused_margin import _ops, _validate, margins
+from fused_margin import _ops, _validate, _warnings, margins
 from fused_margin._numerics import requested_dtype
 
 if TYPE_CHECKING:
@@ -325,7 +324,7 @@ def tune_once(x: torch.Tensor, w: torch.Tensor, compute_dtype: torch.dtype) -> N
     try:
         tune(*shape, dtype=x.dtype, weight_dtype=w.dtype, autocast=autocast, device=x.device)
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        warnings.warn(f"tuning failed, training goes on without: {error}", stacklevel=2)
+        _warnings.warn(f"tuning failed, training goes on without: {error}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import triton
 
+from fused_margin import _warnings
 from fused_margin._triton.tiles import AXES, Tile, Tiles
 
 try:
@@ -95,10 +95,9 @@ def _entries() -> dict[str, Any]:
     try:
         return _read()
     except UnusableFileError as error:
-        warnings.warn(
+        _warnings.warn(
             f"{error}; the default tiles are used. Remove the file, or name a directory of your own"
-            " in FUSED_MARGIN_CACHE_DIR",
-            stacklevel=2,
+            " in FUSED_MARGIN_CACHE_DIR"
         )
         return {}
 

@@ -73,7 +73,7 @@ def test_typed() -> None:
 
 # From the bottom up; a folder counts as one. Each imports from its own layer and those below it.
 LAYERS = (
-    {"_version", "_arguments", "_names", "_numerics"},
+    {"_version", "_arguments", "_names", "_numerics", "_warnings"},
     {"_transforms", "_remedies", "_compiled", "_uncompiled"},
     {"_validate"},
     {

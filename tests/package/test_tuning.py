@@ -174,8 +174,9 @@ BROKEN = {
 def test_a_broken_file_is_named_and_left_alone(directory: Path, text: bytes) -> None:
     directory.mkdir()
     (directory / "tiles.json").write_bytes(text)
-    with pytest.warns(UserWarning, match=r"the default tiles are used\. Remove the file"):
+    with pytest.warns(UserWarning, match=r"the default tiles are used\. Remove the file") as caught:
         assert _plan() == _default()
+    assert caught[0].filename == __file__
     with pytest.raises(tuned.UnusableFileError):
         _save()
     assert (directory / "tiles.json").read_bytes() == text
@@ -260,10 +261,12 @@ def test_where_nothing_can_be_saved(directory: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("FUSED_MARGIN_TUNE", "1")
     x, w, labels = torch.randn(3, 5), torch.randn(7, 5), torch.randint(7, (3,))
     with (
-        pytest.warns(UserWarning, match="the default tiles are used"),
-        pytest.warns(UserWarning, match="tuning failed, training goes on without"),
+        pytest.warns(UserWarning, match="the default tiles are used") as of_file,
+        pytest.warns(UserWarning, match="tuning failed, training goes on without") as of_tuning,
     ):
         fmf.arcface(x, w, labels, backend="triton")
+    # where the loss is called, past torch's frames and the package's
+    assert {item.filename for item in (*of_file, *of_tuning)} == {__file__}
     fmf.arcface(x, w, labels, backend="triton")
 
 
