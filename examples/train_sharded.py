@@ -220,10 +220,22 @@ def on_first_rank(action: Callable[[], Any]) -> Any:
     return told[0]
 
 
-def stop(message: str) -> NoReturn:
-    """End this rank; the others do the same."""
+def end(status: int) -> NoReturn:
+    """End this rank, once no other waits for its part of anything any more.
+
+    At once: a thread of gloo that lets go of a tensor while the interpreter ends aborts the process
+    (before Python 3.14).
+    """
+    dist.barrier()
     dist.destroy_process_group()
-    raise SystemExit(f"error: {message}")
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def stop(message: str) -> NoReturn:
+    """End this rank with an error; the others do the same."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    end(1)
 
 
 def same_settings(settings: argparse.Namespace) -> None:
@@ -259,7 +271,7 @@ def difference(checkpoint: Path, trained_with: dict[str, Any]) -> str | None:
     return f"{checkpoint} was trained with {'; '.join(pairs)}; give the same settings, or"
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     description, _, details = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=description,
@@ -279,7 +291,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--timeout", type=number, default=60, help="seconds until a lost rank is an error"
     )
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def start(timeout: int) -> torch.device:
@@ -312,8 +324,8 @@ def lines(training: Training, settings: argparse.Namespace) -> Iterator[str]:
     yield f"accuracy on new samples: {100 * training.accuracy():.2f} %"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    settings = parse_arguments(arguments)
+def main() -> NoReturn:
+    settings = parse_arguments()
     device = start(settings.timeout)
     same_settings(settings)
     is_first = dist.get_rank() == 0
@@ -329,10 +341,8 @@ def main(arguments: list[str] | None = None) -> int:
     for line in lines(training, settings):
         if is_first:
             print(line, flush=True)
-    dist.barrier()  # no rank goes while another still waits for its part
-    dist.destroy_process_group()
-    return 0
+    end(0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
