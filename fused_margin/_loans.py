@@ -34,12 +34,16 @@ def refused() -> Iterator[None]:
         _is_refused.reset(token)
 
 
+def is_hooked() -> bool:
+    """Whether hooks take what is saved, and a loan would pass them by."""
+    autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    return autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def may_lend(w: torch.Tensor) -> bool:
     """Whether a gradient of W that is allocated now takes no memory on top."""
     has_gradient = (w.is_leaf and w.grad is not None) or _is_refused.get()
-    autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
-    hooks = autograd._top_saved_tensors_default_hooks(True)
-    return not has_gradient and hooks is None and w.data_ptr() not in _outstanding
+    return not (has_gradient or is_hooked() or w.data_ptr() in _outstanding)
 
 
 def lend(ctx: Any, w: torch.Tensor, loan: Loan | None) -> None:

@@ -60,33 +60,6 @@ _lib.impl("check_labels", _check_labels, "CompositeExplicitAutograd")
 # --- cosine_lse -----------------------------------------------------------------------------------
 
 
-def _scale_value(scale_tensor: Tensor) -> float:
-    return _validate.positive_scale(scale_tensor.detach().item())
-
-
-def _plain_numbers() -> contextlib.AbstractContextManager[Any]:
-    """Without autocast, and without NumPy's warnings: NaN and infinite inputs give such outputs."""
-    quiet = np.errstate(all="ignore")
-    if not torch.is_autocast_enabled("cpu"):  # to turn it off anyway takes longer than to ask
-        return quiet
-    stack = contextlib.ExitStack()
-    stack.enter_context(quiet)
-    stack.enter_context(torch.autocast("cpu", enabled=False))
-    return stack
-
-
-def _problem(
-    inputs: Inputs, labels: Tensor, targets: _cpu.Targets, ignored: Tensor | None
-) -> _cpu.Problem:
-    """What the CPU backend starts from; ``labels`` (N,) int64."""
-    x, w, _, scale, scale_tensor, compute_dtype, extras = inputs
-    if scale_tensor is not None:
-        scale = _scale_value(scale_tensor)
-    return _cpu.Problem(
-        x, w, labels, targets, ignored, scale, compute_dtype, accumulation_dtype(x, w), extras
-    )
-
-
 def _inputs(
     x: Tensor, w: Tensor, labels: Tensor, numbers: Tensor, scale_tensor: Tensor | None,
     threshold: Tensor | None, phi: Tensor | None, nearer: Tensor | None, classes: Tensor | None,
@@ -107,17 +80,13 @@ def _cosine_lse(
         inputs: what to sweep over. backend, budget: as the operator's.
         lends_for: the gradients that a backward will be asked for, for which d_w may be lent.
     """
-    x, w, labels, scale_tensor = inputs.x, inputs.w, inputs.labels, inputs.scale_tensor
+    x, w, scale_tensor = inputs.x, inputs.w, inputs.scale_tensor
     if backend == "triton":
         if scale_tensor is not None and scale_tensor.device.type == "cpu":
-            _scale_value(scale_tensor)
+            _validate.positive_scale(scale_tensor.detach().item())
         swept, found, loan = _triton().cosine_lse(inputs, budget, lends_for)
     else:
-        with _plain_numbers():
-            labels = labels.long()
-            targets = _cpu.find_targets(labels, w.shape[0])
-            problem = _problem(inputs, labels, targets, None)
-            swept, found, loan = _cpu.forward(problem, budget, lends_for)
+        swept, found, loan = _cpu.cosine_lse(inputs, budget, lends_for)
     if found is None:
         found = Found.empty(x, accumulation_dtype(x, w), inputs.extras)
     if inputs.extras.adds_vectors:
@@ -151,42 +120,7 @@ def _margin_ce(
         if labels.device.type == "cpu" or _validate.checks_labels_on_gpu():
             _validate.label_range(labels.long(), w.shape[0], ignore_index)
         return _triton().margin_ce(inputs, margin, reduction, ignore_index, budget, lends_for)
-    with _plain_numbers():
-        return _margin_ce_on_cpu(inputs, margin, reduction, ignore_index, budget, lends_for)
-
-
-def _margin_ce_on_cpu(
-    inputs: Inputs,
-    margin: Margin,
-    reduction: str,
-    ignore_index: int,
-    budget: int,
-    lends_for: Needs | None,
-) -> tuple[Losses, Swept, Loan | None]:
-    labels, ignored = inputs.labels.long(), None
-    num_classes, count = inputs.w.shape[0], labels.shape[0]
-    targets = _cpu.find_targets(labels, num_classes)
-    if targets.rows is not None or 0 <= ignore_index < num_classes:
-        _validate.label_range(labels, num_classes, ignore_index)
-        ignored = labels == ignore_index
-        labels = labels.masked_fill(ignored, IGNORED)
-        targets = _cpu.find_targets(labels, num_classes)
-        count -= int(ignored.sum())
-    problem = _problem(inputs, labels, targets, ignored)
-    swept, _, loan = _cpu.forward(problem, budget, lends_for)
-    found = _cpu.losses(swept.lse, swept.u, ignored, inputs.scale, margin)
-    loss = found.loss
-    if reduction != "none":
-        loss = np.asarray(loss.sum() / (max(count, 1) if reduction == "mean" else 1))
-    dtype = swept.inv_x.dtype
-    losses = Losses(
-        loss=_cpu.rounded(loss, dtype),
-        slope_lse=_cpu.rounded(found.slope_lse, dtype),
-        slope_u=_cpu.rounded(found.slope_u, dtype),
-        num_counted=_cpu.rounded(np.array(float(count)), dtype),
-        targets=labels.clone() if labels.is_inference() else labels,  # which autograd can save
-    )
-    return losses, swept, loan
+    return _cpu.margin_ce(inputs, margin, reduction, ignore_index, budget, lends_for)
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -240,8 +174,7 @@ def _differentiate(
             update = _total.completing(update, of_hat, w, swept.inv_w)
         gradients = _triton().backward(slopes, inputs, swept, needs, loan, update)
     else:
-        with _plain_numbers():
-            gradients = _backward_on_cpu(slopes, inputs, swept, needs, loan, update, of_hat)
+        gradients = _cpu.backward(slopes, inputs, swept, needs, loan, update, of_hat)
     if update is not None and gradients.w is not None:  # of few classes, in one piece
         update(0, gradients.w.to(swept.inv_w.dtype))
         gradients = gradients._replace(w=None)
@@ -273,19 +206,6 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         w.new_empty(0) if d_w is None else d_w,
         like_scale.new_empty(0) if d_scale is None else d_scale,
     )
-
-
-def _backward_on_cpu(
-    slopes: Slopes, inputs: Inputs, swept: Swept, needs: Needs, loan: Loan | None,
-    update: Update | None, of_hat: Tensor | None,
-) -> Gradients:  # fmt: skip
-    labels, ignored = inputs.labels.long(), None
-    targets = _cpu.find_targets(labels, inputs.w.shape[0])
-    if slopes.grad is not None and targets.rows is not None:
-        ignored = labels == IGNORED  # which margin_ce has marked
-    problem = _problem(inputs, labels, targets, ignored)
-    g = _cpu.chain(slopes, ignored)._replace(of_hat=of_hat)
-    return _cpu.backward(g, problem, swept, needs, loan, update)
 
 
 def _cosine_lse_operator(*args: Any) -> tuple[Tensor, ...]:
@@ -342,10 +262,10 @@ def _lends_for(ctx: Any, w: Tensor, needs: Needs, classes: Tensor | None = None)
 
 def _updating(ctx: Any, *incoming: Tensor | None) -> _updates.Updated | None:
     """Who takes the rows of d_w, if an optimiser does, in a backward that nothing observes."""
-    is_plain = torch._C._len_torch_dispatch_stack() == 0 and not torch.is_grad_enabled()
-    if ctx.updating is None or not is_plain or _transforms.is_transformed(*incoming):
+    if ctx.updating is None or torch._C._len_torch_dispatch_stack() or torch.is_grad_enabled():
         return None
-    return ctx.updating if ctx.updating.is_due(ctx) else None
+    is_due = not _transforms.is_transformed(*incoming) and ctx.updating.is_due(ctx)
+    return ctx.updating if is_due else None
 
 
 def _gradients(
@@ -447,6 +367,20 @@ def _record_margin_ce(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
+def _settled(ctx: Any, grad: Tensor, x: Tensor, w: Tensor) -> Gradients | None:
+    """The gradients, where the forward has made them already and nothing observes the backward."""
+    loan = ctx.loan
+    if loan is None or not isinstance(loan.left, _cpu.Settled) or torch.is_grad_enabled():
+        return None
+    if _transforms.is_transformed(grad) or _transforms.is_batched(grad):
+        return None
+    if not _is_unobserved(x, w):
+        return None
+    with _named("cosine_lse_backward"):
+        _loans.take(ctx, w)
+        return _cpu.settled(loan, grad, x, w)
+
+
 class _MarginCe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args) -> Any:
@@ -459,8 +393,11 @@ class _MarginCe(torch.autograd.Function):
         grad, *_ = grad_outputs
         if grad is None:
             return (None,) * 10
-        updating = _updating(ctx, grad)
         x, w, targets, numbers, slope_lse, slope_u, num_counted, *swept = ctx.saved_tensors
+        settled = _settled(ctx, grad, x, w)
+        if settled is not None:
+            return settled.x, settled.w, *(None,) * 8
+        updating = _updating(ctx, grad)
         slopes = Slopes(slope_lse, slope_u, grad, num_counted)
         update = None if updating is None else updating.begin(slopes)
         saved = _Saved(x, w, targets, numbers)
