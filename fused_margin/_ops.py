@@ -346,14 +346,18 @@ class _CosineLse(torch.autograd.Function):
         return d_x, d_w, None, None, d_scale, *(None,) * 9
 
 
-def _record_margin_ce(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-    """Outputs of ``margin_ce``, with ``ctx`` holding what its backward needs."""
+def _record_margin_ce(ctx: Any, *args: Any, may_lend: bool) -> tuple[Tensor, ...]:
+    """Outputs of ``margin_ce``, with ``ctx`` holding what its backward needs.
+
+    ``may_lend``: whether nobody sees the outputs that are for the backward.
+    """
     x, w, _, numbers, _, reduction, _, compute_dtype, backend, _ = args
     needs_x, needs_w, *_ = ctx.needs_input_grad
     needs, loan, ctx.updating = Needs(needs_x, needs_w, False), None, None
     if _is_unobserved(x, w):
         with _named("margin_ce"):
-            losses, swept, loan = _margin_ce(*args, lends_for=_lends_for(ctx, w, needs))
+            lends_for = _lends_for(ctx, w, needs)
+            losses, swept, loan = _margin_ce(*args, lends_for=lends_for if may_lend else None)
         outputs = losses + swept
     else:
         with torch._C._AutoDispatchBelowAutograd():
@@ -384,7 +388,7 @@ def _settled(ctx: Any, grad: Tensor, x: Tensor, w: Tensor) -> Gradients | None:
 class _MarginCe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args) -> Any:
-        outputs = _record_margin_ce(ctx, *args)
+        outputs = _record_margin_ce(ctx, *args, may_lend=False)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -410,7 +414,7 @@ class _MarginLoss(_MarginCe):
 
     @staticmethod
     def forward(ctx: Any, *args) -> Any:
-        return _record_margin_ce(ctx, *args)[0]
+        return _record_margin_ce(ctx, *args, may_lend=True)[0]
 
 
 class _Backward(torch.autograd.Function):

@@ -31,7 +31,7 @@ Formed = single.Formed | tiny.Formed
 WEIGHTS_TOO = Needs(x=True, w=True, scale=False)
 # Gradients of the loss by which gradients that are there already are multiplied.
 SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-32, 2.0**32
-_NOTHING = torch.empty(1, dtype=torch.uint8, device="cpu")
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def kept_bytes(x: torch.Tensor, w: torch.Tensor, budget: int) -> Any:
@@ -186,10 +186,8 @@ def settle(
     Returns:
         what outlives the forward, and a loan whose ``left`` is `Settled`.
     """
-    num_bytes = swept.kept.shape[0]
     d_x, d_w, _ = _way(problem).backward(g, problem, swept, formed, needs)
-    # as long as what was kept, for `torch.vmap`, which stacks outputs
-    return swept._replace(kept=_NOTHING.expand(num_bytes)), Loan(d_w, Settled(d_x))
+    return swept._replace(kept=_NOTHING), Loan(d_w, Settled(d_x))
 
 
 def settled(loan: Loan, grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> Gradients | None:

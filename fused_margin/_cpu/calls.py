@@ -24,7 +24,6 @@ from fused_margin._arguments import (
 from fused_margin._cpu import backend
 from fused_margin._cpu.rows import (
     Problem,
-    RowGradients,
     Targets,
     chain,
     find_targets,
@@ -33,6 +32,8 @@ from fused_margin._cpu.rows import (
 )
 from fused_margin._numerics import accumulation_dtype
 from fused_margin.margins import Margin
+
+_ONE = torch.ones((), device="cpu")
 
 
 def _plain_numbers() -> contextlib.AbstractContextManager[Any]:
@@ -97,17 +98,19 @@ def margin_ce(
         swept, _, loan, formed = backend.forward(problem, budget, lends_for)
         found = losses(swept.lse, swept.u, ignored, inputs.scale, margin)
         loss, dtype = found.loss, swept.inv_x.dtype
-        divisor = max(count, 1) if reduction == "mean" else 1
+        if reduction != "none":
+            loss = np.asarray(loss.sum() / (max(count, 1) if reduction == "mean" else 1))
         reduced = Losses(
-            loss=rounded(loss if reduction == "none" else np.asarray(loss.sum() / divisor), dtype),
+            loss=rounded(loss, dtype),
             slope_lse=rounded(found.slope_lse, dtype),
             slope_u=rounded(found.slope_u, dtype),
             num_counted=rounded(np.array(float(count)), dtype),
             targets=labels.clone() if labels.is_inference() else labels,  # which autograd can save
         )
         if formed is not None and lends_for is not None and reduction != "none":
-            factor = 1.0 / divisor
-            g = RowGradients(reduced.slope_lse.numpy() * factor, reduced.slope_u.numpy() * factor)
+            of_mean = reduced.num_counted if reduction == "mean" else None
+            slopes = Slopes(reduced.slope_lse, reduced.slope_u, _ONE, of_mean)
+            g = chain(slopes, ignored)
             swept, loan = backend.settle(g, problem, swept, formed, lends_for)
         return reduced, swept, loan
 
