@@ -31,7 +31,6 @@ Formed = single.Formed | tiny.Formed
 WEIGHTS_TOO = Needs(x=True, w=True, scale=False)
 # Gradients of the loss by which gradients that are there already are multiplied.
 SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-32, 2.0**32
-_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def kept_bytes(x: torch.Tensor, w: torch.Tensor, budget: int) -> Any:
@@ -187,7 +186,7 @@ def settle(
         what outlives the forward, and a loan whose ``left`` is `Settled`.
     """
     d_x, d_w, _ = _way(problem).backward(g, problem, swept, formed, needs)
-    return swept._replace(kept=_NOTHING), Loan(d_w, Settled(d_x))
+    return swept._replace(kept=swept.kept.new_empty(0)), Loan(d_w, Settled(d_x))
 
 
 def settled(loan: Loan, grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> Gradients | None:
