@@ -220,7 +220,7 @@ def on_first_rank(action: Callable[[], Any]) -> Any:
     return told[0]
 
 
-def end(status: int) -> NoReturn:
+def leave(status: int) -> NoReturn:
     """End this rank, once no other waits for its part of anything any more.
 
     At once: a thread of gloo that lets go of a tensor while the interpreter ends aborts the process
@@ -235,7 +235,7 @@ def end(status: int) -> NoReturn:
 def stop(message: str) -> NoReturn:
     """End this rank with an error; the others do the same."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    end(1)
+    leave(1)
 
 
 def same_settings(settings: argparse.Namespace) -> None:
@@ -341,7 +341,7 @@ def main() -> NoReturn:
     for line in lines(training, settings):
         if is_first:
             print(line, flush=True)
-    end(0)
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -34,29 +34,28 @@ def refused() -> Iterator[None]:
         _is_refused.reset(token)
 
 
-def is_hooked() -> bool:
-    """Whether hooks take what is saved, and a loan would pass them by."""
-    autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
-    return autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def may_lend(w: torch.Tensor) -> bool:
     """Whether a gradient of W that is allocated now takes no memory on top."""
     has_gradient = (w.is_leaf and w.grad is not None) or _is_refused.get()
-    return not (has_gradient or is_hooked() or w.data_ptr() in _outstanding)
+    autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    hooks = autograd._top_saved_tensors_default_hooks(True)
+    return not has_gradient and hooks is None and w.data_ptr() not in _outstanding
 
 
 def lend(ctx: Any, w: torch.Tensor, loan: Loan | None) -> None:
     """Note a loan of the gradient of W, for a backward to take."""
-    ctx.loan = loan
+    ctx.loan = None if loan is None else [loan]
     if loan is not None:
         _outstanding[w.data_ptr()] = loan.d_w
 
 
 def take(ctx: Any, w: torch.Tensor) -> Loan | None:
-    """The loan, if there was one; `TAKEN` for all but the first."""
-    loan = ctx.loan
-    if loan is not None:
-        ctx.loan = TAKEN
-        _outstanding.pop(w.data_ptr(), None)
+    """The loan, if there was one; `TAKEN` for all but the first, of several threads too."""
+    if ctx.loan is None:
+        return None
+    try:
+        loan = ctx.loan.pop()
+    except IndexError:
+        return TAKEN
+    _outstanding.pop(w.data_ptr(), None)
     return loan

@@ -371,20 +371,6 @@ def _record_margin_ce(ctx: Any, *args: Any, may_lend: bool) -> tuple[Tensor, ...
     return outputs
 
 
-def _settled(ctx: Any, grad: Tensor, x: Tensor, w: Tensor) -> Gradients | None:
-    """The gradients, where the forward has made them already and nothing observes the backward."""
-    loan = ctx.loan
-    if loan is None or not isinstance(loan.left, _cpu.Settled) or torch.is_grad_enabled():
-        return None
-    if _transforms.is_transformed(grad) or _transforms.is_batched(grad):
-        return None
-    if not _is_unobserved(x, w):
-        return None
-    with _named("cosine_lse_backward"):
-        _loans.take(ctx, w)
-        return _cpu.settled(loan, grad, x, w)
-
-
 class _MarginCe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args) -> Any:
@@ -398,9 +384,6 @@ class _MarginCe(torch.autograd.Function):
         if grad is None:
             return (None,) * 10
         x, w, targets, numbers, slope_lse, slope_u, num_counted, *swept = ctx.saved_tensors
-        settled = _settled(ctx, grad, x, w)
-        if settled is not None:
-            return settled.x, settled.w, *(None,) * 8
         updating = _updating(ctx, grad)
         slopes = Slopes(slope_lse, slope_u, grad, num_counted)
         update = None if updating is None else updating.begin(slopes)

@@ -1,7 +1,7 @@
 """CPU backend: one block for few classes, blocks of classes that stay in cache for many."""
 
 from fused_margin._cpu.ahead import classes_per_block, held_classes
-from fused_margin._cpu.backend import Settled, kept_bytes, kept_classes, runs_ahead, settled
+from fused_margin._cpu.backend import kept_bytes, kept_classes, runs_ahead
 from fused_margin._cpu.calls import backward, cosine_lse, margin_ce
 from fused_margin._cpu.memory import empty_cache
 from fused_margin._cpu.products import has_bf16_products, product_dtype
@@ -9,7 +9,6 @@ from fused_margin._cpu.rows import Problem, Targets, find_targets
 
 __all__ = [
     "Problem",
-    "Settled",
     "Targets",
     "backward",
     "classes_per_block",
@@ -23,5 +22,4 @@ __all__ = [
     "margin_ce",
     "product_dtype",
     "runs_ahead",
-    "settled",
 ]

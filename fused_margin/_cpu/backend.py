@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +25,8 @@ LARGER_BLOCKS = 24 << 20
 # Products of a class take as long as a row of d_w in passes over them if they are that many times
 # fewer.
 ROWS_FOR_AHEAD = 4
-# What a step of few classes goes over.
-Formed = single.Formed | tiny.Formed
 # What most steps ask for.
 WEIGHTS_TOO = Needs(x=True, w=True, scale=False)
-# Gradients of the loss by which gradients that are there already are multiplied.
-SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-32, 2.0**32
 
 
 def kept_bytes(x: torch.Tensor, w: torch.Tensor, budget: int) -> Any:
@@ -93,7 +89,7 @@ def runs_ahead(problem: Problem, num_kept: int, needs: Needs = WEIGHTS_TOO) -> b
 
 def forward(
     problem: Problem, budget: int, lends_for: Needs | None = None
-) -> tuple[Swept, Found | None, Loan | None, Formed | None]:
+) -> tuple[Swept, Found | None, Loan | None]:
     """lse, u, the inverse norms, and up to ``budget`` bytes for a backward, as `kept_bytes` has it.
 
     Raises nothing: labels outside [0, C) mean "no target".
@@ -104,23 +100,20 @@ def forward(
         lends_for: the gradients that will be asked for, d_w among them, if autograd keeps a loan.
 
     Returns:
-        those, what `problem.extras` asked of a sweep, a loan if there is one, and what `settle`
-        takes if it may be called.
+        those, what `problem.extras` asked of a sweep, and a loan if there is one.
     """
     x, w, extras = problem.x, problem.w, problem.extras
     num_bytes = kept_bytes(x, w, budget)
     num_kept = kept_classes(x, w, problem.compute_dtype, num_bytes, extras)
     way = _way(problem)
     if way is not sweep:
-        swept, formed = way.forward(problem, num_kept, num_bytes)
-        is_settled = lends_for is not None and num_kept and may_settle(problem)
-        return swept, None, None, formed if is_settled else None
+        return way.forward(problem, num_kept, num_bytes), None, None
     may_lend = lends_for is not None and _loans.may_lend(w)
     if lends_for is not None and may_lend and runs_ahead(problem, num_kept, lends_for):
         on_top = num_bytes if budget >= 0 else max(0, num_bytes - LARGER_BLOCKS)
-        return *ahead.forward(problem, on_top, lends_for, num_bytes), None
+        return ahead.forward(problem, on_top, lends_for, num_bytes)
     swept, found = sweep.forward(problem, num_kept, num_bytes)
-    return swept, found, None, None
+    return swept, found, None
 
 
 def backward(
@@ -137,68 +130,12 @@ def backward(
         g_u = np.zeros_like(g.u)
         g_u[found] = g.u[found]
         g = g._replace(u=g_u)
-    way = _way(problem)
-    if loan is not None and way is sweep:
+    if loan is not None:
         return ahead.backward(g, problem, swept, loan, needs)
     num_kept = kept_classes(
         problem.x, problem.w, problem.compute_dtype, swept.kept.shape[0], problem.extras
     )
+    way = _way(problem)
     if way is sweep:
         return sweep.backward(g, problem, swept, num_kept, needs, update)
-    formed = way.formed_again(problem, swept, num_kept)
-    return _rounded(way.backward(g, problem, swept, formed, needs), problem.x, problem.w)
-
-
-def _rounded(gradients: Gradients, x: torch.Tensor, w: torch.Tensor) -> Gradients:
-    """In the dtypes of x and W."""
-    return gradients._replace(
-        x=None if gradients.x is None else gradients.x.to(x.dtype),
-        w=None if gradients.w is None else gradients.w.to(w.dtype),
-    )
-
-
-class Settled(NamedTuple):
-    """That the gradients are there, for a gradient of 1 of the loss, in the accumulation dtype.
-
-    Attributes:
-        d_x: (N, D); None if it is not asked for. That of W is what the loan holds.
-    """
-
-    d_x: torch.Tensor | None
-
-
-def may_settle(problem: Problem) -> bool:
-    """Whether `settle` takes no memory on top: d_w is lent, or in the place of what is kept."""
-    num_rows, _, dim = problem.sizes
-    return _loans.may_lend(problem.w) or (dim <= num_rows and not _loans.is_hooked())
-
-
-def settle(
-    g: RowGradients, problem: Problem, swept: Swept, formed: Formed, needs: Needs
-) -> tuple[Swept, Loan]:
-    """Do the backward at once, where there is so little to do that to come back for it costs more.
-
-    Args:
-        g: for a gradient of 1 of the loss. problem: what `forward` was given.
-        swept, formed: what that returned. needs: the gradients that will be asked for.
-
-    Returns:
-        what outlives the forward, and a loan whose ``left`` is `Settled`.
-    """
-    d_x, d_w, _ = _way(problem).backward(g, problem, swept, formed, needs)
-    return swept._replace(kept=swept.kept.new_empty(0)), Loan(d_w, Settled(d_x))
-
-
-def settled(loan: Loan, grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> Gradients | None:
-    """The gradients for ``grad`` of the loss, 0-d, of what `settle` has left.
-
-    None where fp32 may have lost what such a gradient would bring back.
-    """
-    gradients, factor = Gradients(loan.left.d_x, loan.d_w, None), grad.item()
-    if factor != 1.0:
-        if not SMALLEST_FACTOR <= abs(factor) <= LARGEST_FACTOR:
-            return None
-        for gradient in gradients[:2]:
-            if gradient is not None:
-                gradient.mul_(factor)
-    return gradients if x.dtype is w.dtype is loan.d_w.dtype else _rounded(gradients, x, w)
+    return way.backward(g, problem, swept, num_kept, needs)

@@ -1,4 +1,4 @@
-"""What the operators ask of the CPU backend: as of the kernels', by the names of operators."""
+"""The CPU backend by the names of the operators, as `_triton.launch` has the kernels."""
 
 from __future__ import annotations
 
@@ -32,8 +32,6 @@ from fused_margin._cpu.rows import (
 )
 from fused_margin._numerics import accumulation_dtype
 from fused_margin.margins import Margin
-
-_ONE = torch.ones((), device="cpu")
 
 
 def _plain_numbers() -> contextlib.AbstractContextManager[Any]:
@@ -72,7 +70,7 @@ def cosine_lse(
     labels = inputs.labels.long()
     with _plain_numbers():
         problem = _problem(inputs, labels, find_targets(labels, inputs.w.shape[0]), None)
-        return backend.forward(problem, budget, lends_for)[:3]
+        return backend.forward(problem, budget, lends_for)
 
 
 def margin_ce(
@@ -95,7 +93,7 @@ def margin_ce(
             targets = find_targets(labels, num_classes)
             count -= int(ignored.sum())
         problem = _problem(inputs, labels, targets, ignored)
-        swept, _, loan, formed = backend.forward(problem, budget, lends_for)
+        swept, _, loan = backend.forward(problem, budget, lends_for)
         found = losses(swept.lse, swept.u, ignored, inputs.scale, margin)
         loss, dtype = found.loss, swept.inv_x.dtype
         if reduction != "none":
@@ -107,11 +105,6 @@ def margin_ce(
             num_counted=rounded(np.array(float(count)), dtype),
             targets=labels.clone() if labels.is_inference() else labels,  # which autograd can save
         )
-        if formed is not None and lends_for is not None and reduction != "none":
-            of_mean = reduced.num_counted if reduction == "mean" else None
-            slopes = Slopes(reduced.slope_lse, reduced.slope_u, _ONE, of_mean)
-            g = chain(slopes, ignored)
-            swept, loan = backend.settle(g, problem, swept, formed, lends_for)
         return reduced, swept, loan
 
 

@@ -238,17 +238,14 @@ def target_cosines(x: Measured, w: torch.Tensor, targets: Targets) -> torch.Tens
         x: (N, D). w: (C, D), any floating dtype.
     """
     num_found, dim = targets.classes.shape[0], w.shape[1]
+    u = np.empty(num_found)
     step = max(1, WIDENED // dim)
     values = targets.of(x.rows.values if x.wide is None else x.wide)
-    parts = []
-    for start in range(0, max(num_found, 1), step):
-        classes, part = targets.classes, values
-        if num_found > step:
-            classes, part = classes[start : start + step], part[start : start + step]
-        weight = measure(w.index_select(0, classes).double())
-        dots = row_dots(part.double(), weight.rows.values)
-        parts.append(np.multiply(dots, weight.exact, out=dots))
-    u = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    for start in range(0, num_found, step):
+        here = slice(start, start + step)
+        weight = measure(w.index_select(0, targets.classes[here]).double())
+        part = row_dots(values[here].double(), weight.rows.values)
+        np.multiply(part, weight.exact, out=u[here])
     u *= x.exact if targets.rows is None else x.exact[targets.rows.numpy()]
     u = torch.from_numpy(np.minimum(np.maximum(u, -1.0, out=u), 1.0, out=u))
     if targets.rows is None:

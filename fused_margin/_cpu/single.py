@@ -82,43 +82,15 @@ def _exponentials(
     return e.div_(total), lse
 
 
-class Formed(NamedTuple):
-    """What a backward goes over.
-
-    Attributes:
-        x: (N, D). w: (C, D).
-        e: exponentials as `_exponentials` has them, (C, N).
-        is_last: whether nobody reads these again, and they may be overwritten.
-    """
-
-    x: Vectors
-    w: Vectors
-    e: torch.Tensor
-    is_last: bool
-
-
-def forward(problem: Problem, num_kept: int, num_bytes: int) -> tuple[Swept, Formed]:
+def forward(problem: Problem, num_kept: int, num_bytes: int) -> Swept:
     """lse and u (eq. 1, 2), and in ``num_bytes`` the exponentials, unless none are to be kept."""
     x = measure(embeddings(problem))
     w = problem.w.to(problem.accumulate)
     inv_w = torch.linalg.vector_norm(w, dim=1).clamp_min_(NORM_EPS).reciprocal_()
-    shrunk = shrink_huge(w, inv_w)
-    e, lse = _exponentials(problem, x.rows, shrunk, _product_dtype(problem))
+    e, lse = _exponentials(problem, x.rows, shrink_huge(w, inv_w), _product_dtype(problem))
     u = target_cosines(x, w, problem.targets)
     kept = e.view(-1).view(torch.uint8) if num_kept else e.new_empty(num_bytes, dtype=torch.uint8)
-    swept = Swept(torch.from_numpy(lse), u, x.inverse, inv_w, kept)
-    return swept, Formed(x.rows, shrunk, e, is_last=True)
-
-
-def formed_again(problem: Problem, swept: Swept, num_kept: int) -> Formed:
-    """The same of what a forward has kept."""
-    x = shrink_huge(embeddings(problem), swept.inv_x)
-    w = shrink_huge(problem.w.to(problem.accumulate), swept.inv_w)
-    if not num_kept:
-        e, _ = _exponentials(problem, x, w, _product_dtype(problem))
-        return Formed(x, w, e, is_last=True)
-    e = swept.kept.view(problem.accumulate).view(w.values.shape[0], x.values.shape[0])
-    return Formed(x, w, e, is_last=False)
+    return Swept(torch.from_numpy(lse), u, x.inverse, inv_w, kept)
 
 
 class _Products(NamedTuple):
@@ -144,11 +116,11 @@ def _empty_products(problem: Problem, needs: Needs, dtype: torch.dtype) -> _Prod
     )
 
 
-def _exact_products(problem: Problem, formed: Formed, factors: _Factors, out: _Products) -> None:
+def _exact_products(
+    problem: Problem, e: torch.Tensor, factors: _Factors, x: Vectors, w: Vectors, out: _Products
+) -> None:
     """Products of G / (||x|| ||w||) with x and W as they are."""
-    x, w, e, is_last = formed
-    scaled = e if is_last else work_memory.empty(*e.shape, dtype=e.dtype)
-    torch.mul(e, factors.of_others, out=scaled)
+    scaled = torch.mul(e, factors.of_others, out=work_memory.empty(*e.shape, dtype=e.dtype))
     problem.targets.put(scaled, factors.of_target)
     scaled.mul_(w.inverse[:, None])
     if out.q is not None:
@@ -158,13 +130,13 @@ def _exact_products(problem: Problem, formed: Formed, factors: _Factors, out: _P
 
 
 def _rounded_products(
-    problem: Problem, formed: Formed, factors: _Factors, out: _Products, dtype: torch.dtype
-) -> None:
+    problem: Problem, e: torch.Tensor, factors: _Factors, x: Vectors, w: Vectors, out: _Products,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     """Products of the exponentials alone, which are larger than x and W, rounded to ``dtype``.
 
     As p -> 1 the target outweighs all others: it stays out of them.
     """
-    x, w, e, _ = formed
     targets, of_others = problem.targets, factors.of_others
     if (of_others.abs() < SMALLEST_FACTOR).any():  # products take what is near 0 for 0
         e, of_others = e * of_others, torch.ones_like(of_others)
@@ -180,32 +152,38 @@ def _rounded_products(
 
 
 def backward(
-    g: RowGradients, problem: Problem, swept: Swept, formed: Formed, needs: Needs
+    g: RowGradients, problem: Problem, swept: Swept, num_kept: int, needs: Needs
 ) -> Gradients:
-    """Vector-Jacobian product of `forward` (eq. 7 to 9), for gradients ``g`` of lse and u.
-
-    In the accumulation dtype.
-    """
-    x, w, e, _ = formed
+    """Vector-Jacobian product of `forward` (eq. 7 to 9), for gradients ``g`` of lse and u."""
+    x = shrink_huge(embeddings(problem), swept.inv_x)
+    w = shrink_huge(problem.w.to(problem.accumulate), swept.inv_w)
+    num_rows, num_classes, _ = problem.sizes
     dtype = _product_dtype(problem)
+    if num_kept:
+        e = swept.kept.view(problem.accumulate).view(num_classes, num_rows)
+    else:
+        e, _ = _exponentials(problem, x, w, dtype)
     inv_x = x.inverse.numpy()
     of_others = g.lse * inv_x * problem.scale
-    if not needs_shift(problem.scale, e.shape[0], e.dtype):
+    if not needs_shift(problem.scale, num_classes, e.dtype):
         of_others *= np.exp(-swept.lse.numpy())
     factors = _Factors(rounded(of_others, e.dtype), rounded(g.u * inv_x, e.dtype))
     products = _empty_products(problem, needs, e.dtype)
     if dtype is e.dtype:
-        _exact_products(problem, formed, factors, products)
+        _exact_products(problem, e, factors, x, w, products)
     else:
-        _rounded_products(problem, formed, factors, products, dtype)
+        _rounded_products(problem, e, factors, x, w, products, dtype)
     q, v = products
-    d_scale = None
+    d_x = d_w = d_scale = None
     if q is not None:
         add_shared(q, g.of_hat, w)
         project(w, q)
+        d_w = q.to(problem.w.dtype)
     if v is not None:
         radial = project(x, v)
         if needs.scale:
             of_others = radial.astype(np.float64) - g.u * swept.u.numpy()
             d_scale = torch.from_numpy(of_others).sum() / problem.scale
-    return Gradients(v if needs.x else None, q, d_scale)
+        if needs.x:
+            d_x = v.to(problem.x.dtype)
+    return Gradients(d_x, d_w, d_scale)

@@ -47,12 +47,11 @@ class _Probabilities(NamedTuple):
     """What `forward` finds, all fp64.
 
     Attributes:
-        p: exp(s c - lse), (C, N), 0 at the targets, of which these are the indices.
+        p: exp(s c - lse), (C, N), 0 at the targets.
         lse: (eq. 2), (N,). u: (eq. 1), (N,). inv_x: inverse norms, (N,). inv_w: likewise, (C,).
     """
 
     p: np.ndarray
-    entries: tuple[np.ndarray, np.ndarray]
     lse: np.ndarray
     u: np.ndarray
     inv_x: np.ndarray
@@ -85,52 +84,38 @@ def _probabilities(problem: Problem) -> _Probabilities:
     total = np.add.reduce(p, axis=0)
     p /= total
     lse += np.log(total)
-    return _Probabilities(p, entries, lse, u, inv_x, inv_w)
+    return _Probabilities(p, lse, u, inv_x, inv_w)
 
 
-class Formed(NamedTuple):
-    """What a backward goes over: probabilities, (C, N) fp32, and the indices of the targets."""
-
-    p: np.ndarray
-    entries: tuple[np.ndarray, np.ndarray]
-
-
-def forward(problem: Problem, num_kept: int, num_bytes: int) -> tuple[Swept, Formed]:
+def forward(problem: Problem, num_kept: int, num_bytes: int) -> Swept:
     """lse and u, and in ``num_bytes`` the probabilities, unless none are to be kept."""
-    p, entries, lse, u, inv_x, inv_w = _probabilities(problem)
-    p = p.astype(np.float32)
-    kept = p.reshape(-1).view(np.uint8) if num_kept else np.empty(num_bytes, np.uint8)
-    swept = Swept(
+    p, lse, u, inv_x, inv_w = _probabilities(problem)
+    if num_kept:
+        kept = p.astype(np.float32).reshape(-1).view(np.uint8)
+    else:
+        kept = np.empty(num_bytes, np.uint8)
+    return Swept(
         torch.from_numpy(lse),
         torch.from_numpy(u),
         rounded(inv_x, torch.float32),
         rounded(inv_w, torch.float32),
         torch.from_numpy(kept),
     )
-    return swept, Formed(p, entries)
-
-
-def formed_again(problem: Problem, swept: Swept, num_kept: int) -> Formed:
-    """The same of what a forward has kept."""
-    if not num_kept:
-        found = _probabilities(problem)
-        return Formed(found.p.astype(np.float32), found.entries)
-    num_rows, num_classes, _ = problem.sizes
-    p = swept.kept.numpy().view(np.float32).reshape(num_classes, num_rows)
-    return Formed(p, _entries(problem))
 
 
 def backward(
-    g: RowGradients, problem: Problem, swept: Swept, formed: Formed, needs: Needs
+    g: RowGradients, problem: Problem, swept: Swept, num_kept: int, needs: Needs
 ) -> Gradients:
-    """Vector-Jacobian product of `forward` (eq. 7 to 9), for gradients ``g`` of lse and u.
-
-    In the accumulation dtype.
-    """
+    """Vector-Jacobian product of `forward` (eq. 7 to 9), for gradients ``g`` of lse and u."""
     x = shrink_huge(embeddings(problem), swept.inv_x)
     w = shrink_huge(problem.w.to(problem.accumulate), swept.inv_w)
     inv_x, inv_w = x.inverse.numpy(), w.inverse.numpy()
-    p, entries = formed
+    if num_kept:
+        num_rows, num_classes, _ = problem.sizes
+        p = swept.kept.numpy().view(np.float32).reshape(num_classes, num_rows)
+    else:
+        p = _probabilities(problem).p
+    entries = _entries(problem)
     # G / (||x|| ||w||), so that the products take x and W as they are
     scaled = p * (g.lse * inv_x * problem.scale)
     scaled[entries] = (g.u * inv_x)[entries[1]]
@@ -138,14 +123,15 @@ def backward(
     factors = scaled.astype(np.float32)
     d_x = d_w = d_scale = None
     if needs.w:
-        d_w = torch.from_numpy(factors @ view_of(x.values))
-        add_shared(d_w, g.of_hat, w)
-        project(w, d_w)
+        q = torch.from_numpy(factors @ view_of(x.values))
+        add_shared(q, g.of_hat, w)
+        project(w, q)
+        d_w = q.to(problem.w.dtype)
     if needs.x or needs.scale:
         v = torch.from_numpy(factors.T @ view_of(w.values))
         radial = project(x, v)
         if needs.scale:
             d_scale = torch.from_numpy(radial - g.u * swept.u.numpy()).sum() / problem.scale
         if needs.x:
-            d_x = v
+            d_x = v.to(problem.x.dtype)
     return Gradients(d_x, d_w, d_scale)

@@ -58,8 +58,6 @@ def arcface(
               fits. A GPU keeps all or nothing: N' C' times 2 bytes with bf16 products, 8 in fp64,
               else 4, and up to 3 % more for their shifts, where N' is N rounded up to a multiple of
               16, C' is C to one of 128. ``"reference"`` keeps everything in any case.
-              Of few classes (N C <= 2^20, C D <= 2^22) a CPU makes the gradients in the forward: a
-              loss that is not for a backward belongs under `torch.no_grad`.
             - class_weight: (C,) floating, as `torch.nn.functional.cross_entropy` takes it: a row's
               loss is multiplied by that of its label, and a mean divided by their sum.
             - sample_weight: (N,) floating, one more factor of each row, in the mean likewise: a
