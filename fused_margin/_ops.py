@@ -383,8 +383,8 @@ class _MarginCe(torch.autograd.Function):
         grad, *_ = grad_outputs
         if grad is None:
             return (None,) * 10
-        x, w, targets, numbers, slope_lse, slope_u, num_counted, *swept = ctx.saved_tensors
         updating = _updating(ctx, grad)
+        x, w, targets, numbers, slope_lse, slope_u, num_counted, *swept = ctx.saved_tensors
         slopes = Slopes(slope_lse, slope_u, grad, num_counted)
         update = None if updating is None else updating.begin(slopes)
         saved = _Saved(x, w, targets, numbers)

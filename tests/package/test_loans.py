@@ -277,6 +277,20 @@ def test_a_loss_that_is_dropped_gives_its_loan_back(loans: list[int], backend: s
     assert len(loans) == 1
 
 
+@each_backend
+def test_an_operator_called_by_itself_lends_nothing(loans: list[int], backend: str) -> None:
+    """What it leaves for a backward is among its outputs, where anyone can look."""
+    x, w, labels = _leaves(backend, FP64)
+    numbers = torch.tensor([16.0, *fm.margins.additive(0.35)[:4]], dtype=torch.float64)
+    loss, *_ = torch.ops.fused_margin.margin_ce(
+        x, w, labels, numbers, False, "mean", -100, torch.float64, backend, -1
+    )
+    assert not loans
+    actual = torch.autograd.grad(loss, (x, w))
+    exact = fmf.cosface(x, w, labels, 0.35, 16.0, backend="reference")
+    torch.testing.assert_close(actual, torch.autograd.grad(exact, (x, w)))
+
+
 def test_one_of_two_threads_takes_a_loan() -> None:
     """That both backwards of one graph have seen; the other finds that it is taken."""
     both, w = threading.Barrier(2), torch.zeros(3, 2)
