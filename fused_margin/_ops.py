@@ -262,10 +262,10 @@ def _lends_for(ctx: Any, w: Tensor, needs: Needs, classes: Tensor | None = None)
 
 def _updating(ctx: Any, *incoming: Tensor | None) -> _updates.Updated | None:
     """Who takes the rows of d_w, if an optimiser does, in a backward that nothing observes."""
-    if ctx.updating is None or torch._C._len_torch_dispatch_stack() or torch.is_grad_enabled():
+    is_plain = torch._C._len_torch_dispatch_stack() == 0 and not torch.is_grad_enabled()
+    if ctx.updating is None or not is_plain or _transforms.is_transformed(*incoming):
         return None
-    is_due = not _transforms.is_transformed(*incoming) and ctx.updating.is_due(ctx)
-    return ctx.updating if is_due else None
+    return ctx.updating if ctx.updating.is_due(ctx) else None
 
 
 def _gradients(

@@ -22,14 +22,7 @@ from fused_margin._arguments import (
     Update,
 )
 from fused_margin._cpu import backend
-from fused_margin._cpu.rows import (
-    Problem,
-    Targets,
-    chain,
-    find_targets,
-    losses,
-    rounded,
-)
+from fused_margin._cpu.rows import Problem, Targets, chain, find_targets, losses, rounded
 from fused_margin._numerics import accumulation_dtype
 from fused_margin.margins import Margin
 
