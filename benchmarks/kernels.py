@@ -106,25 +106,22 @@ ACCEPTED: dict[tuple[str, str, str], dict[str, str]] = {
         " shared memory at webface42m beside 10 of L2",
     },
     ("gradient_kernel*", "sm_90", "*fp16"): {
-        "registers": "as in bf16; both operands are normalised in registers anyway",
+        "registers": "as in bf16",
+        "conflicts": "as in bf16",
     },
-    ("sweep_kernel*", "sm_90", "*fp16"): {
-        "registers": "x is normalised in registers; exact by the same test",
-        "conflicts": "operands pass through registers to be normalised, in layouts made for loads",
-    },
-    ("sweep_kernel, keeping", "sm_90", "*bf16"): {
+    ("sweep_kernel, keeping", "sm_90", "*16"): {
         "conflicts": "only where no descriptor can be used",
     },
-    ("sweep_kernel, lent", "sm_90", "*bf16"): {
+    ("sweep_kernel, lent", "sm_90", "*16"): {
         "conflicts": "only where no descriptor can be used",
     },
     ("sweep_kernel, lent, listed", "sm_90", "*bf16"): {
         "conflicts": "rows of W by their list have no descriptor",
     },
-    ("sweep_kernel, shaped", "sm_90", "*bf16"): {
+    ("sweep_kernel, shaped", "sm_90", "*16"): {
         "conflicts": "only where no descriptor can be used",
     },
-    ("sweep_kernel, centres", "sm_90", "*bf16"): {
+    ("sweep_kernel, centres", "sm_90", "*16"): {
         "conflicts": "the rows of W of a class, which share a tile, have no descriptor",
     },
     ("weight_kernel", "sm_90", "fp16"): {

@@ -83,14 +83,13 @@ def cdiv(a: int, b: int) -> int:
 def _sweep(call: _Call) -> Traffic:
     row_blocks, class_blocks = call.launch.grid[0], cdiv(call.C, call.c)
     x, w = call.N * call.D * call.size("operand"), call.C * call.D * call.size("w")
-    passes = 2 if call.launch.keywords["P"].NORMALIZE_FIRST else 1  # norms of W come first
     kept = 0
     if call.kept.entries is not None:
         kept = call.C * call.kept.pitch * call.kept.entries.element_size()
     tiles = row_blocks * class_blocks
     return Traffic(
         flops=2.0 * call.N * call.C * call.D,
-        l2_bytes=x * class_blocks + passes * w * row_blocks + kept,
+        l2_bytes=x * class_blocks + w * row_blocks + kept,
         memory_bytes=x + w + kept,
         programs=math.prod(call.launch.grid) - row_blocks,
         tiles=tiles,

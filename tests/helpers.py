@@ -14,7 +14,7 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +87,12 @@ class Mode(NamedTuple):
         """The dtype that sums, norms and results have."""
         is_double = torch.float64 in (self.embeddings, self.weight)
         return torch.float64 if is_double else torch.float32
+
+    @property
+    def multiplies_in_half(self) -> bool:
+        """Whether products take fp16 or bf16."""
+        is_double = self.accumulate is torch.float64
+        return not is_double and (self.autocast or self.embeddings).itemsize == 2
 
     def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Autocast if this mode has it on."""
@@ -208,17 +214,23 @@ LOSSES = (
 # --- careful eager code ---------------------------------------------------------------------------
 
 
-def eager_cosines(embeddings: Tensor, weight: Tensor) -> Tensor:
+def eager_cosines(embeddings: Tensor, weight: Tensor, *, casts_first: bool = False) -> Tensor:
     """Cosines, (N, C): rows normalised in fp32 (fp64), multiplied in the embeddings' dtype.
 
-    Under autocast the product is in autocast's dtype.
+    Under autocast the product is in autocast's dtype. ``casts_first``: W goes into it before it is
+    normalised, times a power of two that brings its norms near 1.
     """
     is_double = torch.float64 in (embeddings.dtype, weight.dtype)
     accumulate = torch.float64 if is_double else torch.float32
     compute = accumulate if is_double else embeddings.dtype
     x_hat = F.normalize(embeddings.to(accumulate), eps=1e-12).to(compute)
-    w_hat = F.normalize(weight.to(accumulate), eps=1e-12).to(compute)
-    return F.linear(x_hat, w_hat).to(accumulate)
+    w = weight.to(accumulate)
+    norms = w.norm(dim=1).clamp_min(1e-12)
+    if not casts_first:
+        return F.linear(x_hat, (w / norms[:, None]).to(compute)).to(accumulate)
+    factors = norms.detach().log2().floor().exp2()
+    w = (w / factors[:, None]).to(compute)
+    return F.linear(x_hat, w).to(accumulate) * (factors / norms)
 
 
 def eager_loss(
@@ -229,9 +241,10 @@ def eager_loss(
     *,
     reduction: str = "mean",
     ignore_index: int = -100,
+    casts_first: bool = False,
 ) -> Tensor:
     """``loss`` as careful users write it: gather the target, apply the margin, scatter, softmax."""
-    cosine = eager_cosines(embeddings, weight)
+    cosine = eager_cosines(embeddings, weight, casts_first=casts_first)
     with torch.autocast(embeddings.device.type, enabled=False):
         labels = labels.long()
         index = labels.where(labels != ignore_index, 0)[:, None]
@@ -470,19 +483,21 @@ def error(actual: Tensor, expected: Tensor, unit: Tensor, dtype: torch.dtype) ->
 
 
 def assert_close(
-    actual: Result, expected: Result, eager: Result, unit: Result, mode: Mode, chance: float = 0.0
-) -> None:
+    actual: Result, expected: Result, eager: Sequence[Result], unit: Result, mode: Mode,
+    chance: float = 0.0,
+) -> None:  # fmt: skip
     """Check value and gradients: at most `FACTOR` times the eager error plus `UNITS`.
 
-    ``chance``: what the value may be off in any case, in its unit.
+    ``eager``: one or more ways to write it. ``chance``: what the value may be off in any case, in
+    its unit.
     """
     failures = []
     dtypes = (mode.accumulate, mode.embeddings, mode.weight)
     for name, got, want, careful, one, dtype in zip(
-        Result._fields, actual, expected, eager, unit, dtypes, strict=True
+        Result._fields, actual, expected, zip(*eager, strict=True), unit, dtypes, strict=True
     ):
         floor = UNITS * torch.finfo(mode.accumulate).eps
-        allowed = FACTOR * error(careful, want, one, dtype) + floor
+        allowed = FACTOR * max(error(each, want, one, dtype) for each in careful) + floor
         if name == "value":
             allowed = max(allowed, chance)
         found = error(got, want, one, dtype)
@@ -516,10 +531,13 @@ def check_loss(
     with poisoned_memory():
         actual = run(loss, given, mode, backend, device=device, **options)
     unit = sizes(loss, given, mode, **options)
+    eager = [run_eager(loss, given, mode, **options)]
+    if mode.multiplies_in_half:  # in which it matters where W is rounded
+        eager.append(run_eager(loss, given, mode, casts_first=True, **options))
     assert_close(
         actual,
         yardstick(loss, given, mode, **options),
-        run_eager(loss, given, mode, **options),
+        eager,
         unit,
         mode,
         _chance(loss, given, mode, unit.value, options),

@@ -155,7 +155,8 @@ class Precision(NamedTuple):
         ACC: dtype of sums. COMPUTE: of the operands of the cosines. GRADIENT: of G and of the
             operands of the products with it.
         COSINES, PRODUCTS: precision of these products, "ieee" or "tf32".
-        NORMALIZE_FIRST: whether operands are normalised before they are cast to COMPUTE.
+        NORMALIZE_FIRST: whether operands are normalised before they are cast to COMPUTE; rows of W
+            in a sweep, which has no norms yet, only where they would not fit in it.
         CENTERS: rows of W for each class. PLACES: the power of two of places that they take.
     """
 

@@ -19,6 +19,7 @@ from fused_margin._triton.others import class_rows, nearest_of_rows, own_class, 
 from fused_margin._triton.primitives import (
     CLAMPED,
     IGNORED,
+    around_cast,
     at,
     cast,
     dot,
@@ -146,14 +147,13 @@ def _lent_gradient_tile(q, inv_w, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
 @triton.jit
 def _products(
     operand, w, x_desc, w_desc, first_row, first_class, offs_n, offs_c, mask_x, mask_c,
-    inv_x, inv_w, D, P: tl.constexpr,
+    inv_w, D, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """w . x of one tile, (BLOCK_C, BLOCK_N); with NORMALIZE_FIRST the cosines.
+    """w . x of one tile, (BLOCK_C, BLOCK_N); with NORMALIZE_FIRST x is normalised.
 
     W comes first in the product, so that a tile cast on the fly can go from registers into the
-    matrix unit. fp16 operands are normalised before the cast (NORMALIZE_FIRST), since fp16 lacks
-    the exponents for raw ones.
+    matrix unit.
     """
     tile = tl.zeros([BLOCK_C, BLOCK_N], P.ACC)
     for d in range(0, D, BLOCK_D):
@@ -172,8 +172,8 @@ def _products(
                 mask=mask_d[:, None] & mask_x[None, :], other=0.0,
             )  # fmt: skip
         if P.NORMALIZE_FIRST:
-            w_rows = w_rows.to(P.ACC) * inv_w[:, None]
-            x_rows = x_rows.to(P.ACC) * inv_x[None, :]
+            before, _ = around_cast(inv_w)
+            w_rows = w_rows.to(P.ACC) * before[:, None]
         tile = dot(cast(w_rows, P.COMPUTE), cast(x_rows, P.COMPUTE), tile, P, True)
     return tile
 
@@ -204,9 +204,11 @@ def _finish_gradient(
                 entries, shift, offs_c, mask_c, labels, s, g_lse, g_u, lse, u
             )  # fmt: skip
     else:
-        cos = tile
-        if not P.NORMALIZE_FIRST:
-            cos = cos * inv_w[:, None] * inv_x[None, :]
+        if P.NORMALIZE_FIRST:
+            _, after = around_cast(inv_w)
+            cos = tile * after[:, None]
+        else:
+            cos = tile * inv_w[:, None] * inv_x[None, :]
         IS_SHAPED: tl.constexpr = rows.others.threshold is not None or P.CENTERS > 1
         if IS_SHAPED:
             g, cos = _shaped_gradient_tile(
@@ -246,12 +248,9 @@ def gradient_kernel(
     if kept.entries is None:
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         _, mask_x = _used_rows(rows, offs_n, offs_n < N)
-        inv_x = tl.zeros([BLOCK_N], P.ACC)
-        if P.NORMALIZE_FIRST:
-            inv_x = tl.load(rows.inv_x + offs_n, mask=mask_x, other=0.0)
         tile = _products(
             operand, w, x_desc, w_desc, pid_n * BLOCK_N, first_class + pid_c * BLOCK_C,
-            offs_n, offs_c, mask_x, mask_c, inv_x, inv_w, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
+            offs_n, offs_c, mask_x, mask_c, inv_w, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
         )  # fmt: skip
     row_radial_ptr = chunk.row_radial
     if row_radial_ptr is not None:
@@ -419,7 +418,8 @@ def fused_weight_kernel(
     mask = mask_c[:, None] & mask_d
     operand = tl.load(at(w, offs_c[:, None], offs_d), mask=mask, other=0.0)  # (BLOCK_C, BLOCK_D)
     if P.NORMALIZE_FIRST:
-        operand = operand.to(P.ACC) * inv_w[:, None]
+        before, after = around_cast(inv_w)
+        operand = operand.to(P.ACC) * before[:, None]
     operand = cast(operand, P.COMPUTE)
     tile = tl.zeros([BLOCK_C, BLOCK_D], P.ACC)
     radial = tl.zeros([BLOCK_C], P.ACC)
@@ -435,7 +435,9 @@ def fused_weight_kernel(
         else:
             x_operand = cast(x_rows, P.COMPUTE)
         cos = dot(operand, tl.trans(x_operand), tl.zeros([BLOCK_C, BLOCK_N], P.ACC), P, True)
-        if not P.NORMALIZE_FIRST:
+        if P.NORMALIZE_FIRST:
+            cos = cos * after[:, None]
+        else:
             cos = cos * inv_w[:, None] * inv_x[None, :]
         g, cos = _gradient_tile(cos, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
         radial += tl.sum(g * cos, axis=1)
@@ -479,11 +481,14 @@ def fused_embeddings_kernel(
         w_rows = tl.load(at(w, offs_c[:, None], offs_d), mask=mask_c[:, None] & mask_d,
                          other=0.0)  # (BLOCK_C, BLOCK_D)  # fmt: skip
         if P.NORMALIZE_FIRST:
-            w_operand = cast(w_rows.to(P.ACC) * inv_w[:, None], P.COMPUTE)
+            before, after = around_cast(inv_w)
+            w_operand = cast(w_rows.to(P.ACC) * before[:, None], P.COMPUTE)
         else:
             w_operand = cast(w_rows, P.COMPUTE)
         cos = dot(w_operand, operand, tl.zeros([BLOCK_C, BLOCK_N], P.ACC), P, True)
-        if not P.NORMALIZE_FIRST:
+        if P.NORMALIZE_FIRST:
+            cos = cos * after[:, None]
+        else:
             cos = cos * inv_w[:, None] * inv_x[None, :]
         g, _ = _gradient_tile(cos, offs_c, mask_c, labels, s, g_lse, g_u, lse, u)
         g = tl.trans(g * inv_w[:, None])  # (BLOCK_N, BLOCK_C)

@@ -17,6 +17,7 @@ from fused_margin._triton.primitives import (
     IGNORED,
     INVALID,
     NOT_ZERO,
+    around_cast,
     at,
     cast,
     dot,
@@ -59,36 +60,39 @@ def prepare_kernel(
     x, rows, operand_ptr, inv_x_ptr, stride_operand, ignore_index, N, D, SOME_IGNORED: tl.constexpr,
     P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x in the dtype of products, 0 where it is ignored, and inverse norms if asked for."""
+    """x in the dtype of products, 0 where it is ignored, and inverse norms if asked for.
+
+    With NORMALIZE_FIRST it is normalised.
+    """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     mask_x = mask_n
     if SOME_IGNORED:
         mask_x = mask_n & (load_labels(rows, offs_n, mask_n) != ignore_index)
-    sum_squares = tl.zeros([BLOCK_N], P.ACC)
+    inv_x = row_inverse_norm(x, offs_n, mask_x, D, P.ACC, BLOCK_N, BLOCK_D)
     operand = operand_ptr + offs_n.to(tl.int64)[:, None] * stride_operand
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)[None, :]
         x_rows = tl.load(at(x, offs_n[:, None], offs_d), mask=mask_x[:, None] & (offs_d < D),
                          other=0.0)  # (BLOCK_N, BLOCK_D)  # fmt: skip
-        wide = x_rows.to(P.ACC)
-        sum_squares += tl.sum(wide * wide, axis=1)
+        if P.NORMALIZE_FIRST:
+            x_rows = x_rows.to(P.ACC) * inv_x[:, None]
         tl.store(operand + offs_d, cast(x_rows, P.COMPUTE), mask=mask_n[:, None] & (offs_d < D))
     if inv_x_ptr is not None:
-        tl.store(inv_x_ptr + offs_n, inverse_norm(sum_squares), mask=mask_n)
+        tl.store(inv_x_ptr + offs_n, inv_x, mask=mask_n)
 
 
 @triton.jit
 def _cosines(
     operand, w, x_desc, w_desc, first_row, first_class, offs_n, offs_c, mask_x, mask_c,
-    inv_x, inv_w, D, P: tl.constexpr,
+    before, D, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """x . w, (BLOCK_N, BLOCK_C), and the inverse norms of the classes, (BLOCK_C,), in one pass.
 
     x comes first in the product and W is cast on its way to shared memory, so that large tiles fit;
-    the squares of W are summed per element, and over a row only at the end. With NORMALIZE_FIRST
-    the norms are given, and the products are cosines.
+    the squares of W are summed per element, and over a row only at the end; unless these norms are
+    known, and the factors of rows ``before`` their cast.
     """
     tile = tl.zeros([BLOCK_N, BLOCK_C], P.ACC)
     squares = tl.zeros([BLOCK_C, BLOCK_D], P.ACC)
@@ -103,16 +107,13 @@ def _cosines(
                              other=0.0)  # fmt: skip
             w_rows = tl.load(at(w, offs_c[:, None], offs_d), mask=mask_c[:, None] & mask_d,
                              other=0.0)  # fmt: skip
-        if P.NORMALIZE_FIRST:
-            x_rows = x_rows.to(P.ACC) * inv_x[:, None]
-            w_rows = w_rows.to(P.ACC) * inv_w[:, None]
+        wide = w_rows.to(P.ACC)
+        if before is not None:
+            w_rows = wide * before[:, None]
         else:
-            wide = w_rows.to(P.ACC)
             squares += wide * wide
         tile = dot(cast(x_rows, P.COMPUTE), tl.trans(cast(w_rows, P.COMPUTE)), tile, P, True)
-    if not P.NORMALIZE_FIRST:
-        inv_w = inverse_norm(tl.sum(squares, axis=1))
-    return tile, inv_w
+    return tile, inverse_norm(tl.sum(squares, axis=1))
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def _sweep(
     """
     N, C, D = sizes
     factor = tl.zeros([BLOCK_N], P.ACC) + s
-    if not P.NORMALIZE_FIRST:
+    if not P.NORMALIZE_FIRST:  # else x is normalised
         factor = factor * inv_x
     first = split * blocks_per_split
     last = tl.minimum(first + blocks_per_split, num_blocks(C, P, BLOCK_C))
@@ -164,18 +165,21 @@ def _sweep(
     run_sum = tl.zeros([BLOCK_N], P.ACC)
     for block in range(first, last):
         offs_c, mask_c = class_rows(block, C, P, BLOCK_C)
-        inv_w = tl.zeros([BLOCK_C], P.ACC)
-        if P.NORMALIZE_FIRST:
-            inv_w = row_inverse_norm(w, offs_c, mask_c, D, P.ACC, BLOCK_C, NARROW)
         z, inv_w = _cosines(
             operand, w, x_desc, w_desc, tl.program_id(0) * BLOCK_N, block * BLOCK_C,
-            offs_n, offs_c, mask_x, mask_c, inv_x, inv_w, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
+            offs_n, offs_c, mask_x, mask_c, None, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
         )  # (BLOCK_N, BLOCK_C)  # fmt: skip
         if tl.program_id(0) == 0:
             tl.store(inv_w_ptr + offs_c, inv_w, mask=mask_c)
-        z = z * factor[:, None]
-        if not P.NORMALIZE_FIRST:
-            z = z * inv_w[None, :]
+        after = inv_w
+        if P.NORMALIZE_FIRST:
+            before, after = around_cast(inv_w)
+            if tl.max((mask_c & (before != 1.0)).to(tl.int32), axis=0) > 0:  # then once more
+                z, _ = _cosines(
+                    operand, w, x_desc, w_desc, tl.program_id(0) * BLOCK_N, block * BLOCK_C,
+                    offs_n, offs_c, mask_x, mask_c, before, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
+                )  # fmt: skip
+        z = z * factor[:, None] * after[None, :]
         is_own = (offs_c // P.CENTERS)[None, :] == target[:, None]
         z = tl.where(is_own | ~mask_c[None, :], -float("inf"), z)
         if P.CENTERS > 1:
@@ -233,9 +237,9 @@ def sweep_kernel(
 
     A sweep leaves the maximum of the scaled cosines of all but the target, and the sum of their
     exponentials relative to it, in ``partial`` (num_splits, 2, N). ``operand`` is x, or x in the
-    dtype of the product; with descriptors, what `prepare_kernel` made of x. In ``kept``, if it has
-    entries, a sweep leaves of each cosine either z = s c - shift, where that is above -1, or
-    exp(z); or exp(s c) / ||w||, if d_w is lent.
+    dtype of the product; with descriptors or NORMALIZE_FIRST, what `prepare_kernel` made of x. In
+    ``kept``, if it has entries, a sweep leaves of each cosine either z = s c - shift, where that is
+    above -1, or exp(z); or exp(s c) / ||w||, if d_w is lent.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -243,14 +247,15 @@ def sweep_kernel(
     mask_x = mask_n
     if SOME_IGNORED:
         mask_x = mask_n & (labels != ignore_index)
-    if x_desc is not None:
+    IS_PREPARED: tl.constexpr = x_desc is not None or P.NORMALIZE_FIRST
+    if IS_PREPARED:
         inv_x = tl.load(rows.inv_x + offs_n, mask=mask_n, other=0.0)
     else:
         inv_x = row_inverse_norm(x, offs_n, mask_x, D, P.ACC, BLOCK_N, NARROW)
     if tl.program_id(1) == 0:
         u = _target_cosine(x, w, offs_n, mask_x, labels, C, D, BLOCK_N, NARROW)
         tl.store(rows.u + offs_n, u, mask=mask_n)
-        if x_desc is None:
+        if not IS_PREPARED:
             tl.store(rows.inv_x + offs_n, inv_x, mask=mask_n)
     else:
         split = tl.program_id(1) - 1

@@ -147,11 +147,12 @@ def _sweep(
     if asks:
         rows = rows._replace(others=room_for_others(inputs, p, splits, weighs))
     x_desc = w_desc = None
-    if p.descriptors:
+    if p.prepares:
         operand = _prepare(p, x, rows, swept.inv_x, ignore_index)
-        x_desc, w_desc = describe(operand, tile.n, tile.d), describe(w, tile.c, tile.d)
     else:
         operand = operand_of(x, num_classes, p)
+    if p.descriptors:
+        x_desc, w_desc = describe(operand, tile.n, tile.d), describe(w, tile.c, tile.d)
     sweep_kernel[(row_blocks, splits + 1)](
         Matrix.of(x), Matrix.of(operand), Matrix.of(w, inputs.extras.classes), x_desc, w_desc,
         rows, partial, swept.inv_w, kept or Kept(), inputs.scale, ignore_index or 0, num_rows,
@@ -419,13 +420,15 @@ def _chunked(call: Call, left: Left | None) -> Tensor | None:
     x_in, w_in = Matrix.of(x), Matrix.of(w, inputs.extras.classes)
     x_desc = w_desc = x_in_product = g_desc = None
     operand = x
-    if p.descriptors and (kept is None or needs.w):
+    describes_product = needs.w and p.describes_products
+    if describes_product or (kept is None and p.prepares):
         operand = _prepare(p, x, rows, None, IGNORED if rows.grad is not None else None)
+    elif kept is None:
+        operand = operand_of(x, num_classes, p)
+    if describes_product:
         x_in_product = describe(operand, weight_tile.n, weight_tile.d)
     if kept is None and p.descriptors:
         x_desc, w_desc = describe(operand, tile.n, tile.d), describe(w, tile.c, tile.d)
-    elif kept is None:
-        operand = operand_of(x, num_classes, p)
     operand = Matrix.of(operand)
     for first in range(0, num_classes, size):
         length = min(size, num_classes - first)
@@ -533,7 +536,7 @@ def _lent(call: Call, loan: Loan) -> Gradients:
         del embeddings  # with its partials
     tile = cut(left.tiles.weight, num_lent, num_classes, dim)
     x_desc = q_desc = beyond_desc = None
-    if p.descriptors and (dim * w.itemsize) % 16 == 0:
+    if p.describes_products and (dim * w.itemsize) % 16 == 0:
         x_desc = describe(operand, tile.n, tile.d)
         q_desc = describe(q[:, :num_lent], tile.c, tile.n)
     for first, length, beyond in _beyond(call, left, tile.c):

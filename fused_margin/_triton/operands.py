@@ -46,12 +46,9 @@ def loadable(labels: Tensor) -> Tensor:
 def operand_of(x: Tensor, num_classes: int, p: Plan) -> Tensor:
     """x as the sweep multiplies it: cast once where each tile of the classes would cast it again.
 
-    fp16 operands are normalised first, in the tile; a step that is bound by its launches has none
-    to spare.
+    A step that is bound by its launches has none to spare.
     """
-    if p.precision.NORMALIZE_FIRST or x.shape[0] * num_classes <= LAUNCH_BOUND:
-        return x
-    return x.to(p.compute)
+    return x if x.shape[0] * num_classes <= LAUNCH_BOUND else x.to(p.compute)
 
 
 def describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -94,9 +94,8 @@ def device_name(x: Tensor) -> str:
 class Plan:
     """Dtypes and tiles of one call.
 
-    fp16 lacks the exponents for raw operands and for probabilities: it is normalised before the
-    cast in the cosine tiles, and the two products of the backward run in TF32, in which fp16 values
-    are exact.
+    fp16 lacks the exponents for raw operands and for probabilities: they are normalised before the
+    cast, and the two products of the backward run in TF32, in which fp16 values are exact.
 
     Attributes:
         accumulate: dtype of sums. compute: dtype of the operands of the cosine product.
@@ -119,11 +118,24 @@ class Plan:
     lent: Lent | None
     programs: int
 
+    @property
+    def prepares(self) -> bool:
+        """Whether products for cosines take what `prepare_kernel` makes of x."""
+        return self.descriptors or self.precision.NORMALIZE_FIRST
+
+    @property
+    def describes_products(self) -> bool:
+        """Whether the product for d_w takes descriptors, too.
+
+        In TF32 it wants both operands along the batch, to which x would go by 16-way conflicts.
+        """
+        return self.descriptors and self.gradient.itemsize != 4
+
 
 def plan(x: Tensor, w: Tensor, compute_dtype: torch.dtype) -> Plan:
     """Choose dtypes and tiles from the inputs, the device and the float32 matmul precision."""
     p = default_plan(x, w, compute_dtype)
-    if _override.descriptors is not None and not p.precision.NORMALIZE_FIRST:
+    if _override.descriptors is not None:
         p = replace(plain_plan(x, w, compute_dtype), descriptors=_override.descriptors)
     if _override.tiles is not None:
         return replace(p, tiles=_override.tiles)

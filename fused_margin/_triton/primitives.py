@@ -9,6 +9,9 @@ INTERPRETED = tl.constexpr(_validate.INTERPRETED)
 NORM_EPS = tl.constexpr(_numerics.NORM_EPS)
 IGNORED = tl.constexpr(_arguments.IGNORED)
 INVALID = tl.constexpr(_arguments.INVALID)
+# Inverse norms of rows of W that fp16 holds as they are: it ends at 65,504, and loses digits of
+# numbers below 2^-14, in steps of 2^-24.
+LEAST_INVERSE, LARGEST_INVERSE = tl.constexpr(2.0**-15), tl.constexpr(2.0**8)
 NOT_ZERO = tl.constexpr(2.0**-100)  # a kept exponent of 0 becomes its negative
 CLAMPED = tl.constexpr(_numerics.CLAMPED_INVERSE_NORM)
 SINE_SQUARED_FLOOR = tl.constexpr(margins.SINE_SQUARED_FLOOR)
@@ -61,6 +64,17 @@ def inverse_norm(sum_squares):
     eps = tl.full([1], NORM_EPS, sum_squares.dtype)
     inverse = 1.0 / tl.maximum(tl.sqrt(sum_squares), eps)
     return tl.where(sum_squares == float("inf"), float("nan"), inverse)
+
+
+@triton.jit
+def around_cast(inv_w):
+    """What rows of W are multiplied by before a cast to fp16, and their products after; (R,) each.
+
+    The inverse norms before it, where fp16 would not hold a row, else after it: a sweep knows no
+    norm before its products, and all kernels have to round alike.
+    """
+    is_beyond = (inv_w < LEAST_INVERSE) | (inv_w > LARGEST_INVERSE)
+    return tl.where(is_beyond, inv_w, 1.0), tl.where(is_beyond, 1.0, inv_w)
 
 
 @triton.jit

@@ -163,7 +163,9 @@ def test_report_covers_every_default(rows: list[dict]) -> None:
     }
     assert {r["kernel"] for r in rows} == WITH_PRODUCTS | DESCRIBED | WITHOUT_PRODUCTS | LISTED
     described = [r for r in rows if r["kernel"] in DESCRIBED]
-    assert {(r["architecture"], r["operands"]) for r in described} == {("sm_90", "bf16")}
+    assert {(r["architecture"], r["operands"]) for r in described} == {
+        ("sm_90", "bf16"), ("sm_90", "fp16")
+    }  # fmt: skip
     assert not _names([r for r in described if "blocks" not in r["loads"]])
 
 
