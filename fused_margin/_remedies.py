@@ -185,6 +185,9 @@ def of_other_classes(kind: str, given: int, present: int, sub_centers: int) -> l
         remedy = f", load it, and add the others with criterion.grow({more}, optimizer)"
     else:
         remedy = ", as it had when it was saved"
+        more = given // present
+        if sub_centers == 1 and given == more * present:
+            remedy += f", or sub_centers={more} if it has {more} rows for each class"
     return [f"{said}build the loss with num_classes={count}{remedy}"]
 
 

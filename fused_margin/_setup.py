@@ -164,6 +164,8 @@ def check_sampled(criterion: nn.Module, weight: Any, *, is_sparse: bool) -> None
     """
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
         return
+    if is_sparse and not weight.is_leaf:
+        _validate_shards.sampled_computed()
     of_kind = _sampled_calls.setdefault(criterion, {})
     calls = of_kind.get(is_sparse, 0) + 1
     if calls == _DECIDED + 1:

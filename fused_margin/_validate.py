@@ -507,10 +507,11 @@ def size(name: str, value: int, minimum: int) -> int:
     return value
 
 
-def at_most(name: str, value: int, limit: int, meaning: str) -> int:
+def at_most(name: str, value: int, limit: int, meaning: str = "") -> int:
     """Check an integer against what it can't exceed."""
     if value > limit:
-        raise ValueError(f"{name} must be at most {limit}, {meaning}; got {value}")
+        of_limit = f", {meaning};" if meaning else ","
+        raise ValueError(f"{name} must be at most {limit}{of_limit} got {value}")
     return value
 
 
@@ -569,12 +570,12 @@ def centers(num_rows: int, sub_centers: int) -> int:
     return num_rows // sub_centers
 
 
-def fixed_adacos_classes(num_classes: int) -> int:
+def fixed_adacos_classes(num_classes: int, name: str = "Fixed AdaCos") -> int:
     """Check that sqrt(2) ln(C - 1) is positive."""
     num_classes = _integer("num_classes", num_classes)
     if num_classes < 3:
         raise ValueError(
-            f"Fixed AdaCos needs C >= 3 classes, got {known(num_classes)}: its scale"
+            f"{name} needs C >= 3 classes, got {known(num_classes)}: its scale"
             " sqrt(2) * ln(C - 1) is 0 for C = 2, which gives no gradient; use"
             " NormalizedSoftmaxLoss with a scale of your choice"
         )

@@ -127,13 +127,19 @@ def multiplier(name: str, value: Any, lowest: float = 1.0) -> float:
 
 
 def class_counts(value: Any) -> torch.Tensor:
-    """Check how many samples each class has, (C,)."""
+    """Check how many samples each class has, (C,), finite and >= 0."""
     if not isinstance(value, torch.Tensor):
         value = torch.as_tensor(value)
     if value.ndim != 1 or value.shape[0] < 1 or value.dtype is torch.bool or value.is_complex():
         raise ValueError(
             f"counts must have shape (C,), the samples of each class, as torch.bincount(labels,"
             f" minlength=C) makes them; got {tuple(value.shape)} and {value.dtype}"
+        )
+    if _transforms.is_readable(value) and not bool((value >= 0).all() & value.isfinite().all()):
+        wrong = int((~((value >= 0) & value.isfinite())).nonzero()[0])
+        raise ValueError(
+            f"counts must be finite and >= 0, the samples of each class; got"
+            f" {value[wrong].item():g} of class {wrong}"
         )
     return value
 
@@ -160,10 +166,19 @@ def _class_margin(value: Any) -> float | torch.Tensor:
             f" {_validate._shown(value)}; torch.as_tensor(margin, dtype=torch.float32) makes it,"
             " and margins per row go to the functional form"
         )
-    if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+    if not isinstance(value, torch.Tensor):
         return _margin(value, None, 0, "")
-    if value.ndim != 1:
-        return _margin(value, None, 0, "")  # which refuses it
+    if isinstance(value, torch.nn.Parameter) or value.ndim != 1:
+        if value.numel() == 1:
+            remedy = "float(margin)"
+        elif isinstance(value, torch.nn.Parameter):
+            remedy = "margin.detach(); learnt margins go to the functional form, as margin[labels]"
+        else:
+            remedy = "margin.flatten()"
+        raise TypeError(
+            "margin must be a number, or a tensor of one for each class, (C,), that is not learnt;"
+            f" got {_validate._shown(value)}; pass {remedy}"
+        )
     return _validate.floating_numbers("margin", value).detach()
 
 

@@ -60,13 +60,13 @@ def threshold(value: Any, u: torch.Tensor) -> None:
 def top(value: Any) -> int:
     """Check how many of the nearest other classes get a penalty."""
     value = _validate.size("k", value, 1)
-    return _validate.at_most("k", value, LARGEST_TOP, "as many as are used")
+    return _validate.at_most("k", value, LARGEST_TOP)
 
 
 def top_or_none(value: Any) -> int:
     """The same of a setting, where 0 is none."""
     value = _validate.size("k_top", value, 0)
-    return _validate.at_most("k_top", value, LARGEST_TOP, "as many as are used")
+    return _validate.at_most("k_top", value, LARGEST_TOP)
 
 
 def coefficients(phi: Any) -> None:

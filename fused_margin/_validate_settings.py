@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NoReturn
 
 import torch
@@ -73,6 +73,22 @@ def module_scale(value: Any) -> float | torch.nn.Parameter:
     if _transforms.is_readable(value):
         _validate.positive_scale(value.detach().item())
     return value
+
+
+def filled(criterion: Any, emptied: Set[str]) -> None:
+    """Refuse what ``to_empty()`` has left without values, which is NaN since."""
+    tensors = {name: getattr(criterion, name) for name in emptied}
+    left = [
+        name
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor) and bool(tensor.isnan().any())
+    ]
+    if left:
+        raise ValueError(
+            f"to_empty() has left {', '.join(sorted(left))} of this {type(criterion).__name__}"
+            f" without values, and reset_parameters() can't know them: after it, assign"
+            f" criterion.{min(left)} = ..."
+        )
 
 
 def per_class(name: str, value: torch.Tensor, num_classes: int) -> None:

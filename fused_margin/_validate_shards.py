@@ -105,6 +105,15 @@ def no_copies(replicas: tuple[Any, ...]) -> None:
         )
 
 
+def sampled_computed() -> NoReturn:
+    """Refuse a sparse gradient of what is no parameter."""
+    raise ValueError(
+        "sampled negatives give the class weights a sparse gradient, which can't go on through what"
+        " computes them, as a parametrization; remove it (parametrize.remove_parametrizations), or"
+        " train with all classes, sample_negatives(criterion, 1.0)"
+    )
+
+
 def sampled_in(wrapper: str) -> NoReturn:
     """DDP or FSDP2 around a criterion with a sampler."""
     raise ValueError(

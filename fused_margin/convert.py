@@ -19,14 +19,15 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
 
 from fused_margin import _rank_files, _validate
 from fused_margin._rank_files import Checkpoint, RankFiles
-from fused_margin.compat import _refusals
+from fused_margin.compat import _refusals, pml
+from fused_margin.distributed import _shards
 from fused_margin.losses import ArcFaceLoss, CosFaceLoss, MarginSoftmaxLoss, NormalizedSoftmaxLoss
 from fused_margin.losses.base import DEFAULTS
 
@@ -133,7 +134,7 @@ def load_class_weights(
     rows = _rows(criterion)
     source, matrix = _find(checkpoint, (rows.shape[0], rows.shape[1]), key, layout)
     with torch.no_grad():
-        rows.copy_(matrix)
+        rows.copy_(_shards.fitted(matrix, rows))
     return source
 
 
@@ -310,6 +311,11 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
+def _not_converted(peer: Any, what: str) -> NoReturn:
+    losses = [name for name in pml.__all__ if name.endswith("Loss")]
+    _refusals.not_converted(peer, what, losses)
+
+
 def from_pml(peer: Any, **options: Any) -> MarginSoftmaxLoss:
     """This package's loss for one of pytorch-metric-learning's, with a copy of its weights.
 
@@ -334,16 +340,18 @@ def from_pml(peer: Any, **options: Any) -> MarginSoftmaxLoss:
         "CosFaceLoss": lambda: (CosFaceLoss, {"margin": float(peer.margin)}),
         "NormalizedSoftmaxLoss": lambda: (NormalizedSoftmaxLoss, {}),
     }
+    if isinstance(peer, MarginSoftmaxLoss):
+        _refusals.converted(peer)
     if _kind(peer) not in classes:
-        _refusals.not_converted(peer, " has no counterpart with an exact value")
+        _not_converted(peer, " has no counterpart with an exact value")
     for name in ("weight_regularizer", "embedding_regularizer"):
         if getattr(peer, name, None) is not None:
-            _refusals.not_converted(peer, f" with {name}")
+            _not_converted(peer, f" with {name}")
     if _kind(getattr(peer, "reducer", None)) not in ("NoneType", "MeanReducer"):
-        _refusals.not_converted(peer, f" with the reducer {_kind(peer.reducer)}")
+        _not_converted(peer, f" with the reducer {_kind(peer.reducer)}")
     distance = getattr(peer, "distance", None)
     if distance is not None and not (distance.normalize_embeddings and distance.power == 1):
-        _refusals.not_converted(peer, " with embeddings that are not normalised")
+        _not_converted(peer, " with embeddings that are not normalised")
     make, arguments = classes[_kind(peer)]()
     scale = 1.0 / peer.temperature if _kind(peer) == "NormalizedSoftmaxLoss" else float(peer.scale)
     w = _parameter(peer)  # (D, C K)
@@ -437,6 +445,7 @@ def transpose_moments(
             shape that is neither the transpose nor one of two factors of it, as Adafactor's.
     """
     weight = _parameter(criterion)
+    _refusals.optimizer_state(state)
     saved = [group["params"] for group in state["param_groups"]]
     ours = [group["params"] for group in optimizer.param_groups]
     if [len(group) for group in saved] != [len(group) for group in ours]:

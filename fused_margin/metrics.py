@@ -37,6 +37,8 @@ Standings = tuple[Tensor, Tensor, Tensor]
 
 # Bytes of a block's cosines, (N, B), or of its normalised weights, (B, D), whichever is larger
 CPU_BYTES, OTHER_BYTES = 8 << 20, 128 << 20
+# Rows of the batch that blocks are made for in a compiled graph
+TRACED_ROWS = 1024
 # A class is nearer than the target if its cosine is larger by more than both may be rounded.
 ROUNDINGS = 4
 
@@ -93,7 +95,9 @@ def _cosines(embeddings: Tensor, weight: Tensor, sub_centers: int) -> Iterator[t
     """First class and cosines, (N, B), of each block of classes."""
     num_classes = weight.shape[0] // sub_centers
     dtype = accumulation_dtype(embeddings, weight)
-    row_bytes = dtype.itemsize * max(*embeddings.shape, 1) * sub_centers
+    # a graph is for any N: how many blocks there are must not depend on it
+    num_rows = TRACED_ROWS if torch.compiler.is_compiling() else embeddings.shape[0]
+    row_bytes = dtype.itemsize * max(num_rows, embeddings.shape[1], 1) * sub_centers
     x_hat, _ = normalized(embeddings.to(dtype))
     for start, stop in _blocks(num_classes, max(64 // sub_centers, _limit(weight) // row_bytes)):
         w_hat, _ = normalized(weight[start * sub_centers : stop * sub_centers].to(dtype))

@@ -309,12 +309,35 @@ def criterion(value: Any) -> NoReturn:
     )
 
 
-def not_converted(value: Any, what: str) -> NoReturn:
+def not_converted(value: Any, what: str, known: list[str]) -> NoReturn:
     """A loss without a counterpart, or with options that its counterpart lacks."""
+    name = type(value).__name__
+    if name in known:
+        remedy = (
+            "its class in fused_margin.compat.pml has the same arguments;"
+            " convert.load_class_weights moves the weights"
+        )
+    else:
+        remedy = f"fused_margin.compat.pml has {', '.join(known)}"
+    raise ValueError(f"{name}{what}: {remedy}")
+
+
+def converted(value: Any) -> NoReturn:
+    """A loss of this package where one of pytorch-metric-learning is to be converted."""
     raise ValueError(
-        f"{type(value).__name__}{what}: its class in fused_margin.compat.pml has the same"
-        " arguments; convert.load_class_weights moves the weights"
+        f"this {type(value).__name__} is a loss of fused_margin already, with a weight (C, D);"
+        " copy.deepcopy makes a copy of it"
     )
+
+
+def optimizer_state(state: Any) -> None:
+    """Check that it is what an optimiser's ``state_dict()`` returns."""
+    if not isinstance(state, Mapping) or not {"state", "param_groups"} <= state.keys():
+        given = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(
+            "state must be the state_dict() of an optimizer, with state and param_groups, got"
+            f" {given}; of a checkpoint pass the part that is the optimizer's"
+        )
 
 
 def grow(name: str) -> NoReturn:

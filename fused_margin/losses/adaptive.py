@@ -46,6 +46,7 @@ class AdaCosLoss(MarginSoftmaxLoss):
 
     def initial_statistics(self) -> dict[str, float]:
         """The scale of Fixed AdaCos."""
+        _validate.fixed_adacos_classes(self.num_classes, "AdaCos")
         return {"scale": functional.fixed_adacos_scale(self.num_classes)}
 
     def update_statistics(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, ClassVar
 
 import torch
@@ -79,7 +79,7 @@ class MarginSoftmaxLoss(nn.Module):
     ``memory_budget`` for each value, where a compiled function finds the module in a global
     variable: torch takes those for constants. Give it the module as an argument, or in another
     module.) A tensor among the settings, as ``class_weight``, is a buffer that moves with the
-    module; ``to_empty()`` loses it as any other, so assign it after that.
+    module; ``to_empty()`` loses it as any other, and a learnt scale, so assign it after that.
 
     A loss with statistics, as `AdaCosLoss` and `AdaFaceLoss`, updates them at the start of each
     ``forward`` in training mode, from the rows that are not ignored, and of all ranks where
@@ -144,6 +144,7 @@ class MarginSoftmaxLoss(nn.Module):
     label_smoothing: float
     sub_centers: int
     sampler: Any  # of `fused_margin.sampling`, or None
+    _emptied: Set[str] = frozenset()  # what `to_empty` has left without values, until they are seen
 
     def __init__(
         self, num_classes: int, embedding_size: int, scale: float | nn.Parameter | None = 64.0,
@@ -165,8 +166,9 @@ class MarginSoftmaxLoss(nn.Module):
             torch.empty(num_rows, embedding_size, device=device, dtype=dtype)
         )
         statistics = self.initial_statistics()
+        wide = torch.promote_types(dtype, torch.float32)
         for name in statistics:
-            self.register_buffer(name, torch.empty((), device=device))
+            self.register_buffer(name, torch.empty((), device=device, dtype=wide))
         if scale is not None or not ("scale" in statistics or hasattr(type(self), "scale")):
             self.scale = scale
         for name, value in chosen.items():
@@ -217,12 +219,24 @@ class MarginSoftmaxLoss(nn.Module):
         of it.
         """
         before = {name: self._buffers.get(name) for name in self.initial_statistics()}
+        was_meta = self.weight.device.type == "meta"
         super()._apply(fn, recurse)
+        if was_meta and self.weight.device.type != "meta":  # by `to_empty`
+            self._mark_emptied(self.settings.keys() - before.keys())
         for name, buffer in before.items():
             after = self._buffers.get(name)
             if buffer is not None and after is not None and after.itemsize < buffer.itemsize:
                 self._buffers[name] = buffer.to(after.device)
         return self
+
+    @torch.no_grad()
+    def _mark_emptied(self, names: Set[str]) -> None:
+        """Make tensors that have no values any more NaN, and remember which."""
+        tensors = {name: self._parameters.get(name, self._buffers.get(name)) for name in names}
+        emptied = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        for tensor in emptied.values():
+            tensor.fill_(float("nan"))
+        self.__dict__["_emptied"] = frozenset(emptied)
 
     def __setstate__(self, state: Any) -> None:
         """As for any module: of a copy, or of what was pickled."""
@@ -238,7 +252,8 @@ class MarginSoftmaxLoss(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the class weights anew from normal(0, 1/D), and forget statistics.
 
-        As the constructor does, with the same weights for the same seed. Shards are drawn by blocks
+        As the constructor does, with the same weights for the same seed; a learnt scale and tensors
+        among the settings stay. Shards are drawn by blocks
         of classes, so that any number of ranks draws the same: others than a whole criterion's.
         """
         draw_normal(self.weight, self.embedding_size**-0.5)
@@ -410,6 +425,9 @@ class MarginSoftmaxLoss(nn.Module):
             0-d loss, or (N,) for ``reduction="none"``.
         """
         _setup.warn_if_unsynchronized(self)
+        if self._emptied and not torch.compiler.is_compiling():
+            _validate_settings.filled(self, self._emptied)
+            self.__dict__["_emptied"] = frozenset()
         weight = self.weight
         _validate.tensors(embeddings, weight, labels)
         ignore_index, memory_budget = self._integers()

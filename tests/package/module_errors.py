@@ -188,11 +188,15 @@ MODULE_ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ..
     ),
     "module margin 0-d": (
         lambda: fm.ArcFaceLoss(5, 6, torch.tensor(0.5)), TypeError,
-        ("margin must be a number, got Tensor", "float(margin)", "functional form"),
+        ("(C,), that is not learnt; got Tensor of shape ()", "pass float(margin)"),
+    ),
+    "module margins in a column": (
+        lambda: fm.ArcFaceLoss(5, 6, torch.ones(5, 1)), TypeError,
+        ("got Tensor of shape (5, 1)", "pass margin.flatten()"),
     ),
     "module margin Parameter": (
         lambda: fm.CosFaceLoss(5, 6, torch.nn.Parameter(torch.ones(5))), TypeError,
-        ("margin must be a number, got Parameter", "float(margin)", "functional form"),
+        ("got Parameter of shape (5,)", "pass margin.detach()", "functional form"),
     ),
     "module margins in degrees": (
         lambda: fm.ArcFaceLoss(5, 6, torch.tensor([0.5, 28.6, 0.1, 0.2, 0.3])), ValueError,

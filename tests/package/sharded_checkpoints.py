@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sharded_cases import DIM, FP64
 from torch import nn
@@ -109,6 +110,15 @@ def saved(optimizer: str, folder: Path) -> dict[str, Any]:
     save(training.state(), checkpoint_id=folder)
     training.train(2)
     return training.numbers()
+
+
+def taken_from_elsewhere() -> np.ndarray:
+    """Whole class weights of another package's checkpoint in a sharded criterion."""
+    training = Training("sgd")
+    matrix = torch.arange(CLASSES * DIM, dtype=FP64).view(CLASSES, DIM)
+    fm.convert.load_class_weights(training.modules["criterion"], {"kernel": matrix.t()})
+    weight: Any = training.modules["criterion"].weight
+    return (weight.full_tensor() - matrix).detach().numpy()
 
 
 def saved_plainly(folder: Path) -> None:

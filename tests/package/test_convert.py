@@ -250,6 +250,19 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "another class": (
         lambda folder: convert.from_pml(pml.SphereFaceLoss(C, D)), ValueError, "compat.pml"
     ),
+    "no such class": (
+        lambda folder: convert.from_pml(peers.TripletMarginLoss()), ValueError,
+        "compat.pml has ArcFaceLoss, CosFaceLoss",
+    ),
+    "one of ours": (
+        lambda folder: convert.from_pml(fm.ArcFaceLoss(D, D)), ValueError, "is a loss of fused"
+    ),
+    "no state of an optimiser": (
+        lambda folder: convert.transpose_moments(
+            {"model": {}}, torch.optim.SGD([torch.ones(1)]), pml.ArcFaceLoss(C, D)
+        ),
+        ValueError, r"state_dict\(\) of an optimizer, .* got \['model'\]",
+    ),
     "a regulariser": (
         lambda folder: convert.from_pml(
             peers.CosFaceLoss(C, D, weight_regularizer=peer_regularizers.RegularFaceRegularizer())

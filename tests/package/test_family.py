@@ -388,6 +388,9 @@ def test_margins_by_class_size() -> None:
     assert counts.tolist() == [1, 16, 81, 0, 10_000]
     with pytest.raises(ValueError, match=r"counts must have shape \(C,\).*torch.bincount"):
         margins.by_class_size(torch.ones(2, 2))
+    for wrong in (math.nan, math.inf, -5.0):
+        with pytest.raises(ValueError, match=f"finite and >= 0.*got {wrong:g} of class 1"):
+            margins.by_class_size(torch.tensor([4.0, wrong]))
 
 
 @pytest.mark.parametrize("kind", [fm.FixedAdaCosLoss, fm.AdaCosLoss])

@@ -187,6 +187,39 @@ def test_meta_device(name: str) -> None:
     assert_same(trained(other), trained(network(name)))
 
 
+# each with a way to give it a value again
+EMPTIED: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "class_weight": (torch.rand(C), lambda one: setattr(one, "class_weight", torch.ones(C))),
+    "margin": (torch.rand(C), lambda one: one.margin.fill_(0.2)),
+    "scale": (nn.Parameter(torch.tensor(16.0)), lambda one: one.load_state_dict(STATE)),
+    "learnt scale": (nn.Parameter(torch.tensor(16.0)), lambda one: nn.init.ones_(one.scale)),
+}
+STATE = {"weight": torch.randn(C, D), "scale": torch.tensor(8.0)}
+
+
+@pytest.mark.parametrize("name", EMPTIED)
+@pytest.mark.parametrize("on_meta", [True, False])
+def test_to_empty_loses_no_setting_silently(name: str, on_meta: bool) -> None:
+    """What no checkpoint has, whether it was given on the meta device or real, and in copies."""
+    given, restore = EMPTIED[name]
+    key = name.split()[-1]
+    if on_meta:
+        given = nn.Parameter(given.to("meta")) if key == "scale" else given.to("meta")
+    options: dict[str, Any] = {key: given}
+    criterion = fm.ArcFaceLoss(C, D, device="meta", **options)
+    module = nn.Sequential(criterion).to_empty(device="cpu")
+    criterion.reset_parameters()
+    rows, labels = torch.randn(4, D), torch.arange(4)
+    with pytest.raises(ValueError, match=f"left {key} .* assign criterion.{key}"):
+        criterion(rows, labels)
+    with pytest.raises(ValueError, match="to_empty"):
+        copy.deepcopy(module)[0](rows, labels)
+    with torch.no_grad():
+        restore(criterion)
+    assert bool(criterion(rows, labels).isfinite())
+    assert bool(copy.deepcopy(criterion)(rows, labels).isfinite())
+
+
 def test_compile_of_a_whole_step() -> None:
     module = network("native")
     optimizer = sgd(module)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import problem
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fused_margin as fm
 import fused_margin.functional as fmf
@@ -33,6 +34,28 @@ def _given(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, w = given.x.to(dtype), given.w.to(dtype)
     x_hat, w_hat = (torch.nn.functional.normalize(part.double()) for part in (x, w))
     return x, w, given.labels, x_hat @ w_hat.t()
+
+
+def test_batches_of_any_size_compile_twice() -> None:
+    """Blocks are as many for any N: `torch.export` binds none, either."""
+    given = problem(40, 150, 9)
+    w, counter = given.w.float(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(metrics.predict, backend=counter, fullgraph=True)
+    for num_rows in range(4, 20):
+        x = given.x[:num_rows].float()
+        torch.testing.assert_close(compiled(x, w, 3), metrics.predict(x, w, 3))
+    assert counter.frame_count <= 2
+
+    class InterTopK(fm.ArcFaceLoss):
+        def negatives(self, embeddings: Tensor, labels: Tensor) -> fm.negatives.Negatives:
+            return fmf.inter_topk(embeddings, self, labels)
+
+    batch = {0: torch.export.Dim("N", min=2)}
+    whole = given.x.float(), given.labels
+    criterion = InterTopK(150, 9)
+    program = torch.export.export(criterion, whole, dynamic_shapes=(batch, batch))
+    some = tuple(part[:7] for part in whole)
+    torch.testing.assert_close(program.module()(*some), criterion(*some))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

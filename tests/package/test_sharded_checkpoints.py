@@ -89,6 +89,11 @@ def test_whole_states_in_one_process(ranks: Pair, tmp_path: Path) -> None:
     assert torch.equal(criterion.weight, expected["criterion.weight"])
 
 
+def test_class_weights_of_other_packages(ranks: Pair) -> None:
+    for found in ranks.run(checkpoints.taken_from_elsewhere):
+        assert not found.any()
+
+
 def test_a_state_of_shards_in_one_process(ranks: Pair, tmp_path: Path) -> None:
     """torch.save of it is for as many ranks, each of which has its rows."""
     ranks.run(checkpoints.saved_plainly, tmp_path)
