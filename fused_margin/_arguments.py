@@ -162,7 +162,7 @@ class Loan(NamedTuple):
     left: Any
 
 
-TAKEN = Loan(torch.empty(0), None)
+TAKEN = Loan(torch.empty(0, device="cpu"), None)
 
 
 class Losses(NamedTuple):

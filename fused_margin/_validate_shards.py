@@ -105,6 +105,15 @@ def no_copies(replicas: tuple[Any, ...]) -> None:
         )
 
 
+def same_sizes(sizes: list[tuple[int, int]]) -> None:
+    """Check the weights (C, D) of the ranks that are to share one."""
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            "the class weights (C, D) must be the same on all ranks that share them, got"
+            f" {sorted(set(sizes))}; count the classes of the whole data set, not of a rank's part"
+        )
+
+
 def sampled_computed() -> NoReturn:
     """Refuse a sparse gradient of what is no parameter."""
     raise ValueError(

@@ -71,7 +71,7 @@ def show_config() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     bf16 = "bf16 instructions" if _cpu.has_bf16_products() else "no bf16 instructions"
     build = torch.version.cuda or torch.version.hip or "none (CPU build)"
-    precision = torch.get_float32_matmul_precision()
+    precision = torch.backends.cuda.matmul.fp32_precision
     triton_use = "not installed"
     if _validate.has_triton():
         triton_use = "CPU tensors, interpreted" if _validate.INTERPRETED else "GPU tensors"
@@ -86,7 +86,7 @@ def show_config() -> None:
         "numpy": _version("numpy"),
         "cpu": f"{capability}, {bf16}, {torch.get_num_threads()} threads",
         "gpu": "; ".join(_devices()),
-        "matmul precision": f"{precision} (fp32 products on a GPU: highest = IEEE, else TF32)",
+        "matmul precision": f"{precision} (fp32 products on a GPU: tf32 = TF32, else IEEE)",
         "backends": f"reference (any device), cpu (CPU tensors), triton ({triton_use})",
         "auto, cpu": _choice("cpu"),
         "auto, cuda": _choice("cuda") if torch.cuda.is_available() else "no device",

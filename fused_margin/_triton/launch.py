@@ -136,8 +136,9 @@ def _sweep(
     elif kept is not None:
         tile = tile.with_rows(p.tiles.kept_rows)
     tile = cut(tile, num_rows, most_classes or num_classes, dim)
-    if kept_block:
-        tile = tile.with_classes(kept_block)
+    if kept_block and tile.c != kept_block:  # tuned, it might not fit with other classes
+        default = plain_plan(x, w, inputs.compute_dtype).tiles
+        tile = cut(default.forward.with_rows(default.kept_rows), num_rows, kept_block, dim)
     class_blocks, row_blocks = cdiv(num_classes, rows_of_block(tile, p)), cdiv(num_rows, tile.n)
     # one program of each row block is for its target cosines
     splits = min(class_blocks, max(1, p.programs // max(row_blocks, 1) - 1))
@@ -227,6 +228,8 @@ def cosine_lse(
             _rows(p, rows, partial, w.shape[0], inputs.scale, NO_MARGIN, LossOutputs(), "none", 0)
             if others is not None:
                 found = merged(inputs, p, others)
+    else:
+        swept.inv_w.zero_()  # label smoothing adds up w_hat all the same
     return swept, found, loan
 
 

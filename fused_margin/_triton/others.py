@@ -40,7 +40,8 @@ def _first_of_largest(z, places, AXIS: tl.constexpr, P: tl.constexpr):
     """z where it is the first of the largest along an axis, elsewhere -inf."""
     largest = tl.expand_dims(tl.max(z, axis=AXIS), AXIS)
     first = tl.min(tl.where(z == largest, places, P.PLACES), axis=AXIS)
-    return tl.where(places == tl.expand_dims(first, AXIS), z, -float("inf"))
+    is_first = places == tl.expand_dims(first, AXIS)
+    return tl.where(is_first | (z != z), z, -float("inf"))  # NaN stays
 
 
 @triton.jit

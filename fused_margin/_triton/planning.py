@@ -161,7 +161,8 @@ def plain_plan(x: Tensor, w: Tensor, compute_dtype: torch.dtype) -> Plan:
 
 def _default_plan(x: Tensor, w: Tensor, compute_dtype: torch.dtype, is_described: bool) -> Plan:
     index = x.device.index if x.device.type == "cuda" else None
-    lowers = torch.get_float32_matmul_precision() != "highest"
+    # `torch.get_float32_matmul_precision` raises where this was set by its newer name
+    lowers = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return plan_on(_device(index), accumulation_dtype(x, w), compute_dtype, lowers, is_described)
 
 

@@ -33,10 +33,6 @@ class Tile:
         """The tile with at most so many rows."""
         return self if self.n <= most else replace(self, n=most)
 
-    def with_classes(self, c: int) -> Tile:
-        """The tile with so many classes."""
-        return self if self.c == c else replace(self, c=c)
-
 
 @dataclass(frozen=True)
 class Tiles:
@@ -72,6 +68,8 @@ AXES = {
     "weight": ("c", "d", "n"),
     "embeddings": ("n", "d", "c"),
 }
+# Of `Tiles`, the most rows of a tile in sweeps that do more.
+LIMITS = ("kept_rows", "asked_rows", "shaped_rows")
 OPERANDS = ("bf16", "fp16", "tf32", "ieee", "fp64")
 
 
@@ -201,6 +199,7 @@ _AMPERE = _DEFAULT | {
 _ADA = {operand: _shallow(tiles, 2) for operand, tiles in _DEFAULT.items()}
 _HOPPER = _DEFAULT | {"bf16": _HOPPER_BF16, "fp16": _HOPPER_FP16, "tf32": _HOPPER_TF32}
 _TABLE: dict[str, dict[str, Tiles]] = {
+    "sm_75": _AMPERE,
     "sm_80": _AMPERE,
     # 99 KiB of shared memory; these spilled 8 bytes with the tiles of the others
     "sm_86": _ADA
@@ -268,9 +267,10 @@ class Lent:
 
 
 _LENT_BF16, _LENT_TF32 = Lent(Tile(64, 64, 512, 8, 2)), Lent(Tile(32, 64, 512, 8, 2))
+_LENDING = _TABLE.keys() - {"sm_75"}  # in whose 64 KiB of shared memory no whole rows of d_w fit
 LENT: dict[tuple[str, str], Lent] = {
-    **{(family, "bf16"): _LENT_BF16 for family in _TABLE},
-    **{(family, operand): _LENT_TF32 for family in _TABLE for operand in ("tf32", "fp16")},
+    **{(family, "bf16"): _LENT_BF16 for family in _LENDING},
+    **{(family, operand): _LENT_TF32 for family in _LENDING for operand in ("tf32", "fp16")},
     ("sm_80", "bf16"): replace(_LENT_BF16, rows=64),
     ("sm_100", "bf16"): replace(_LENT_BF16, rows=64),
     ("sm_90", "bf16"): Lent(Tile(64, 64, 512, 8, 3)),
@@ -309,7 +309,7 @@ def family(backend: str, arch: int | str) -> str:
     arch = int(arch)
     if arch >= 120 or arch in (86, 87, 89):
         return "sm_86"
-    return "sm_100" if arch >= 100 else "sm_90" if arch >= 90 else "sm_80"
+    return next((f"sm_{least}" for least in (100, 90, 80) if arch >= least), "sm_75")
 
 
 def default(family: str, operand: str) -> Tiles:

@@ -20,14 +20,14 @@ import torch
 import triton
 
 from fused_margin import _warnings
-from fused_margin._triton.tiles import AXES, Tile, Tiles
+from fused_margin._triton.tiles import AXES, LIMITS, Tile, Tiles
 
 try:
     import fcntl
 except ImportError:  # not a Unix system
     fcntl = None
 
-VERSION = 3  # of the file's layout
+VERSION = 4  # of the file's layout
 
 
 def cache_file() -> Path:
@@ -115,9 +115,8 @@ def _tile(values: list[int]) -> Tile:
 def _tiles(entry: dict[str, Any]) -> Tiles:
     fused = tuple((_tile(w), _tile(x)) for w, x in entry["fused"])
     tiles = {name: _tile(entry[name]) for name in AXES}
-    return Tiles(
-        **tiles, fused=fused, eighths=bool(entry["eighths"]), kept_rows=int(entry["kept_rows"])
-    )
+    limits = {name: int(entry[name]) for name in LIMITS}
+    return Tiles(**tiles, fused=fused, eighths=bool(entry["eighths"]), **limits)
 
 
 @functools.lru_cache(maxsize=256)  # by what `key` takes: every call of a kernel asks
@@ -153,7 +152,7 @@ def save(key: str, tiles: Tiles, about: dict[str, Any]) -> Path:
         UnusableFileError: there is a file that can't be used; it is left alone.
     """
     entry: dict[str, Any] = {name: astuple(getattr(tiles, name)) for name in AXES}
-    entry |= {"eighths": tiles.eighths, "kept_rows": tiles.kept_rows}
+    entry |= {name: getattr(tiles, name) for name in ("eighths", *LIMITS)}
     entry["fused"] = [[astuple(tile) for tile in pair] for pair in tiles.fused]
     file = cache_file()
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

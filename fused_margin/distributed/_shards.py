@@ -76,7 +76,8 @@ def shard_classes(criterion: Criterion, mesh: Any = None) -> Criterion:
     r"""Split the classes of a loss over the ranks of a mesh, in place.
 
     Its ``weight`` becomes a parameter that is a DTensor, ``Shard(0)``: each rank keeps its own rows
-    of what it has, and nothing is sent. As with FSDP2's ``fully_shard`` this comes before the
+    of what it has; nothing is sent but the sizes, and, where shards have copies, the first one's
+    rows to the others, as DDP does. As with FSDP2's ``fully_shard`` this comes before the
     optimiser is built. ``criterion(embeddings, labels)`` takes this rank's rows of the batch and
     returns their loss over the classes of all ranks. It is a collective: every rank makes the same
     calls, forward and backward, a rank without rows too (with embeddings (0, D)). Embeddings and
@@ -128,7 +129,8 @@ def shard_classes(criterion: Criterion, mesh: Any = None) -> Criterion:
 
     Raises:
         TypeError: it has no ``weight`` of its own, as pytorch-metric-learning's losses.
-        ValueError: the weight is sharded already, or this rank is not in the mesh.
+        ValueError: the weight is sharded already, has other sizes on another rank, or this rank is
+            not in the mesh.
     """
     _validate_shards.criterion(criterion)
     if mesh is None and not (dist.is_available() and dist.is_initialized()):
@@ -143,9 +145,13 @@ def shard_classes(criterion: Criterion, mesh: Any = None) -> Criterion:
     _validate_shards.mesh(mesh, weight)
     placements = [*(Replicate() for _ in range(mesh.ndim - 1)), Shard(0)]
     shard = ClassShard.on(mesh, placements, weight.shape[0])
-    criterion.weight = nn.Parameter(
-        _distributed(weight.detach(), shard, mesh, placements), requires_grad=weight.requires_grad
-    )
+    sizes, _ = shard.told(tuple(weight.shape))
+    _validate_shards.same_sizes(sizes)
+    sharded = _distributed(weight.detach(), shard, mesh, placements)
+    if not weight.is_meta:  # each rank may have drawn others
+        for group in shard.replicas:
+            dist.broadcast(sharded.to_local(), group=group, group_src=0)
+    criterion.weight = nn.Parameter(sharded, requires_grad=weight.requires_grad)
     return criterion
 
 
@@ -230,8 +236,12 @@ def draw_normal(weight: Any, std: float) -> None:
     """Fill a sharded weight from normal(0, std^2), the same on any number of ranks.
 
     As long as the ranks have the same seed: the one number of torch's generator that this takes.
+    Where there are copies of shards all take the first rank's, so that they are alike.
     """
-    draw_rows(weight.to_local(), ClassShard.of(weight).start, std, int(torch.randint(1 << 62, ())))
+    shard, seed = ClassShard.of(weight), int(torch.randint(1 << 62, ()))
+    if shard.replicas:
+        seed = shard.told(seed)[0][0]
+    draw_rows(weight.to_local(), shard.start, std, seed)
 
 
 def draw_rows(rows: torch.Tensor, start: int, std: float, seed: int) -> None:

@@ -306,7 +306,8 @@ class MarginSoftmaxLoss(nn.Module):
             weight: (num_new, D), directions of the new classes (num_new K rows with sub-centres),
                 as means of their embeddings, of any norms but 0; by default drawn from a normal
                 distribution. To have norms of your own, write them into
-                ``criterion.weight[-num_new:]`` afterwards.
+                ``criterion.weight[-num_new:]`` afterwards (of shards that is a copy: into the rows
+                of ``weight.to_local()``).
             of_new_classes: for each tensor with a number for each class, as ``class_weight``, a
                 margin, or what a subclass has registered: a number, or a tensor (num_new, ...),
                 which is taken as it is.

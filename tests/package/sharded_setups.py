@@ -56,6 +56,18 @@ def from_meta(num_classes: int) -> np.ndarray:
     return weight.full_tensor().detach().numpy()
 
 
+def copies(on_meta: bool) -> np.ndarray:
+    """This rank's copy of class weights that no two ranks have drawn alike."""
+    torch.manual_seed(SEED + dist.get_rank())
+    criterion = fm.ArcFaceLoss(7, DIM, device="meta" if on_meta else None)
+    shard_classes(criterion, init_device_mesh("cpu", (dist.get_world_size(), 1)))
+    if on_meta:
+        criterion.to_empty(device="cpu")
+        criterion.reset_parameters()
+    weight: Any = criterion.weight
+    return weight.to_local().detach().numpy()
+
+
 def states(num_classes: int) -> None:
     """Whole and sharded states fit whole and sharded criteria."""
     plain = built("adaface", num_classes)
@@ -120,6 +132,8 @@ def refusals() -> None:
     criterion = fm.ArcFaceLoss(7, DIM)
     with pytest.raises(TypeError, match="criterion must be a loss of fused_margin"):
         shard_classes(nn.Linear(3, 4))
+    with pytest.raises(ValueError, match=r"same on all ranks that share them, got \[\(7, "):
+        shard_classes(fm.ArcFaceLoss(7 + dist.get_rank(), DIM))
     with pytest.raises(TypeError, match=r"mesh must be a .*DeviceMesh, got int"):
         shard_classes(criterion, 3)
     shard_classes(criterion)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -22,6 +23,30 @@ def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
     auto = [line for line in text.splitlines() if line.startswith("auto")]
     assert auto[0].split() == ["auto,", "cpu", "cpu"]
     assert len(auto) == 2
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_precision_by_either_of_torchs_settings(
+    is_new: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`torch.get_float32_matmul_precision` raises once the newer one is used."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    x, w = torch.randn(5, 8), torch.randn(7, 8)
+    try:
+        for value, shown in (("tf32", "tf32"), ("ieee", "ieee")):
+            if is_new:
+                torch.backends.cuda.matmul.fp32_precision = value
+            else:
+                torch.set_float32_matmul_precision("high" if value == "tf32" else "highest")
+            fm.show_config()
+            assert f"{shown} (fp32 products" in capsys.readouterr().out
+            if not fm._validate.has_triton():
+                continue
+            planning = importlib.import_module("fused_margin._triton.planning")
+            assert planning.plan(x, w, x.dtype).operands == value
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _assembler(capsys: pytest.CaptureFixture[str]) -> str:

@@ -43,6 +43,14 @@ def test_weights_are_drawn_alike_in_pieces(cuts: list[int]) -> None:
     assert setups.same_draws(3100, cuts)
 
 
+@pytest.mark.parametrize("on_meta", [True, False])
+def test_copies_of_shards_begin_alike(ranks: Pair, on_meta: bool) -> None:
+    """Whatever seeds the ranks have."""
+    first, *others = ranks.run(setups.copies, on_meta)
+    for weight in others:
+        np.testing.assert_array_equal(weight, first)
+
+
 def test_states(ranks: Pair) -> None:
     ranks.run(setups.states, 11)
 

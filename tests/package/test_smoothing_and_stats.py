@@ -69,6 +69,7 @@ def test_smoothing_is_that_of_cross_entropy(backend: str, name: str) -> None:
         compare(loss, expected, (x, w))
 
 
+@pytest.mark.usefixtures("poison")
 @each_backend
 def test_smoothing_of_few_rows_and_classes(backend: str) -> None:
     """And nothing of an ignored row, whatever it holds."""

@@ -119,6 +119,16 @@ def test_edges(backend: str) -> None:
         fmf.arcface(x, w, labels + CLASSES, **options)
 
 
+@each_backend
+def test_a_row_that_is_not_finite_is_seen(backend: str) -> None:
+    """NaN is never the largest of a class's rows."""
+    x, w, labels = leaves(backend)
+    w = w.detach().clone()
+    w[CENTERS + 1, 0] = math.nan
+    loss = fmf.arcface(x, w, labels, sub_centers=CENTERS, backend=backend)
+    assert bool(loss.isnan())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype: torch.dtype) -> None:
     """Of embeddings and under autocast; W and its gradient stay fp32."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -100,6 +101,36 @@ def test_the_choice_is_for_its_dtypes_and_range() -> None:
     assert used(torch.randn(3, 17), torch.randn(7, 17)) == _default(), "another range of D"
     assert used(torch.randn(17, 5), torch.randn(7, 5)) == _default(), "another range of N"
     assert used(torch.randn(3, 5).half(), torch.randn(7, 5)) == tiles.default("interpreter", "fp16")
+
+
+def test_limits_are_saved() -> None:
+    """What a default has because more would spill is not lost with its other tiles."""
+    limited = dataclasses.replace(OTHER, kept_rows=16, asked_rows=32, shaped_rows=64)
+    _save(limited)
+    assert _plan() == limited
+
+
+def test_what_is_kept_has_a_tile_that_was_made_for_it() -> None:
+    """Not a tuned one with the other number of classes, which nobody has tried."""
+    x, w = torch.randn(3, 5), torch.randn(40, 5)
+    few = dataclasses.replace(OTHER, forward=tiles.Tile(16, 16, 16, 1, 3))
+    seen: list[int] = []
+    sweep_kernel = launch.sweep_kernel
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def run(*arguments: Any, **keywords: Any) -> None:
+                seen.append(keywords["num_stages"])
+                sweep_kernel[grid](*arguments, **keywords)
+
+            return run
+
+    _save(few)
+    with mock.patch.object(launch, "sweep_kernel", Recorded()):
+        for budget in (0, 1 << 20):
+            x.requires_grad_()
+            fmf.arcface(x, w, torch.randint(40, (3,)), backend="triton", memory_budget=budget)
+    assert seen == [3, tiles.default("interpreter", "ieee").forward.num_stages]
 
 
 def test_entries_of_others_stay() -> None:
