@@ -66,6 +66,14 @@ class ClassShard(NamedTuple):
         return values, mine
 
 
+def holders(weight: Any) -> tuple[Any, ...]:
+    """Groups of the ranks whose batches go together: those that hold a sharded weight, else all."""
+    if weight is None or not _validate.is_class_sharded(weight):
+        return (None,)
+    shard = ClassShard.of(weight)
+    return (shard.group, *shard.replicas)
+
+
 def bounds(num_classes: int, rank: int, ranks: int) -> tuple[int, int]:
     """The classes of a rank, as `torch.chunk` and DTensor cut: the last may have fewer, or none."""
     size = math.ceil(num_classes / ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
@@ -17,6 +18,7 @@ from fused_margin import (
     margins,
 )
 from fused_margin._numerics import accumulation_dtype, sum_dtype
+from fused_margin.distributed import _shards
 from fused_margin.functional.core import Psi, margin_loss
 from fused_margin.functional.options import CallOptions, choose, loss
 from fused_margin.functional.sweeps import Asked, sweep
@@ -45,8 +47,8 @@ def adacos_scale(
 
     over the rows that are not ignored. It costs a sweep over the classes without gradients, as the
     loss needs another one with the new scale. Where `torch.distributed` is initialised this is a
-    collective of all ranks: B is that of all rows, and the angle the mean of the ranks' medians,
-    weighted by their rows.
+    collective of all ranks, or of those that hold a sharded weight: B is that of all their rows,
+    and the angle the mean of the ranks' medians, weighted by their rows.
 
     Args:
         embeddings: (N, D).
@@ -78,20 +80,28 @@ def adacos_scale(
     lse, u, _ = sweep(embeddings, weight.detach(), targets, scale, backend, 0, asked)
     with torch.autocast(embeddings.device.type, enabled=False):
         scale = torch.as_tensor(scale, dtype=lse.dtype, device=lse.device)
-        return next_scale(lse, u, counted, scale).to(accumulation_dtype(embeddings, weight))
+        found = next_scale(lse, u, counted, scale, _shards.holders(weight))
+        return found.to(accumulation_dtype(embeddings, weight))
 
 
 def next_scale(
-    lse: torch.Tensor, u: torch.Tensor, counted: torch.Tensor, scale: torch.Tensor
+    lse: torch.Tensor,
+    u: torch.Tensor,
+    counted: torch.Tensor,
+    scale: torch.Tensor,
+    groups: tuple[Any, ...] = (None,),
 ) -> torch.Tensor:
-    """The scale of eq. 16: of this rank's lse and target cosines, and whether they count, (N,)."""
+    """The scale of eq. 16: of this rank's lse and target cosines, and whether they count, (N,).
+
+    ``groups``: see `_collectives.of_each_rank`.
+    """
     log_sum = lse.masked_fill(~counted, -math.inf).logsumexp(dim=0)
     count = counted.sum().to(lse.dtype)
     # the lower median of the angles; a NaN is left out, and one more for an empty batch
     turned = torch.cat([-u.masked_fill(~counted, math.nan), u.new_full((1,), math.nan)])
     angle = (-turned.nanmedian()).clamp(-1.0, 1.0).acos().nan_to_num(0.0)
     log_sums, counts, angles = _collectives.of_each_rank(
-        torch.stack([log_sum, count, angle.to(lse.dtype) * count])
+        torch.stack([log_sum, count, angle.to(lse.dtype) * count]), groups
     ).unbind(dim=1)
     total = counts.sum()
     log_mean = log_sums.logsumexp(dim=0) - total.log()
@@ -108,6 +118,7 @@ def norms(embeddings: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> 
 
 
 @torch.no_grad()
+@_compiled.between_graphs
 @_names.hinting
 def adaface_statistics(
     embeddings: torch.Tensor,
@@ -117,6 +128,7 @@ def adaface_statistics(
     momentum: float = 0.01,
     *,
     ignore_index: int = -100,
+    weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""AdaFace's moving mean and standard deviation of norms, with this batch taken in (eq. 18).
 
@@ -124,7 +136,7 @@ def adaface_statistics(
 
     and likewise the standard deviation (over N - 1), of norms clipped to [0.001, 100] of the rows
     that are not ignored and whose norm is finite. Where `torch.distributed` is initialised it is a
-    collective, over the rows of all ranks.
+    collective, over the rows of all ranks, or of those that hold ``weight``, if that is sharded.
 
     Args:
         embeddings: (N, D).
@@ -133,6 +145,7 @@ def adaface_statistics(
         norm_std: 0-d.
         momentum: alpha, the part of this batch, in [0, 1].
         ignore_index: label of rows that are left out.
+        weight: the class weights, (C, D), where they are split over some of the ranks.
 
     Returns:
         The two, 0-d, without gradient. No row leaves both as they were, a single one the deviation.
@@ -147,7 +160,8 @@ def adaface_statistics(
     counted = (labels.long() != ignore_index) & found.isfinite()
     found = found.clamp(SMALLEST_NORM, LARGEST_NORM).masked_fill(~counted, 0.0)
     local = torch.stack([counted.sum().to(found.dtype), found.sum(), found.square().sum()])
-    count, total, squares = _collectives.of_each_rank(local).sum(dim=0).unbind()
+    groups = _shards.holders(weight)
+    count, total, squares = _collectives.of_each_rank(local, groups).sum(dim=0).unbind()
     mean = total / count.clamp_min(1.0)
     variance = (squares - total * mean) / (count - 1.0).clamp_min(1.0)
     std = variance.clamp_min(0.0).sqrt()

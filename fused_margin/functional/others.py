@@ -23,6 +23,7 @@ from fused_margin import (
     negatives,
 )
 from fused_margin._numerics import accumulation_dtype
+from fused_margin.distributed import _shards
 from fused_margin.functional.core import margin_loss
 from fused_margin.functional.options import CallOptions, Options, choose, loss
 from fused_margin.functional.sweeps import target_cosines
@@ -55,7 +56,8 @@ def curricularface_t(
     .. math:: t_k = (1 - \alpha)\,t_{k-1} + \alpha\,\operatorname{mean} u_n
 
     over the rows that are not ignored and whose cosine is finite. O(N D). Where
-    `torch.distributed` is initialised it is a collective, over the rows of all ranks.
+    `torch.distributed` is initialised it is a collective, over the rows of all ranks, or of those
+    that hold a sharded weight.
 
     Args:
         embeddings: (N, D).
@@ -84,7 +86,8 @@ def curricularface_t(
         # a batch that overflowed, which a gradient scaler drops, must not stay in the mean
         counted = (targets >= 0) & u.isfinite()
         local = torch.stack([counted.sum().to(u.dtype), u.masked_fill(~counted, 0.0).sum()])
-        count, total = _collectives.of_each_rank(local).sum(dim=0).unbind()
+        groups = _shards.holders(weight)
+        count, total = _collectives.of_each_rank(local, groups).sum(dim=0).unbind()
         given = t if isinstance(t, Tensor) else u.new_ones(()) * t
         found = given + momentum * (total / count.clamp_min(1.0) - given)
         return torch.where(count > 0, found, given).to(accumulation_dtype(embeddings, weight))

@@ -112,7 +112,7 @@ class AdaFaceLoss(MarginSoftmaxLoss):
         """Take the norms of this batch in."""
         mean, std = functional.adaface_statistics(
             embeddings, labels, self.norm_mean, self.norm_std, self.momentum,
-            ignore_index=self.ignore_index,
+            ignore_index=self.ignore_index, weight=self.weight,
         )  # fmt: skip
         self.norm_mean.copy_(mean)
         self.norm_std.copy_(std)

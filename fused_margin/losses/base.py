@@ -83,9 +83,9 @@ class MarginSoftmaxLoss(nn.Module):
 
     A loss with statistics, as `AdaCosLoss` and `AdaFaceLoss`, updates them at the start of each
     ``forward`` in training mode, from the rows that are not ignored, and of all ranks where
-    `torch.distributed` is initialised: each rank then has to make as many calls. As part of what
-    activation checkpointing runs twice such a loss raises. With gradient accumulation they are
-    updated for every part of a batch.
+    `torch.distributed` is initialised (of sharded classes those that hold shards): each rank then
+    has to make as many calls. As part of what activation checkpointing runs twice such a loss
+    raises. With gradient accumulation they are updated for every part of a batch.
 
     Args:
         num_classes: C >= 2.

@@ -22,6 +22,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 import fused_margin as fm
 from fused_margin import _setup, plan
 from fused_margin.distributed import ClassShard, _shards, count_traffic, shard_classes
+from fused_margin.functional import adaptive
 from fused_margin.optim import SGDInBackward
 
 SEED = 17
@@ -54,6 +55,29 @@ def from_meta(num_classes: int) -> np.ndarray:
     assert shape == weight.to_local().shape
     assert offset[0] == shard.start or shape[0] == 0
     return weight.full_tensor().detach().numpy()
+
+
+def tasks_apart() -> dict[str, float]:
+    """Losses with statistics over part of the ranks each, here one: they know nothing of others."""
+    torch.manual_seed(SEED)
+    weight = torch.randn(7, DIM)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("tasks", "classes"))
+    norm = 10.0 * (1.0 + dist.get_rank())
+    x, labels = norm * nn.functional.normalize(torch.randn(6, DIM)), torch.randint(7, (6,))
+    trained: dict[str, Any] = {}
+    for kind in (fm.AdaFaceLoss, fm.CurricularFaceLoss, fm.AdaCosLoss):
+        criterion: Any = shard_classes(kind(7, DIM), mesh["classes"])
+        criterion.load_state_dict({**criterion.state_dict(), "weight": weight})
+        criterion(x, labels)
+        trained[kind.__name__] = criterion
+    start = torch.tensor(fm.functional.fixed_adacos_scale(7))
+    lse, u = fm.functional.cosine_lse(x, weight, labels, start)
+    scale = adaptive.next_scale(lse, u, labels >= 0, start, ())
+    return {
+        "AdaFace": float((trained["AdaFaceLoss"].norm_mean - (20.0 + 0.01 * (norm - 20.0))).abs()),
+        "CurricularFace": float((trained["CurricularFaceLoss"].t - 0.01 * u.mean()).abs()),
+        "AdaCos": float((trained["AdaCosLoss"].scale - scale).abs()),
+    }
 
 
 def copies(on_meta: bool) -> np.ndarray:

@@ -51,6 +51,10 @@ def test_copies_of_shards_begin_alike(ranks: Pair, on_meta: bool) -> None:
         np.testing.assert_array_equal(weight, first)
 
 
+def test_statistics_of_part_of_the_ranks(ranks: Pair) -> None:
+    _close(ranks.run(setups.tasks_apart), 1e-5)
+
+
 def test_states(ranks: Pair) -> None:
     ranks.run(setups.states, 11)
 
