@@ -170,7 +170,7 @@ def _class_margin(value: Any) -> float | torch.Tensor:
         return _margin(value, None, 0, "")
     if isinstance(value, torch.nn.Parameter) or value.ndim != 1:
         if value.numel() == 1:
-            remedy = "float(margin)"
+            remedy = "float(margin); a learnt one goes to the functional form"
         elif isinstance(value, torch.nn.Parameter):
             remedy = "margin.detach(); learnt margins go to the functional form, as margin[labels]"
         else:

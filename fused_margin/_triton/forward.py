@@ -86,14 +86,14 @@ def prepare_kernel(
 @triton.jit
 def _cosines(
     operand, w, x_desc, w_desc, first_row, first_class, offs_n, offs_c, mask_x, mask_c,
-    before, D, P: tl.constexpr,
+    before, D, SCALES: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """x . w, (BLOCK_N, BLOCK_C), and the inverse norms of the classes, (BLOCK_C,), in one pass.
 
     x comes first in the product and W is cast on its way to shared memory, so that large tiles fit;
-    the squares of W are summed per element, and over a row only at the end; unless these norms are
-    known, and the factors of rows ``before`` their cast.
+    the squares of W are summed per element, and over a row only at the end; or W is
+    multiplied by ``before``, a factor for each row, before the cast (SCALES).
     """
     tile = tl.zeros([BLOCK_N, BLOCK_C], P.ACC)
     squares = tl.zeros([BLOCK_C, BLOCK_D], P.ACC)
@@ -109,7 +109,7 @@ def _cosines(
             w_rows = tl.load(at(w, offs_c[:, None], offs_d), mask=mask_c[:, None] & mask_d,
                              other=0.0)  # fmt: skip
         wide = w_rows.to(P.ACC)
-        if before is not None:
+        if SCALES:
             w_rows = wide * before[:, None]
         else:
             squares += wide * wide
@@ -166,9 +166,10 @@ def _sweep(
     run_sum = tl.zeros([BLOCK_N], P.ACC)
     for block in range(first, last):
         offs_c, mask_c = class_rows(block, C, P, BLOCK_C)
+        inv_w = tl.zeros([BLOCK_C], P.ACC)
         z, inv_w = _cosines(
             operand, w, x_desc, w_desc, tl.program_id(0) * BLOCK_N, block * BLOCK_C,
-            offs_n, offs_c, mask_x, mask_c, None, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
+            offs_n, offs_c, mask_x, mask_c, inv_w, D, False, P, BLOCK_N, BLOCK_C, BLOCK_D,
         )  # (BLOCK_N, BLOCK_C)  # fmt: skip
         if tl.program_id(0) == 0:
             tl.store(inv_w_ptr + offs_c, inv_w, mask=mask_c)
@@ -178,7 +179,8 @@ def _sweep(
             if tl.max((mask_c & (before != 1.0)).to(tl.int32), axis=0) > 0:  # then once more
                 z, _ = _cosines(
                     operand, w, x_desc, w_desc, tl.program_id(0) * BLOCK_N, block * BLOCK_C,
-                    offs_n, offs_c, mask_x, mask_c, before, D, P, BLOCK_N, BLOCK_C, BLOCK_D,
+                    offs_n, offs_c, mask_x, mask_c, before, D, True, P, BLOCK_N, BLOCK_C,
+                    BLOCK_D,
                 )  # fmt: skip
         z = z * factor[:, None] * after[None, :]
         is_own = (offs_c // P.CENTERS)[None, :] == target[:, None]

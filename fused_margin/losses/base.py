@@ -166,9 +166,8 @@ class MarginSoftmaxLoss(nn.Module):
             torch.empty(num_rows, embedding_size, device=device, dtype=dtype)
         )
         statistics = self.initial_statistics()
-        wide = torch.promote_types(dtype, torch.float32)
         for name in statistics:
-            self.register_buffer(name, torch.empty((), device=device, dtype=wide))
+            self.register_buffer(name, torch.empty((), device=device, dtype=torch.float32))
         if scale is not None or not ("scale" in statistics or hasattr(type(self), "scale")):
             self.scale = scale
         for name, value in chosen.items():
