@@ -135,11 +135,12 @@ def class_counts(value: Any) -> torch.Tensor:
             f"counts must have shape (C,), the samples of each class, as torch.bincount(labels,"
             f" minlength=C) makes them; got {tuple(value.shape)} and {value.dtype}"
         )
-    if _transforms.is_readable(value) and not bool((value >= 0).all() & value.isfinite().all()):
-        wrong = int((~((value >= 0) & value.isfinite())).nonzero()[0])
+    wrong = ~((value >= 0) & value.isfinite())
+    if _transforms.is_readable(value) and bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
         raise ValueError(
             f"counts must be finite and >= 0, the samples of each class; got"
-            f" {value[wrong].item():g} of class {wrong}"
+            f" {value[first].item():g} of class {first}"
         )
     return value
 
