@@ -241,10 +241,12 @@ def _fused_embeddings(call: _Call) -> Traffic:
 
 
 def _prepare(call: _Call) -> Traffic:
-    both = call.N * call.D * (call.size("x") + call.size("operand_ptr"))
+    x, operand = (call.N * call.D * call.size(name) for name in ("x", "operand_ptr"))
+    passes = 2 if call.launch.keywords["P"].NORMALIZE_FIRST else 1  # norms of x come first
     return Traffic(
-        l2_bytes=both, memory_bytes=both, programs=call.launch.grid[0], rounds=cdiv(call.D, call.d)
-    )
+        l2_bytes=passes * x + operand, memory_bytes=x + operand, programs=call.launch.grid[0],
+        rounds=passes * cdiv(call.D, call.d),
+    )  # fmt: skip
 
 
 def _rows(call: _Call) -> Traffic:

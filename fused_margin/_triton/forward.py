@@ -70,16 +70,24 @@ def prepare_kernel(
     mask_x = mask_n
     if SOME_IGNORED:
         mask_x = mask_n & (load_labels(rows, offs_n, mask_n) != ignore_index)
-    inv_x = row_inverse_norm(x, offs_n, mask_x, D, P.ACC, BLOCK_N, BLOCK_D)
+    sum_squares = tl.zeros([BLOCK_N], P.ACC)
+    inv_x = tl.zeros([BLOCK_N], P.ACC)
+    if P.NORMALIZE_FIRST:
+        inv_x = row_inverse_norm(x, offs_n, mask_x, D, P.ACC, BLOCK_N, BLOCK_D)
     operand = operand_ptr + offs_n.to(tl.int64)[:, None] * stride_operand
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)[None, :]
         x_rows = tl.load(at(x, offs_n[:, None], offs_d), mask=mask_x[:, None] & (offs_d < D),
                          other=0.0)  # (BLOCK_N, BLOCK_D)  # fmt: skip
+        wide = x_rows.to(P.ACC)
         if P.NORMALIZE_FIRST:
-            x_rows = x_rows.to(P.ACC) * inv_x[:, None]
+            x_rows = wide * inv_x[:, None]
+        else:
+            sum_squares += tl.sum(wide * wide, axis=1)
         tl.store(operand + offs_d, cast(x_rows, P.COMPUTE), mask=mask_n[:, None] & (offs_d < D))
     if inv_x_ptr is not None:
+        if not P.NORMALIZE_FIRST:
+            inv_x = inverse_norm(sum_squares)
         tl.store(inv_x_ptr + offs_n, inv_x, mask=mask_n)
 
 
