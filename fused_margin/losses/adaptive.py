@@ -51,13 +51,11 @@ class AdaCosLoss(MarginSoftmaxLoss):
 
     def update_statistics(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
         """Set the scale to what this batch makes of it."""
-        self.scale.copy_(
-            functional.adacos_scale(
-                embeddings, self.weight, labels, self._current_scale(),
-                ignore_index=self.ignore_index, backend=self.backend,
-                sub_centers=self.sub_centers,
-            )
+        scale = functional.adacos_scale(
+            embeddings, self.weight, labels, self._current_scale(),
+            ignore_index=self.ignore_index, backend=self.backend, sub_centers=self.sub_centers,
         )  # fmt: skip
+        self.set_statistic("scale", scale)
 
     def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> margins.Margin:
         """cos(theta)."""
@@ -114,8 +112,8 @@ class AdaFaceLoss(MarginSoftmaxLoss):
             embeddings, labels, self.norm_mean, self.norm_std, self.momentum,
             ignore_index=self.ignore_index, weight=self.weight,
         )  # fmt: skip
-        self.norm_mean.copy_(mean)
-        self.norm_std.copy_(std)
+        self.set_statistic("norm_mean", mean)
+        self.set_statistic("norm_std", std)
 
     def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> functional.Psi:
         """cos(theta - m z) - (m + m z), z of each row's norm."""

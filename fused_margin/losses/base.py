@@ -167,7 +167,8 @@ class MarginSoftmaxLoss(nn.Module):
         )
         statistics = self.initial_statistics()
         for name in statistics:
-            self.register_buffer(name, torch.empty((), device=device, dtype=torch.float32))
+            exact = torch.promote_types(dtype, torch.float32)
+            self.register_buffer(name, torch.empty((), device=device, dtype=exact))
         if scale is not None or not ("scale" in statistics or hasattr(type(self), "scale")):
             self.scale = scale
         for name, value in chosen.items():
@@ -392,12 +393,24 @@ class MarginSoftmaxLoss(nn.Module):
         return None
 
     def update_statistics(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
-        """Update buffers, without gradients; called in training mode, before `psi`.
+        """Update buffers, by `set_statistic`; called in training mode, before `psi`.
 
         Args:
             embeddings: (N, D), not normalised.
             labels: (N,) as they were given.
         """
+
+    @torch.no_grad()
+    def set_statistic(self, name: str, value: torch.Tensor) -> None:
+        """Overwrite a buffer of `initial_statistics` in place, as `update_statistics` does.
+
+        Args:
+            name: of the buffer.
+            value: one element; it is cast.
+        """
+        # Dynamo takes a 0-d fp64 tensor on a CPU for a number, and a compiled `copy_` into one is
+        # lost without a word (torch 2.13); into a view of it, it isn't
+        self.get_buffer(name).view(1).copy_(value)
 
     def penalty(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
         """What is added to the loss of each row, (N,); None for nothing."""

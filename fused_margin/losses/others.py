@@ -63,12 +63,11 @@ class CurricularFaceLoss(MarginSoftmaxLoss):
 
     def update_statistics(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
         """Take the target cosines of this batch in."""
-        self.t.copy_(
-            functional.curricularface_t(
-                embeddings, self.weight, labels, self.t, self.momentum,
-                ignore_index=self.ignore_index, sub_centers=self.sub_centers,
-            )
+        t = functional.curricularface_t(
+            embeddings, self.weight, labels, self.t, self.momentum,
+            ignore_index=self.ignore_index, sub_centers=self.sub_centers,
         )  # fmt: skip
+        self.set_statistic("t", t)
 
     def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> margins.Margin:
         """cos(theta + m)."""

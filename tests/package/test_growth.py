@@ -440,7 +440,7 @@ def test_scales_that_follow_the_classes() -> None:
     assert fixed.scale == fm.FixedAdaCosLoss(ALL, DIM).scale
     fresh = fm.AdaCosLoss(OLD, DIM, dtype=FP64)
     fresh.grow(NEW)
-    assert fresh.scale == fm.AdaCosLoss(ALL, DIM).scale
+    assert fresh.scale == fm.AdaCosLoss(ALL, DIM, dtype=FP64).scale
     trained = fm.AdaCosLoss(OLD, DIM, dtype=FP64)
     trained(*_batch(OLD))
     scale = trained.scale.clone()

@@ -54,15 +54,16 @@ def _adacos_scale(x: Tensor, w: Tensor, labels: Tensor, scale: float) -> float:
 
 
 @each_loss
-def test_statistics_are_in_fp32_whatever_the_default_dtype(name: str) -> None:
-    """In bf16 a moving mean would stay where it is."""
+def test_statistics_are_in_fp32_or_fp64_whatever_the_default_dtype(name: str) -> None:
+    """In bf16 a moving mean would stay where it is; those of fp64 weights are as exact as they."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        criterion = LOSSES[name](CLASSES, DIM)
+        criteria = [LOSSES[name](CLASSES, DIM, dtype=dtype) for dtype in (None, torch.float64)]
     finally:
         torch.set_default_dtype(before)
-    assert {part.dtype for part in criterion.state_dict().values()} == {torch.float32}
+    for criterion, dtype in zip(criteria, (torch.float32, torch.float64), strict=True):
+        assert {part.dtype for part in criterion.state_dict().values()} == {dtype}
 
 
 @each_backend
@@ -336,6 +337,23 @@ def test_a_whole_step_compiles(name: str) -> None:
         states.append((_state(loss), dict(net.state_dict()), loss.weight.detach().clone()))
     torch.testing.assert_close(states[0], states[1], rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= 2
+
+
+@each_loss
+@pytest.mark.parametrize("widen", ["double", "dtype"])
+def test_statistics_in_fp64_are_updated_in_a_graph(name: str, widen: str) -> None:
+    """Of a 0-d fp64 tensor on a CPU an update by `copy_` is lost there."""
+    torch._dynamo.reset()
+    options: Any = {"dtype": torch.float64} if widen == "dtype" else {}
+    eager = LOSSES[name](CLASSES, DIM, **options).double()
+    copied = copy.deepcopy(eager)
+    compiled = torch.compile(copied, backend="aot_eager", fullgraph=True)
+    for seed in range(3):
+        x, labels = _batch(seed)
+        before = _state(eager)
+        torch.testing.assert_close(compiled(x.double(), labels), eager(x.double(), labels))
+        assert _state(eager) != before
+        torch.testing.assert_close(_state(copied), _state(eager))
 
 
 def test_repr_and_settings() -> None:
