@@ -222,7 +222,7 @@ def of_forgotten(criterion: str, names: list[str]) -> str:
     return (
         f"the optimizer doesn't hold {', '.join(names)} of this {criterion}, which would"
         " never be trained: build it with [*model.parameters(), *criterion.parameters()], and"
-        " after fully_shard(), which replaces the parameters"
+        " after fully_shard() or shard_classes(), which replace the parameters"
     )
 
 

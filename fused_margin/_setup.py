@@ -32,12 +32,6 @@ _DECIDED = -1
 # the same of those with a sampler, by whether the gradient of the weights is sparse
 _sampled_calls: weakref.WeakKeyDictionary[nn.Module, dict[bool, int]] = weakref.WeakKeyDictionary()
 
-REMEDY = (
-    "wrap the criterion too, criterion = DistributedDataParallel(criterion), or make it a"
-    " submodule of the module that is wrapped; with Accelerate pass it to accelerator.prepare(),"
-    " with FSDP2 to fully_shard()"
-)
-
 
 class UnsynchronizedWeightsWarning(UserWarning):
     """The class weights are trained on several ranks, and nothing averages their gradients."""
@@ -148,9 +142,10 @@ def warn_if_unsynchronized(criterion: nn.Module, weight: Any = None) -> None:
     _warnings.warn(
         f"a model is trained on {_ranks()} ranks, but the class weights of this"
         f" {type(criterion).__name__} are in no data-parallel module: each rank trains them with"
-        f" the gradients of its own batches. To average them {REMEDY}. fused_margin.check_setup("
-        "criterion, optimizer) says whether all is right. If you average the gradients yourself,"
-        " ignore fused_margin.UnsynchronizedWeightsWarning with warnings.filterwarnings",
+        f" the gradients of its own batches. To average them {_validate_setup.REMEDY}."
+        " fused_margin.check_setup(criterion, optimizer) says whether all is right. If you average"
+        " the gradients yourself, ignore fused_margin.UnsynchronizedWeightsWarning with"
+        " warnings.filterwarnings",
         UnsynchronizedWeightsWarning,
     )
 
@@ -248,17 +243,27 @@ class _Report(NamedTuple):
     dtype: str
     is_forgotten: bool
     is_shared: bool
+    part: tuple[int, ...]
     weight: int | None
     grad: int | None
 
 
-def _checksum(tensor: torch.Tensor | None) -> int | None:
+def _part(parameter: Any) -> tuple[int, ...]:
+    """Which part of it this rank has: its place in the dimensions of the mesh that split it."""
+    if not _validate.is_dtensor(parameter):
+        return ()
+    places = zip(parameter.placements, parameter.device_mesh.get_coordinate(), strict=True)
+    return tuple(place for placement, place in places if not placement.is_replicate())
+
+
+def _checksum(tensor: Any) -> int | None:
     """The elements' bits, summed as integers: the same for equal tensors on any device.
 
-    None for a sharded tensor, of which each rank holds another part.
+    Of a DTensor those of this rank's shard.
     """
-    if tensor is None or _validate.is_dtensor(tensor):
+    if tensor is None:
         return None
+    tensor = tensor.to_local() if _validate.is_dtensor(tensor) else tensor
     bits = tensor.detach().to_dense().view(_INTEGERS[tensor.element_size()]).flatten()
     return sum(int(block.sum(dtype=torch.int64)) for block in bits.split(_BLOCK))
 
@@ -278,6 +283,7 @@ def _report(criterion: nn.Module, optimizers: list[torch.optim.Optimizer]) -> li
             str(parameter.dtype),
             bool(held) and parameter.requires_grad and not any(id(parameter) in h for h in held),
             sum(id(parameter) in one for one in held) > 1,
+            _part(parameter),
             None if is_alone else _checksum(parameter),
             None if is_alone else _checksum(parameter.grad),
         )
@@ -312,9 +318,9 @@ def check_setup(
     With several processes it is a collective: call it on every rank, once, after the first
     ``optimizer.step()`` and before ``optimizer.zero_grad()``, so that the gradients can be compared
     too. Before the first backward it can't tell what will be averaged. Ranks are compared bit for
-    bit, as sums over the bits of each parameter and gradient. Shards (DTensors) are not compared:
-    FSDP2 itself reduces their gradients, and those of `shard_classes` are of all ranks' rows. Ranks
-    that were given the same batches pass in any case.
+    bit, as sums over the bits of each parameter and gradient. Of shards (DTensors) only copies of
+    the same are compared: FSDP2 itself reduces gradients, and those of `shard_classes` are of all
+    ranks' rows. Ranks that were given the same batches pass in any case.
 
     Args:
         criterion: a loss of this package, wrapped or not, or any module with parameters.
@@ -358,12 +364,12 @@ def check_setup(
         )
     for items in zip(*reports, strict=True):
         for what in ("weight", "grad"):
-            sums = [getattr(item, what) for item in items]
-            if len(set(sums)) > 1:
-                different = [rank for rank, value in enumerate(sums) if value != sums[0]]
-                raise RuntimeError(
-                    f"{items[0].name}{'.grad' if what == 'grad' else ''} of this {name} differs"
-                    f" between ranks ({different} from 0): its gradients are not averaged. "
-                    f"{REMEDY[0].upper()}{REMEDY[1:]}. (If they are, call check_setup after"
-                    " optimizer.step(), where none are partly accumulated)"
-                )
+            of_part: dict[tuple[int, ...], int | None] = {}
+            sums = [(item.part, getattr(item, what)) for item in items]
+            different = [
+                rank for rank, one in enumerate(sums) if of_part.setdefault(*one) != one[1]
+            ]
+            if different:
+                which = f"{items[0].name}{'.grad' if what == 'grad' else ''}"
+                is_split = any(item.part for item in items)
+                _validate_setup.unlike(f"{which} of this {name}", different, is_split=is_split)

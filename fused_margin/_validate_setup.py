@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from fused_margin import _remedies
+
+REMEDY = (
+    "wrap the criterion too, criterion = DistributedDataParallel(criterion), or make it a"
+    " submodule of the module that is wrapped; with Accelerate pass it to accelerator.prepare(),"
+    " with FSDP2 to fully_shard()"
+)
 
 
 def module(value: Any) -> None:
@@ -36,3 +42,19 @@ def setup(criterion: str, forgotten: list[str], shared: list[str], *, has_parame
         raise ValueError(_remedies.of_forgotten(criterion, forgotten))
     if shared:
         raise ValueError(_remedies.of_shared(criterion, shared))
+
+
+def unlike(what: str, ranks: list[int], *, is_split: bool) -> NoReturn:
+    """Refuse parameters or gradients, or copies of shards, that differ between ranks."""
+    if is_split:
+        raise RuntimeError(
+            f"{what} differs between ranks that hold copies of the same classes ({ranks} from the"
+            " first that holds them): copies begin alike by shard_classes, and stay so if they are"
+            " given the same state and all ranks of their mesh make the same calls. (Those of"
+            " several meshes apart are no copies: compare them with group=)"
+        )
+    raise RuntimeError(
+        f"{what} differs between ranks ({ranks} from 0): its gradients are not averaged. "
+        f"{REMEDY[0].upper()}{REMEDY[1:]}. (If they are, call check_setup after optimizer.step(),"
+        " where none are partly accumulated)"
+    )

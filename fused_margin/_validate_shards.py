@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -105,7 +106,25 @@ def no_copies(replicas: tuple[Any, ...]) -> None:
         )
 
 
-def same_sizes(sizes: list[tuple[int, int]]) -> None:
+def first_of_all(
+    criterion: str, wrappers: Iterable[str | None], optimizers: Iterable[str | None]
+) -> None:
+    """Check that no rank has anything yet that holds the parameter which shards replace."""
+    for wrapper in filter(None, wrappers):
+        raise ValueError(
+            f"this {criterion} is part of what {wrapper} has wrapped, which would go on with its"
+            " whole weight; call shard_classes first, and wrap the backbone alone: shards need no"
+            " wrapper"
+        )
+    for optimizer in filter(None, optimizers):
+        raise ValueError(
+            f"an optimizer, {optimizer}, holds the weight of this {criterion} already, and would go"
+            " on with the whole one, which nothing trains any more; call shard_classes first, then"
+            " build the optimizer"
+        )
+
+
+def same_sizes(sizes: Iterable[tuple[int, int]]) -> None:
     """Check the weights (C, D) of the ranks that are to share one."""
     if len(set(sizes)) > 1:
         raise ValueError(

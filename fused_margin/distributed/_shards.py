@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fused_margin import _validate, _validate_shards
+from fused_margin import _setup, _validate, _validate_shards
 from fused_margin.distributed import _collectives
 
 Criterion = TypeVar("Criterion", bound=nn.Module)
@@ -137,8 +137,8 @@ def shard_classes(criterion: Criterion, mesh: Any = None) -> Criterion:
 
     Raises:
         TypeError: it has no ``weight`` of its own, as pytorch-metric-learning's losses.
-        ValueError: the weight is sharded already, has other sizes on another rank, or this rank is
-            not in the mesh.
+        ValueError: the weight is sharded already, in a wrapper or an optimiser, has other sizes on
+            another rank, or this rank is not in the mesh.
     """
     _validate_shards.criterion(criterion)
     if mesh is None and not (dist.is_available() and dist.is_initialized()):
@@ -153,8 +153,16 @@ def shard_classes(criterion: Criterion, mesh: Any = None) -> Criterion:
     _validate_shards.mesh(mesh, weight)
     placements = [*(Replicate() for _ in range(mesh.ndim - 1)), Shard(0)]
     shard = ClassShard.on(mesh, placements, weight.shape[0])
-    sizes, _ = shard.told(tuple(weight.shape))
+    optimizers = _setup.without_garbage(
+        lambda: [type(one).__name__ for one, _ in _setup.holders(weight)]
+    )
+    facts = (tuple(weight.shape), _setup.wrapper_of(weight), next(iter(optimizers), None))
+    sizes, wrappers, held_by = zip(*shard.told(facts)[0], strict=True)
     _validate_shards.same_sizes(sizes)
+    _validate_shards.whole_classes(
+        weight.shape[0], shard.ranks, getattr(criterion, "sub_centers", 1)
+    )
+    _validate_shards.first_of_all(type(criterion).__name__, wrappers, held_by)
     sharded = _distributed(weight.detach(), shard, mesh, placements)
     if not weight.is_meta:  # each rank may have drawn others
         for group in shard.replicas:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import numpy as np
@@ -183,9 +184,54 @@ def refusals() -> None:
         whole(x, labels).backward()
     assert torch.equal(whole.weight, before)
     optimizer.release()
+    with pytest.raises(ValueError, match="6 classes of sub_centers = 3 rows can't be split over 4"):
+        plan.plan(plan.Setting(6, DIM, 4, sub_centers=3))
+    with pytest.raises(ValueError, match="7 classes of sub_centers = 3 rows can't be split over 2"):
+        shard_classes(fm.ArcFaceLoss(7, DIM, sub_centers=3))
     mesh = init_device_mesh("cpu", (2,))
     other = fm.ArcFaceLoss(7, DIM, device="meta")
     assert shard_classes(other, mesh) is other
+
+
+def too_late(kind: str) -> str:
+    """What is said where something holds the whole weight, on the last rank alone too."""
+    criterion = fm.ArcFaceLoss(7, DIM)
+    weight = criterion.weight
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    kept: Any = None
+    if kind == "DDP":
+        kept = nn.parallel.DistributedDataParallel(nn.ModuleList([nn.Linear(DIM, DIM), criterion]))
+    elif kind == "optimizer" or is_last:
+        kept = torch.optim.SGD(criterion.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="call shard_classes first") as caught:
+        shard_classes(criterion)
+    assert criterion.weight is weight
+    if kind != "DDP":
+        del kept
+        gc.collect()
+        shard_classes(criterion)
+    return str(caught.value)
+
+
+def check_copies(kind: str) -> str:
+    """What `check_setup` says of copies that are alike, or of which one has been changed."""
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks // 2, 2) if kind == "of shards" else (ranks, 1))
+    criterion = shard_classes(fm.CosFaceLoss(7, DIM), mesh)
+    optimizer = torch.optim.SGD(criterion.parameters(), lr=0.1)
+    torch.manual_seed(dist.get_rank())
+    criterion(torch.randn(5, DIM), torch.randint(7, (5,))).backward()
+    optimizer.step()
+    fm.check_setup(criterion, optimizer)
+    if kind == "alike":
+        return ""
+    local: Any = criterion.weight
+    if dist.get_rank() == ranks - 1:
+        with torch.no_grad():
+            local.to_local()[0, 0] += 1.0
+    with pytest.raises(RuntimeError, match="hold copies of the same classes") as caught:
+        fm.check_setup(criterion, optimizer)
+    return str(caught.value)
 
 
 def odd_calls() -> dict[str, float]:

@@ -105,6 +105,24 @@ def test_refusals(ranks: Pair) -> None:
         ranks.run(setups.refusals)
 
 
+@pytest.mark.parametrize("kind", ["DDP", "optimizer", "optimizer of one rank"])
+def test_what_holds_the_whole_weight_already(ranks: Pair, kind: str) -> None:
+    """It is refused on every rank, where it would have trained a weight that nothing reads."""
+    first, *others = ranks.run(setups.too_late, kind)
+    assert ("DistributedDataParallel" if kind == "DDP" else "an optimizer, SGD,") in first
+    assert set(others) == {first}
+
+
+@pytest.mark.parametrize("kind", ["alike", "whole", "of shards"])
+def test_copies_are_compared(ranks: Pair, kind: str) -> None:
+    if kind == "of shards" and ranks.ranks != 4:
+        return
+    for message in ranks.run(setups.check_copies, kind):
+        expected = "weight of this CosFaceLoss differs between ranks that hold copies"
+        assert (not message) if kind == "alike" else message.startswith(expected)
+        assert (not message) or f"([{ranks.ranks - 1}] from" in message
+
+
 def test_without_a_process_group() -> None:
     criterion = fm.ArcFaceLoss(5, 4)
     weight = criterion.weight
