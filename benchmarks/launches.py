@@ -170,13 +170,18 @@ def shaped_step(
     launch.backward(slopes, inputs, swept, Needs(True, True, False))
 
 
-def sampled_step(num_rows: int, num_classes: int, dim: int, operands: Operands) -> None:
-    """Forward and backward over a part of the classes, by their list."""
+def sampled_step(
+    num_rows: int, num_classes: int, dim: int, operands: Operands, is_shaped: bool = False
+) -> None:
+    """Forward and backward over a part of the classes, by their list; of logits s phi(c) then."""
     meta = torch.device("meta")
     labels = torch.empty(num_rows, dtype=torch.int64, device=meta)
     x = torch.empty(num_rows, dim, dtype=operands.x, device=meta)
     w = torch.empty(num_classes, dim, dtype=operands.w, device=meta)
     extras = Extras(classes=torch.empty(num_classes, dtype=torch.int64, device=meta))
+    if is_shaped:
+        phi = torch.empty(7, dtype=torch.float64, device=meta)
+        extras = extras._replace(threshold=torch.empty(num_rows, device=meta), phi=phi)
     inputs = Inputs(x, w, labels, 64.0, None, operands.compute, extras)
     needs = Needs(True, True, False)
     swept, _, loan = launch.cosine_lse(inputs, 0, needs)
@@ -230,6 +235,7 @@ def defaults(target: GPUTarget, operands: str, dim: int) -> dict[str, Launch]:
                     shaped_step(*MANY, dim, given, 3)
                     if operands in LISTED:
                         sampled_step(*MANY, dim, given)
+                        sampled_step(*MANY, dim, given, is_shaped=True)
                 if operands in LISTED and p.lent is not None:
                     with planning.override("lent"):
                         sampled_step(max(64, dim // 2), MANY[1], dim, given)

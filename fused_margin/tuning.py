@@ -170,15 +170,16 @@ class _Step(NamedTuple):
         dtype: torch.dtype,
         weight_dtype: torch.dtype,
         device: torch.device,
+        offset: int,
     ) -> _Step:
-        """Under the autocast of now."""
+        """Under the autocast of now, with so many elements before W in its memory."""
         generator = torch.Generator().manual_seed(0)
 
-        def normal(size: int, dtype: torch.dtype) -> torch.Tensor:
-            made = torch.randn(size, dim, generator=generator, device="cpu")
-            return made.to(device, dtype).requires_grad_()
+        def normal(size: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+            made = torch.randn(offset + size * dim, generator=generator, device="cpu")
+            return made.to(device, dtype)[offset:].view(size, dim).requires_grad_()
 
-        w, x = normal(num_classes, weight_dtype), normal(num_rows, dtype)
+        w, x = normal(num_classes, weight_dtype, offset), normal(num_rows, dtype)
         labels = torch.randint(num_classes, (num_rows,), generator=generator, device="cpu")
         return cls(x, w, labels.to(device), requested_dtype(x, w))
 
@@ -262,9 +263,28 @@ def tune(
     _validate.backend("triton", device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r} but torch.cuda.is_available() is false")
+    sizes = num_rows, num_classes, embedding_size
+    return _tune(_Setting(sizes, dtype, weight_dtype, autocast, device), seconds, save)
+
+
+class _Setting(NamedTuple):
+    """What to tune for; see `tune`. ``sizes``: N, C, D. ``offset``: see `_Step.make`."""
+
+    sizes: tuple[int, int, int]
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    autocast: torch.dtype | None
+    device: torch.device
+    offset: int = 0
+
+
+def _tune(setting: _Setting, seconds: float, save: bool) -> Tuned:
+    """`tune` of checked arguments."""
     from fused_margin._triton import planning, tuned
     from fused_margin._triton.operands import guard
 
+    sizes, dtype, weight_dtype, autocast, device, offset = setting
+    num_rows, num_classes, embedding_size = sizes
     deadline = time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -272,7 +292,7 @@ def tune(
         stack.enter_context(
             torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
         )
-        work = _Step.make(num_rows, num_classes, embedding_size, dtype, weight_dtype, device)
+        work = _Step.make(*sizes, dtype, weight_dtype, device, offset)
         stack.enter_context(guard(work.x))
         p = planning.plan(work.x, work.w, work.compute_dtype)
         best, rows, complete = p.tiles, [], True
@@ -317,12 +337,15 @@ def tune_once(x: torch.Tensor, w: torch.Tensor, compute_dtype: torch.dtype) -> N
     if key in _tried or tuned.load(*call) is not None:
         return
     _tried.add(key)
-    shape = (x.shape[0], *w.shape)
+    shape = x.shape[0], w.shape[0], w.shape[1]
     print(f"fused_margin: tuning tiles for N, C, D = {shape}, {p.operands}", file=sys.stderr)
     is_autocast = p.accumulate is torch.float32 and compute_dtype is not x.dtype
     autocast = compute_dtype if is_autocast else None
+    # W as this call's, read by descriptors or not: what is saved is for one of them
+    offset = 0 if planning.describable(x, w) else 1
+    setting = _Setting(shape, x.dtype, w.dtype, autocast, x.device, offset)
     try:
-        tune(*shape, dtype=x.dtype, weight_dtype=w.dtype, autocast=autocast, device=x.device)
+        _tune(setting, seconds=60.0, save=True)
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         _warnings.warn(f"tuning failed, training goes on without: {error}")
 

@@ -46,8 +46,9 @@ from fused_margin._numerics import largest_exponent, logit_range
 
 # There are fewer passes over a block than in `sweep`, and larger ones pay.
 EFFICIENT_BLOCK = 4096
-# Factors of rows beyond 2^-FAR or 2^FAR are brought near 1 by a power of 2 that they share.
-FAR = 60
+# Factors of rows that are all below 2^LOW, or of which one is beyond 2^HIGH, get a power of 2 that
+# they share, and that brings the largest to 1, or to 2^HIGH: a small one may belong to a large Q.
+LOW, HIGH = -60, 115
 
 
 def fits(problem: Problem, needs: Needs) -> bool:
@@ -257,6 +258,15 @@ def backward(
     return Gradients(d_x, d_w, d_scale)
 
 
+def _shared_power(*factors: np.ndarray) -> float:
+    """What factors of rows, and of their directions, are divided by to be within range."""
+    largest = max(float(np.abs(one).max(initial=0.0)) for one in factors)
+    _, exponent = math.frexp(largest)
+    if not math.isfinite(largest) or LOW <= exponent <= HIGH:
+        return 1.0
+    return math.ldexp(1.0, exponent if exponent < LOW else exponent - HIGH)
+
+
 def _write_weight_gradient(
     d_w: torch.Tensor, store: _Store,
     factors: tuple[np.ndarray, torch.Tensor, torch.Tensor | None], x: Vectors, problem: Problem,
@@ -270,8 +280,7 @@ def _write_weight_gradient(
         x: embeddings. problem, inv_w: as for `backward`.
     """
     factor, of_target, of_hat = factors
-    _, exponent = np.frexp(np.abs(factor).max(initial=0.0))
-    power = 2.0 ** float(exponent) if abs(exponent) > FAR else 1.0
+    power = _shared_power(factor, factor / x.inverse.double().numpy())
     sweep = Sweep(problem, x, classes_per_block(problem))
     scaled = rounded(factor / power, problem.accumulate)
     of_w = WeightGradient(sweep, d_w, x, scaled, of_target, of_hat)

@@ -40,7 +40,8 @@ def _target_cosine(x, w, offs_n, mask_x, labels, C, D,
     the rounding of fp32.
     """
     has_target = mask_x & (labels >= 0) & (labels < C)
-    labels = tl.where(has_target, labels, 0)  # a list of rows is read without a mask
+    # a list of rows is read without a mask; not by a select, which Triton 3.6 doesn't compile here
+    labels = tl.minimum(tl.maximum(labels, 0), C - 1)
     product = tl.zeros([BLOCK_N], tl.float64)
     x_squares = tl.zeros([BLOCK_N], tl.float64)
     w_squares = tl.zeros([BLOCK_N], tl.float64)

@@ -54,6 +54,7 @@ from fused_margin._triton.operands import (
     split_count,
 )
 from fused_margin._triton.planning import (
+    NOTHING,
     Plan,
     backward_strategy,
     is_lent,
@@ -178,9 +179,10 @@ def _memory(
     x, w, loan = inputs.x, inputs.w, None
     # to read another than a number would need a synchronisation
     may_lend = inputs.scale_tensor is None and not inputs.extras.reshapes and _loans.may_lend(w)
+    shape = kept_shape(x, w, inputs.compute_dtype, budget, inputs.extras)
+    may_lend = may_lend and shape[1] == NOTHING  # tiles that were tuned may need more room
     if lends_for is not None and may_lend and is_lent(x, w, inputs.scale, p, budget):
         loan = _lend(x, w, p)
-    shape = kept_shape(x, w, inputs.compute_dtype, budget, inputs.extras)
     return Swept.empty(x, w, p.accumulate, shape), loan
 
 

@@ -10,8 +10,9 @@ rows of Q over which they write their rows of d_w, and no others. A row of d_w t
 all of the batch holds the exponentials of its first rows; those of the others are formed again, for
 some classes at a time.
 
-f_n may be beyond what fp32 holds, as a loss tends to 0. Only its ratio to the largest of all,
-exp(M), goes into a product; what is multiplied by it, by halves, is finite.
+f_n may be beyond what fp32 holds, as a loss tends to 0. Its ratio to exp(M) goes into a product,
+with M = 0 where the largest f_n is from 1 to exp(80), and else one that brings it there; what is
+multiplied by exp(M), by halves, is finite.
 """
 
 import triton
@@ -30,6 +31,7 @@ from fused_margin._triton.primitives import at, cast, dot, in_parts, load_scale
 PITCH = tl.constexpr(
     arguments.PITCH
 )  # what lies past N and within it are numbers, to multiply by 0
+LARGEST_LOG = tl.constexpr(80.0)  # of a factor in a product: exp(80) is 5e34
 SCANNED = tl.constexpr(256)  # rows looked at at a time, for the largest factor of all
 
 
@@ -49,7 +51,7 @@ def lent_prepare_kernel(
     x, rows, operand_ptr, largest_ptr, stride_operand, scale: tl.float64, N, D, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """f_n x_hat_n / exp(M) in the dtype of products, (N, D), and M, the largest log |f_n|."""
+    """f_n x_hat_n / exp(M) in the dtype of products, (N, D), and M."""
     s = load_scale(scale, rows, P.ACC)
     largest = tl.full([SCANNED], -float("inf"), P.ACC)
     for n in range(0, N, SCANNED):
@@ -58,6 +60,9 @@ def lent_prepare_kernel(
         largest = tl.maximum(largest, log_factor)
     largest = tl.max(largest, axis=0)
     largest = tl.where(largest == -float("inf"), 0.0, largest)
+    # not less than there is need for: what is small against the largest f_n may have a large Q_kn
+    excess = largest - LARGEST_LOG
+    largest = tl.minimum(largest, tl.where(excess > 0.0, excess, 0.0))
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     if tl.program_id(0) == 0:
@@ -65,13 +70,14 @@ def lent_prepare_kernel(
     _, mask_x = _used_rows(rows, offs_n, mask_n)
     log_factor, sign = _log_factor(rows, offs_n, mask_n, s, P.ACC, BLOCK_N)
     inv_x = tl.load(rows.inv_x + offs_n, mask=mask_n, other=0.0)
-    ratio = sign * tl.exp(log_factor - largest) * inv_x
+    ratio = sign * tl.exp(log_factor - largest)
     operand = operand_ptr + offs_n.to(tl.int64)[:, None] * stride_operand
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)[None, :]
         mask_d = offs_d < D
         x_rows = tl.load(at(x, offs_n[:, None], offs_d), mask=mask_x[:, None] & mask_d, other=0.0)
-        scaled = cast(x_rows.to(P.ACC) * ratio[:, None], P.GRADIENT)
+        # in this order: the direction first, as the inverse of a small norm is large
+        scaled = cast(x_rows.to(P.ACC) * inv_x[:, None] * ratio[:, None], P.GRADIENT)
         tl.store(operand + offs_d, scaled, mask=mask_n[:, None] & mask_d)
 
 

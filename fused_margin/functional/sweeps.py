@@ -72,13 +72,14 @@ def sweep(
         x: Tensor, w: Tensor, targets: Tensor, s: float | Tensor, ranks: _sharded.Rows | None,
         classes: Tensor | None = None,
     ) -> Sums:  # fmt: skip
-        extras = PLAIN
+        listed = None
         if classes is not None and backend == "triton":
-            extras = Extras(classes=classes)
+            listed = classes
         elif classes is not None:
             w = taken_rows(w, classes)
+        extras = PLAIN if listed is None else Extras(classes=listed)
         if not asked.is_nothing:
-            targets, extras = _extras(x, w, targets, asked, ranks)
+            targets, extras = _extras(x, w, targets, asked, ranks, listed)
         if backend == "reference":
             return Sums(*_reference.cosine_lse(x, w, targets, s, extras))
         dtype = compute_dtype(x, w, backend)
@@ -121,19 +122,29 @@ def compute_dtype(embeddings: Tensor, weight: Tensor, backend: str) -> torch.dty
 
 @torch.no_grad()
 def _extras(
-    embeddings: Tensor, weight: Tensor, labels: Tensor, asked: Asked, ranks: _sharded.Rows | None
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    asked: Asked,
+    ranks: _sharded.Rows | None,
+    classes: Tensor | None,
 ) -> tuple[Tensor, Extras]:
     """The targets as rows of W, (N,), and what the sweep is told.
 
     Where classes are split over ranks, ``weight`` has this one's, and the rows are of all: each
-    rank knows what is asked of its own.
+    rank knows what is asked of its own. ``classes``: rows of W that take part, among which labels
+    are numbers; None: all of them.
     """
     dtype = accumulation_dtype(embeddings, weight)
     threshold = phi = nearer = None
     rows = labels
     if asked.sub_centers > 1 or asked.negatives is not None or asked.has_stats:
         with torch.autocast(embeddings.device.type, enabled=False):
-            rows, u = nearest_centers(embeddings, weight, labels, asked.sub_centers)
+            if classes is None:
+                rows, u = nearest_centers(embeddings, weight, labels, asked.sub_centers)
+            else:  # whose classes have one row each
+                own = classes[labels.clamp_min(0)].where(labels >= 0, _sharded.NO_TARGET)
+                _, u = nearest_centers(embeddings, weight, own, 1)
             if ranks is not None and (asked.negatives is not None or asked.has_stats):
                 u = ranks.added(u)
             if asked.negatives is not None:
@@ -144,5 +155,5 @@ def _extras(
             if ranks is not None:
                 threshold, nearer = ranks.gathered(threshold), ranks.gathered(nearer)
     return rows, Extras(
-        threshold, phi, nearer, centers=asked.sub_centers, has_total=asked.has_total
+        threshold, phi, nearer, classes, centers=asked.sub_centers, has_total=asked.has_total
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,12 +22,14 @@ import fused_margin as fm
 import fused_margin.functional as fmf
 from fused_margin import _ops, _setup, optim
 from fused_margin._arguments import Extras
+from fused_margin._numerics import accumulation_dtype
 from fused_margin.distributed import ClassShard
 from fused_margin.distributed._shards import bounds
 from fused_margin.optim import RowSparseAdam, RowSparseSGD
 from fused_margin.sampling import NegativeSampler, sample_negatives
 
 CLASSES, DIM, RATE = 40, 6, 0.3
+FP64 = torch.float64
 Tensor = torch.Tensor
 
 
@@ -82,9 +85,10 @@ def test_the_softmax_is_over_the_classes_taken(rate: float, backend: str) -> Non
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_shaped", [False, True])
 @pytest.mark.parametrize("strategy", ["chunked", "fused", "kept", "lent"])
 def test_kernels_take_the_list_of_classes(
-    strategy: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    strategy: str, is_shaped: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit what they make of a copy of these rows, for whatever strides of the weight."""
     from fused_margin._triton import launch, planning
@@ -98,12 +102,17 @@ def test_kernels_take_the_list_of_classes(
         x = torch.randn(num_rows, dim, generator=generator).to(device, dtype)
         w = torch.randn(dim, num_classes, generator=generator).to(device, dtype).t()
         slopes = torch.linspace(-1.0, 2.0, num_rows, dtype=torch.float64, device=device)
+        shape = Extras()
+        if is_shaped:
+            threshold = torch.linspace(-0.2, 0.4, num_rows, dtype=accumulation_dtype(x, w))
+            phi = torch.tensor([0.0, 0.3, 1.0, 0.3, 2.0, 1.0], dtype=torch.float64)
+            shape = Extras(threshold.to(device), phi.to(device))
         found = []
         for is_list in (True, False):
             leaves = [one.detach().clone().requires_grad_() for one in (x, w)]
-            rows, extras = leaves[1], Extras(classes=index)
+            rows, extras = leaves[1], shape._replace(classes=index)
             if not is_list:
-                rows, extras = leaves[1][index], Extras()
+                rows, extras = leaves[1][index], shape
             with planning.override(strategy):
                 lse, u, _ = _ops.cosine_lse(
                     leaves[0], rows, labels, 9.0, dtype, "triton", None, extras
@@ -115,6 +124,44 @@ def test_kernels_take_the_list_of_classes(
             found.append((lse.detach(), u.detach(), leaves[0].grad, d_w.to_dense()))
         for one, other in zip(*found, strict=True):
             assert torch.equal(one, other)
+
+
+class Filtered(fm.ArcFaceLoss):
+    """ArcFace that leaves out what is as near as that, and takes the nearest for nearer."""
+
+    def negatives(self, embeddings: Tensor, labels: Tensor) -> fm.negatives.Negatives:
+        return fm.negatives.filtered(0.2)
+
+
+OTHERS: dict[str, Callable[[], fm.losses.MarginSoftmaxLoss]] = {
+    "curricular": lambda: fm.CurricularFaceLoss(CLASSES, DIM, scale=8.0, dtype=FP64),
+    "misclassified": lambda: fm.MVSoftmaxLoss(CLASSES, DIM, scale=8.0, dtype=FP64),
+    "circle": lambda: fm.CircleSoftmaxLoss(CLASSES, DIM, scale=8.0, dtype=FP64),
+    "filtered": lambda: Filtered(CLASSES, DIM, scale=8.0, dtype=FP64),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_triton)])
+def test_other_classes_of_a_sample(backend: str, name: str) -> None:
+    """Loss and gradients as the reference backend's, of the same classes."""
+    x, labels = _problem()[1:]
+    torch.manual_seed(2)
+    criterion = OTHERS[name]()
+    found = []
+    for one in ("reference", backend):
+        device = device_of(one)
+        trained = sample_negatives(copy.deepcopy(criterion).to(device), 0.4, seed=5)
+        trained.backend = one
+        leaf = x.detach().to(device).requires_grad_()
+        loss = trained(leaf, labels.to(device))
+        loss.backward()
+        grad: Any = trained.weight.grad
+        assert grad.layout is torch.sparse_coo
+        assert leaf.grad is not None
+        found.append([part.cpu() for part in (loss.detach(), leaf.grad, grad.to_dense())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 @needs_triton

@@ -69,6 +69,8 @@ LISTED = {
     "gradient_kernel, listed",
     "weight_kernel, listed",
     "embeddings_kernel, listed",
+    "sweep_kernel, shaped, listed",
+    "gradient_kernel, shaped, listed",
     "sweep_kernel, lent, listed",
     "embeddings_kernel, lent, listed",
     "lent_weight_kernel, listed",

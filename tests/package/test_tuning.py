@@ -283,6 +283,26 @@ def test_tuning_on_demand_under_autocast(monkeypatch: pytest.MonkeyPatch) -> Non
     assert key.endswith("bf16, x float32, w float32, N <= 16, D <= 16")
 
 
+@pytest.mark.parametrize("is_described", [True, False])
+def test_tuning_on_demand_is_for_weights_as_the_call_has_them(
+    monkeypatch: pytest.MonkeyPatch, is_described: bool
+) -> None:
+    """Tiles by descriptors are saved for calls that can use them, others for those that can't."""
+    monkeypatch.setattr(tuning, "_tried", set())
+    monkeypatch.setattr(planning, "LAUNCH_BOUND", 0)
+    asked: list[tuning._Setting] = []
+    monkeypatch.setattr(tuning, "_tune", lambda setting, **_: asked.append(setting))
+    x, w = torch.randn(3, 8), torch.randn(7, 8) if is_described else torch.randn(8, 7).t()
+    tuning.tune_once(x, w, torch.float32)
+    (setting,) = asked
+    sizes, dtype, weight_dtype, _, device, offset = setting
+    assert sizes == (3, 7, 8)
+    work = tuning._Step.make(*sizes, dtype, weight_dtype, device, offset)
+    assert planning.describable(work.x, work.w) is is_described
+    assert work.w.is_leaf
+    assert work.w.requires_grad
+
+
 @pytest.mark.usefixtures("few")
 def test_where_nothing_can_be_saved(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training goes on, and the next step doesn't try again."""
@@ -297,7 +317,8 @@ def test_where_nothing_can_be_saved(directory: Path, monkeypatch: pytest.MonkeyP
     ):
         fmf.arcface(x, w, labels, backend="triton")
     # where the loss is called, past torch's frames and the package's
-    assert {item.filename for item in (*of_file, *of_tuning)} == {__file__}
+    ours = [item for item in (*of_file, *of_tuning) if item.category is UserWarning]
+    assert {item.filename for item in ours} == {__file__}
     fmf.arcface(x, w, labels, backend="triton")
 
 
