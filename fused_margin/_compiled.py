@@ -80,10 +80,12 @@ def between_graphs(function: Callable[P, R]) -> Callable[P, R]:
     return functools.update_wrapper(own, function)
 
 
-def raising(num_outputs: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def raising(
+    num_outputs: int = 1, returned: Callable[..., Any] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a function that returns so many tensors, and checks what it is given.
 
-    It runs `between_graphs`, too.
+    It runs `between_graphs`, too. ``returned``: what makes of them what the function returns.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -99,7 +101,10 @@ def raising(num_outputs: int = 1) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 kind = "TypeError" if isinstance(error, TypeError) else "ValueError"
                 like = torch.empty((), device="cpu")
                 output = torch.ops.fused_margin.refuse.default(like, kind, str(error))
-                return output if num_outputs == 1 else (output,) * num_outputs
+                outputs = (output,) * num_outputs
+                if returned is not None:
+                    return returned(*outputs)
+                return output if num_outputs == 1 else outputs
 
         return between_graphs(checked)
 

@@ -302,7 +302,7 @@ def _of_norm(rows: Tensor, norm: float) -> Tensor:
 def _exchange(
     parameter: Any, local: Tensor, added: int, optimizers: Optimizers, sparse: Names = frozenset()
 ) -> None:
-    """Give a parameter other contents, and rows of zeros to what optimisers keep of it."""
+    """Give a parameter other contents, and more rows to what optimisers keep of it."""
     names = [[name for name, _ in _rows_of_state(one, parameter)] for one in optimizers]
     old = parameter.shape[0]
     new: Any = nn.Parameter(_shards.like(parameter, local, old + added), parameter.requires_grad)
@@ -313,7 +313,8 @@ def _exchange(
         for name in names[number]:  # one after the other, so that one is there twice at a time
             state: Any = optimizer.state[parameter]  # which makes one where there is none
             value = _states.dense(state.pop(name))
-            more, _ = _shards.grown(value, parameter, old, added)
+            more, first = _shards.grown(value, parameter, old, added)
+            more[max(0, old - first) :] = _states.first_value(optimizer, parameter, name)
             # of torch's SGD with sampled classes; the gradient of no row is dense
             if (number, name) in sparse and more.shape[0]:
                 state[name] = _sweep.like_grad(more.to_sparse(1), parameter)

@@ -60,6 +60,7 @@ class SGDInBackward(_states.LikeSGD):
       another function of the weights beside the loss the error comes, by nature, from the midst of
       the backward, from here or from PyTorch ("modified by an inplace operation"): load the last
       checkpoint;
+    - hooks of ``criterion.weight``, which would be given no gradient: the backward raises;
     - clipping, other optimisers, or whatever reads ``criterion.weight.grad``: in its place is a
       tensor of which each use raises;
     - ``backend="reference"``, `torch.compile` of the loss, `torch.func`, sampled negatives, a

@@ -36,7 +36,8 @@ def shrinkage(x: torch.Tensor) -> torch.Tensor:
     Cosines don't depend on it, and nothing is rounded. The norm stays above NORM_EPS.
     """
     half = math.frexp(torch.finfo(x.dtype).max)[1] // 2  # 64 in fp32, 512 in fp64
-    largest = torch.linalg.vector_norm(x.detach(), math.inf, dim=-1, keepdim=True)
+    # the last dimension by its number: as -1, a graph of an empty batch can't have it (torch 2.13)
+    largest = torch.linalg.vector_norm(x.detach(), math.inf, dim=x.ndim - 1, keepdim=True)
     is_huge = largest > 2.0 ** (half - 27)
     return torch.ones_like(largest).masked_fill(is_huge, 2.0 ** -(half + 12))
 

@@ -12,7 +12,7 @@ import torch
 from fused_margin import _transforms, _validate
 from fused_margin._arguments import PLAIN, Extras, Found
 from fused_margin._numerics import NORM_EPS, accumulation_dtype, shrinkage, sum_dtype
-from fused_margin.margins import SINE_SQUARED_FLOOR, clamp_cosine
+from fused_margin.margins import clamp_cosine, sine
 
 
 def normalize(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -95,10 +95,7 @@ def _reshaped(cosines: torch.Tensor, threshold: torch.Tensor, phi: torch.Tensor)
     value = offset + fixed * (linear + square * fixed)
     tangent = slope * (cosines - fixed) + 0.5 * slope_linear * (cosines.square() - fixed.square())
     if root:
-        sine = (1.0 - fixed.square()).clamp_min(0.0).sqrt()
-        value = value + root[0] * sine
-        floored = sine.clamp_min(SINE_SQUARED_FLOOR**0.5)
-        tangent = tangent - root[0] * fixed / floored * (cosines - fixed)
+        value = value + root[0] * sine(cosines)
     return torch.where(is_above, value + tangent, below * cosines)
 
 

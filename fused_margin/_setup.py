@@ -235,6 +235,13 @@ def _check_optimizers_of_samplers(
                 _fits_sampler(*one, weight, sampler.rate < 1.0, raises=True)
 
 
+def _has_sampler(criterion: nn.Module, name: str) -> bool:
+    """Whether a parameter is the class weights of a loss that trains with a part of the classes."""
+    owner = criterion.get_submodule(name.rpartition(".")[0])
+    sampler = getattr(owner, "sampler", None)
+    return name.endswith("weight") and sampler is not None and sampler.rate < 1.0
+
+
 class _Report(NamedTuple):
     """What one rank tells the others of one parameter."""
 
@@ -372,4 +379,7 @@ def check_setup(
             if different:
                 which = f"{items[0].name}{'.grad' if what == 'grad' else ''}"
                 is_split = any(item.part for item in items)
-                _validate_setup.unlike(f"{which} of this {name}", different, is_split=is_split)
+                _validate_setup.unlike(
+                    f"{which} of this {name}", different, is_split=is_split,
+                    is_sampled=_has_sampler(criterion, items[0].name),
+                )  # fmt: skip

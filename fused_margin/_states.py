@@ -151,3 +151,16 @@ def dense(value: Any) -> Any:
     if _validate.is_dtensor(value):
         return _shards.like(value, value._local_tensor.to_dense(), value.shape[0])
     return value.to_dense()
+
+
+def first_value(optimizer: Optimizer, parameter: Any, name: str) -> float:
+    """What an optimiser's state of a row, ``name``, is before the first update: 0 but for a few."""
+    setting = _BEGINS_WITH.get((type(optimizer).__name__, name))
+    if setting is None:
+        return 0.0
+    groups = [g for g in optimizer.param_groups if any(p is parameter for p in g["params"])]
+    return float(groups[0].get(setting, 0.0)) if groups else 0.0
+
+
+# The settings of torch's optimisers that some of their state begins with.
+_BEGINS_WITH = {("Adagrad", "sum"): "initial_accumulator_value", ("Rprop", "step_size"): "lr"}

@@ -59,11 +59,12 @@ class Updated(NamedTuple):
         As `torch.autograd.grad` is, whether it asks for this gradient or only for others.
 
         Raises:
-            RuntimeError: the weights have been updated by a backward already, or have a gradient,
-                or this backward has another one for them.
+            RuntimeError: the weights have been updated by a backward already, or have a gradient
+                or hooks, or this backward has another one for them.
         """
         if not _accumulates(self.parameter):
             return False
+        _validate_updates.no_hooks(self.parameter)
         grad = self.parameter.grad
         is_spent = isinstance(grad, Spent)
         if not (is_spent and grad.is_over):

@@ -170,6 +170,16 @@ def tensors(
         _order(embeddings, weight, labels)
     matrices(embeddings, weight, min_classes)
     num_rows = embeddings.shape[0]
+    _row_labels(labels, num_rows, weight.shape[0])
+    if labels.device != embeddings.device:
+        raise ValueError(
+            f"labels are on {labels.device}, embeddings on {embeddings.device};"
+            " move the labels with .to(embeddings.device)"
+        )
+
+
+def _row_labels(labels: Any, num_rows: int, num_classes: int) -> None:
+    """Check labels (N,); the number of classes is for the advice alone."""
     _labels(labels)
     plain("labels", labels)
     if labels.dtype not in INTEGERS:
@@ -181,12 +191,7 @@ def tensors(
         raise ValueError(
             f"labels must have shape ({known(num_rows)},), one class index per row of embeddings,"
             f" got {known(labels.shape)}"
-            f"{_remedies.of_labels_shape(labels, num_rows, weight.shape[0])}"
-        )
-    if labels.device != embeddings.device:
-        raise ValueError(
-            f"labels are on {labels.device}, embeddings on {embeddings.device};"
-            " move the labels with .to(embeddings.device)"
+            f"{_remedies.of_labels_shape(labels, num_rows, num_classes)}"
         )
 
 
@@ -241,23 +246,27 @@ def _dense(name: str, tensor: torch.Tensor) -> None:
         )
 
 
+def _matrix(name: str, tensor: Any) -> None:
+    _tensor(name, tensor)
+    if name == "embeddings" or not is_class_sharded(tensor):
+        plain(name, tensor)
+    _dense(name, tensor)
+    if tensor.ndim != 2:
+        is_weight = name == "weight"
+        remedy = _remedies.of_weight_shape if is_weight else _remedies.of_embeddings_shape
+        raise ValueError(
+            f"{name} must have shape {'(C, D)' if is_weight else '(N, D)'}, got"
+            f" {known(tensor.shape)}{remedy(tensor.shape)}"
+        )
+
+
 def matrices(embeddings: torch.Tensor, weight: torch.Tensor, min_classes: int = 2) -> None:
     """Check types, dtypes, shapes and devices of embeddings (N, D) and weight (C, D).
 
     The weight may be a DTensor that is sharded on classes.
     """
-    for name, tensor in (("embeddings", embeddings), ("weight", weight)):
-        _tensor(name, tensor)
-        if name == "embeddings" or not is_class_sharded(tensor):
-            plain(name, tensor)
-        _dense(name, tensor)
-        if tensor.ndim != 2:
-            is_weight = name == "weight"
-            remedy = _remedies.of_weight_shape if is_weight else _remedies.of_embeddings_shape
-            raise ValueError(
-                f"{name} must have shape {'(C, D)' if is_weight else '(N, D)'}, got"
-                f" {known(tensor.shape)}{remedy(tensor.shape)}"
-            )
+    _matrix("embeddings", embeddings)
+    _matrix("weight", weight)
     if weight.shape[0] < min_classes:
         raise ValueError(
             f"weight must have C >= {min_classes} rows (classes), got {known(weight.shape[0])}"

@@ -108,6 +108,14 @@ def of_kind(
     return check(value, labels, ignore_index)
 
 
+def within_kind(value: float | torch.Tensor, kind_name: str) -> float | torch.Tensor:
+    """Check a module's margin, whose kind may have been assigned after it."""
+    if not isinstance(value, torch.Tensor):
+        return of_kind(value, kind_name)
+    check = _angle if kind(kind_name) == "arc" else _offset
+    return check(value, "of row")
+
+
 def angle(name: str, value: Any) -> float:
     """Check an angle in radians that isn't called margin."""
     hint = "it is an angle in radians, math.radians(degrees), and the scale comes after all margins"
@@ -242,5 +250,10 @@ def psi_values(value: Any, u: torch.Tensor) -> torch.Tensor:
         given = f"shape {known(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
         raise ValueError(
             f"psi must return a tensor of its argument's shape, {known(u.shape)}; got {given}"
+        )
+    if value.dtype not in _validate.FLOATS:
+        raise TypeError(
+            f"psi must return floating numbers, by which the loss is differentiated, got"
+            f" {value.dtype}"
         )
     return value

@@ -34,27 +34,60 @@ def smoothed(value: Any) -> None:
 
 
 def curriculum(value: Any) -> float | torch.Tensor:
-    """Check CurricularFace's t: a number or a 0-d tensor, in [-1, 1] as a mean of cosines is."""
+    """Check CurricularFace's t, in [-1, 1] as a mean of cosines is."""
+    return _statistic("t", value, -1.0, 1.0, "it is a mean of target cosines")
+
+
+def of_norms(name: str, value: Any) -> float | torch.Tensor:
+    """Check AdaFace's mean or standard deviation of norms."""
+    return _statistic(name, value, 0.0, _validate.LARGEST_SCALE, "it is one of norms")
+
+
+def _statistic(
+    name: str, value: Any, lowest: float, highest: float, hint: str
+) -> float | torch.Tensor:
+    """Check a number or a 0-d tensor, whose value is looked at where that costs nothing."""
     if isinstance(value, torch.Tensor):
-        _validate.floating_numbers("t", value)
+        _validate.floating_numbers(name, value)
         if value.ndim != 0:
             raise ValueError(
-                f"t must be a number or a 0-d tensor, got shape {known(value.shape)}; use"
+                f"{name} must be a number or a 0-d tensor, got shape {known(value.shape)}; use"
                 " .squeeze() if it has one element"
             )
         if _transforms.is_readable(value):
-            _validate.between("t", value.item(), -1.0, 1.0)
+            _validate.between(name, value.detach().item(), lowest, highest, hint)
         return value.detach()
-    return _validate.between("t", value, -1.0, 1.0, "it is a mean of target cosines")
+    return _validate.between(name, value, lowest, highest, hint)
+
+
+def batch(embeddings: Any, labels: Any) -> None:
+    """Check embeddings (N, D) and labels (N,) where there is no weight beside them."""
+    _validate._matrix("embeddings", embeddings)
+    _validate._row_labels(labels, embeddings.shape[0], 0)
 
 
 def threshold(value: Any, u: torch.Tensor) -> None:
     """Check the threshold of negatives for target cosines u, (N,)."""
+    if not isinstance(value, torch.Tensor):
+        number = _validate._real("the threshold of negatives", value, "a number or a tensor")
+        if not -math.inf <= number <= math.inf:
+            raise ValueError("the threshold of negatives must be a cosine, got nan")
     if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape != u.shape:
         raise ValueError(
             f"the threshold of negatives must be a number or have shape ({known(u.shape[0])},), one"
             f" cosine per row, got {known(value.shape)}"
         )
+
+
+def penalty(value: Any, rows: torch.Tensor) -> None:
+    """Check what is added to the losses of rows, (N,)."""
+    if not isinstance(value, torch.Tensor) or value.shape != rows.shape:
+        given = f"shape {known(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+        raise ValueError(
+            f"penalty must return a tensor of shape ({known(rows.shape[0])},), what is added to"
+            f" each row's loss, or None; got {given}"
+        )
+    _validate.floating_numbers("penalty", value)
 
 
 def top(value: Any) -> int:
@@ -111,6 +144,16 @@ def undeclared_centers(own: int) -> NoReturn:
     )
 
 
+def one_center(own: int | None) -> None:
+    """Refuse the weight of a loss with sub-centres where each row is to be a class."""
+    if own is not None:
+        raise ValueError(
+            f"this weight is that of a loss with sub_centers={own}: {own} rows for each class,"
+            " which would be pushed away from each other; use center_invariant, or one centre for"
+            " each class, weight[fused_margin.metrics.dominant_centers(counts)]"
+        )
+
+
 def center_counts(value: Any) -> torch.Tensor:
     """Check how many rows are nearest to each centre, (C, K)."""
     _validate._tensor("counts", value)
@@ -132,6 +175,13 @@ def rows_of(name: str, value: Any, weight: torch.Tensor, sub_centers: int | None
             f" {value.device}"
         )
     num_rows = weight.shape[0]
+    wrong = (value < 0) | (value >= num_rows)
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name} must be rows of the weight, in [0, {num_rows}), got {int(value[first])} of"
+            f" class {first}"
+        )
     if value.shape[0] < 1 or num_rows % value.shape[0]:
         raise ValueError(
             f"{name} has {value.shape[0]} entries, one per class, and weight {num_rows} rows, which"

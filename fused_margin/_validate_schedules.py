@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from fused_margin import _names, _validate
@@ -45,6 +47,22 @@ def _settings(module: nn.Module) -> list[str]:
     numbers = [name for name, number in vars(module).items() if type(number) in (int, float)]
     return [name for name in numbers if name not in _FIXED]
 
+
+def end(setting: str, value: Any) -> None:
+    """Check a value between which and another one a setting moves, in any steps."""
+    if setting in _INTEGERS:
+        raise ValueError(
+            f"{setting} is an integer, and can't move from one number to another in any steps;"
+            f" assign it when it is to change, criterion.{setting} = ..."
+        )
+    if isinstance(value, torch.Tensor):
+        _validate.floating_numbers(setting, value)
+        return  # the loss looks at the numbers
+    if not -math.inf < _validate._real(setting, value, "a number or a tensor") < math.inf:
+        raise ValueError(f"{setting} must be finite, got {value}")
+
+
+_INTEGERS = ("ignore_index", "memory_budget", "k_top")
 
 # numbers of a module that are no settings
 _FIXED = ("num_classes", "embedding_size", "sub_centers", "memory_budget")

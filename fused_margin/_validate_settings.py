@@ -83,12 +83,20 @@ def filled(criterion: Any, emptied: Set[str]) -> None:
         for name, tensor in tensors.items()
         if isinstance(tensor, torch.Tensor) and bool(tensor.isnan().any())
     ]
-    if left:
-        raise ValueError(
-            f"to_empty() has left {', '.join(sorted(left))} of this {type(criterion).__name__}"
-            f" without values, and reset_parameters() can't know them: after it, assign"
-            f" criterion.{min(left)} = ..."
+    if not left:
+        return
+    unknown = sorted(set(left) - set(criterion.initial_statistics()))
+    if unknown:
+        remedy = (
+            f", and reset_parameters() can't know {', '.join(unknown)}: after it, assign"
+            f" criterion.{unknown[0]} = ..."
         )
+    else:
+        remedy = ": call criterion.reset_parameters(), before class weights are loaded"
+    raise ValueError(
+        f"to_empty() has left {', '.join(sorted(left))} of this {type(criterion).__name__} without"
+        f" values{remedy}"
+    )
 
 
 def per_class(name: str, value: torch.Tensor, num_classes: int) -> None:

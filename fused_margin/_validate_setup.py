@@ -44,8 +44,15 @@ def setup(criterion: str, forgotten: list[str], shared: list[str], *, has_parame
         raise ValueError(_remedies.of_shared(criterion, shared))
 
 
-def unlike(what: str, ranks: list[int], *, is_split: bool) -> NoReturn:
+def unlike(what: str, ranks: list[int], *, is_split: bool, is_sampled: bool) -> NoReturn:
     """Refuse parameters or gradients, or copies of shards, that differ between ranks."""
+    if is_sampled and not is_split:
+        raise RuntimeError(
+            f"{what} differs between ranks ({ranks} from 0): its gradients are not averaged. Those"
+            " of sampled classes are sparse, which no wrapper averages: split the classes over the"
+            " ranks, fused_margin.distributed.shard_classes(criterion), before the optimiser is"
+            " made"
+        )
     if is_split:
         raise RuntimeError(
             f"{what} differs between ranks that hold copies of the same classes ({ranks} from the"

@@ -23,6 +23,25 @@ ADDED = (
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
+def betas(value: Any) -> tuple[float, float]:
+    """Check Adam's two, in [0, 1)."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"betas must be two numbers, (0.9, 0.999), got {value!r}")
+    first, second = (_validate._real("betas", beta, "two numbers") for beta in value)
+    if not (0.0 <= first < 1.0 and 0.0 <= second < 1.0):
+        raise ValueError(f"betas must be in [0, 1), got {first} and {second}")
+    return first, second
+
+
+def no_hooks(parameter: Any) -> None:
+    """Check that nobody waits for a gradient that will not be made."""
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        raise RuntimeError(
+            "class weights of SGDInBackward have hooks, which would be given no gradient; nothing"
+            " has been changed. Remove them, or use torch.optim.SGD"
+        )
+
+
 def parameters(value: Any) -> None:
     """Refuse a module, whose parameters are meant."""
     if isinstance(value, torch.nn.Module):

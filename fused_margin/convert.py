@@ -281,7 +281,7 @@ def _chosen(
     if not candidates:
         _refusals.no_candidate(_described(found), wanted, of)
     if len(candidates) > 1:
-        _refusals.several_candidates(_described(candidates), of)
+        _refusals.several_candidates(_described(candidates), of, has_sizes=None not in sizes)
     return next(iter(candidates.items()))
 
 

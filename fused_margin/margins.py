@@ -90,10 +90,16 @@ def angular(margin: float | torch.Tensor, boundary: str = "linear", grad: str = 
 def additive(margin: float | torch.Tensor) -> Margin:
     """Coefficients of CosFace's margin, a cosine offset: psi(u) = u - m.
 
+    Args:
+        margin: an offset of the cosine, within 2; float, or (N,) tensor, whose values are not
+            checked.
+
     References:
         Wang et al., CosFace: Large Margin Cosine Loss for Deep Face Recognition, 2018,
         arXiv:1801.09414, eq. 4.
     """
+    if not isinstance(margin, torch.Tensor):
+        margin = _validate_margins.cosine_margin(margin)
     return Margin(1.0, 0.0, NEVER_ANGULAR, margin)
 
 
@@ -189,6 +195,8 @@ def adaptive(margin: float, quality: torch.Tensor) -> Callable[[torch.Tensor], t
 def circle(margin: float) -> Callable[[torch.Tensor], torch.Tensor]:
     r"""The target's part of Circle loss: :math:`[1 + m - u]_+ (u - (1 - m))`, the factor constant.
 
+    The slope is the factor; a second derivative is that of the slope.
+
     Args:
         margin: m, an offset of the cosine, in [0, 1].
 
@@ -200,7 +208,10 @@ def circle(margin: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def psi(u: torch.Tensor) -> torch.Tensor:
         offset = margin * torch.ones_like(u)  # a product, in which Dynamo keeps a float symbolic
-        return (1.0 + offset - u.detach()).clamp_min(0.0) * (u - (1.0 - offset))
+        fixed = u.detach()
+        factor = (1.0 + offset - fixed).clamp_min(0.0)
+        falls = (factor > 0.0).to(u.dtype)  # the slope, by 1 as u grows by 1
+        return factor * (u - (1.0 - offset)) - 0.5 * falls * (u - fixed).square()
 
     return psi
 
@@ -213,9 +224,9 @@ def by_class_size(
     Args:
         counts: samples of each class, (C,), as ``torch.bincount(labels, minlength=C)`` makes them;
             0 counts as 1.
-        smallest: margin of the largest class, radians or an offset of the cosine.
+        smallest: margin of the largest class, radians or an offset of the cosine, within pi.
         largest: margin of the smallest class.
-        power: of 1/n.
+        power: of 1/n, in [0, 10].
 
     Returns:
         (C,) fp32: n^-power, scaled to [smallest, largest]; the middle if all counts are equal.
@@ -225,6 +236,9 @@ def by_class_size(
         arXiv:2010.05350.
     """
     counts = _validate_margins.class_counts(counts)
+    smallest = _validate_margins.angle("smallest", smallest)
+    largest = _validate_margins.angle("largest", largest)
+    power = _validate.between("power", power, 0.0, 10.0)
     _validate.ordered("smallest", smallest, "largest", largest)
     rarity = counts.to(torch.float64, copy=True).clamp_min_(1.0) ** -power
     low, high = rarity.aminmax()

@@ -122,8 +122,7 @@ def class_rows(weight: Tensor | nn.Module, sub_centers: int | None) -> tuple[Ten
 
 
 @torch.no_grad()
-@_compiled.between_graphs
-@_names.hinting
+@_compiled.raising(num_outputs=2, returned=Prediction)
 def predict(
     embeddings: Tensor,
     weight: Tensor | nn.Module,

@@ -82,6 +82,7 @@ def misclassified(psi: Margin | Callable[[Tensor], Tensor], t: float = 1.2) -> N
         Wang et al., Mis-classified Vector Guided Softmax Loss for Face Recognition, 2019,
         arXiv:1912.00833, eq. 5, 7 (its adaptive weights).
     """
+    _validate_margins.psi(psi)
     t = _validate.between("t", t, 1.0, 10.0)
     threshold = (lambda u: margins.apply(u, psi)) if isinstance(psi, Margin) else psi
     return Negatives(threshold, (t - 1.0, t, 0.0, t, 0.0, 1.0))
@@ -91,7 +92,7 @@ def filtered(threshold: float, *, zero: bool = False) -> Negatives:
     """Leave out of the softmax whatever class is nearer than a threshold: likely a wrong label.
 
     Args:
-        threshold: a cosine in (-1, 1); people take 0.4.
+        threshold: a cosine, in [-1, 1]; people take 0.4.
         zero: give such classes the logit 0 instead, as insightface does.
     """
     threshold = _validate.between("threshold", threshold, -1.0, 1.0)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_margin import _states, _validate, _validate_states
+from fused_margin import _states, _validate, _validate_states, _validate_updates
 from fused_margin._in_backward import SGDInBackward
 
 __all__ = ["RowSparseAdam", "RowSparseSGD", "SGDInBackward"]
@@ -134,7 +134,7 @@ class RowSparseSGD(_RowSparse, _states.LikeSGD):
     Args:
         params: parameters or groups. Sparse gradients (COO, of the first dimension), dense ones and
             those of DTensors that are sharded on it.
-        lr: eta > 0.
+        lr: eta >= 0.
         momentum: mu.
         weight_decay: lambda.
     """
@@ -181,7 +181,7 @@ SparseAdam` does, whose first update of a late row is too long): a row behaves a
 
     Args:
         params: see `RowSparseSGD`.
-        lr: eta > 0.
+        lr: eta >= 0.
         betas: beta_1 and beta_2, in [0, 1).
         eps: epsilon.
         weight_decay: lambda, as in `torch.optim.Adam`.
@@ -194,7 +194,7 @@ SparseAdam` does, whose first update of a late row is too long): a row behaves a
         largest = _validate.LARGEST_SCALE
         settings = {
             "lr": _validate.between("lr", lr, 0.0, largest),
-            "betas": tuple(_validate.between("betas", beta, 0.0, 1.0) for beta in betas),
+            "betas": _validate_updates.betas(betas),
             "eps": _validate.between("eps", eps, 0.0, 1.0),
             "weight_decay": _validate.between("weight_decay", weight_decay, 0.0, largest),
         }

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_margin import _validate_shards
+from fused_margin import _validate, _validate_shards
 from fused_margin.distributed import bytes_per_step
 
 STATES = {"sgd": 0, "momentum": 1, "adam": 2}  # numbers for each weight
@@ -147,10 +147,26 @@ def plan(setting: Setting) -> Plan:
     """What a GPU needs, by the formulas of docs/scaling.md.
 
     Raises:
-        ValueError: the package doesn't train so.
+        TypeError: a number is none.
+        ValueError: a number or a name is out of range, or the package doesn't train so.
     """
+    _checked(setting)
     _validate_shards.can_be_planned(refusal(setting))
     return _planned(setting)
+
+
+def _checked(setting: Setting) -> None:
+    """Check the numbers and names of a setting that isn't from the command line."""
+    for name in ("classes", "dim", "gpus", "rows", "sub_centers", "copies"):
+        _validate.size(name, getattr(setting, name), 2 if name == "classes" else 1)
+    for name, names in (("optimizer", STATES), ("embeddings", DTYPES), ("weights", WEIGHTS)):
+        _validate.choice(name, getattr(setting, name), tuple(names))
+    for name in ("gpu_memory", "network", "products", "memory_rate"):
+        _validate.positive(name, getattr(setting, name))
+    for name in ("reserved", "latency"):
+        _validate.between(name, getattr(setting, name), 0.0, _validate.LARGEST_SCALE)
+    _validate.positive("rate", setting.rate)
+    _validate.between("rate", setting.rate, 0.0, 1.0)
 
 
 def _planned(setting: Setting) -> Plan:

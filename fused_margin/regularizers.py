@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fused_margin import _compiled, _validate, _weight_sweeps
+from fused_margin import _centers, _compiled, _validate, _validate_others, _weight_sweeps
 from fused_margin._numerics import accumulation_dtype
 
 __all__ = ["CenterInvariant", "RegularFace", "center_invariant", "regular_face"]
@@ -75,7 +75,8 @@ def regular_face(weight: torch.Tensor) -> torch.Tensor:
 
     Raises:
         TypeError: ``weight`` is no dense floating tensor.
-        ValueError: its shape is not (C, D) with C >= 2 and D >= 1.
+        ValueError: its shape is not (C, D) with C >= 2 and D >= 1, or it is that of a loss with
+            sub-centres, which would be pushed away from their own class.
 
     Numerics:
         All of it is in fp32 (fp64), under autocast too. The class taken is the nearest up to the
@@ -93,6 +94,7 @@ def regular_face(weight: torch.Tensor) -> torch.Tensor:
         2019.
     """
     _validate.class_weights(weight)
+    _validate_others.one_center(_centers.declared(weight))
     return _weight_sweeps.nearest_cosines(weight).mean()
 
 

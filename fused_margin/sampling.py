@@ -55,14 +55,16 @@ class NegativeSampler(nn.Module):
 
     def __init__(self, rate: float, seed: int = 0) -> None:
         super().__init__()
-        self.seed = _validate.size("seed", seed, 0)
+        self.seed = seed
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))
         self.rate = rate
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As for any module, but the rate is checked."""
+        """As for any module, but the rate and the seed are checked."""
         if name == "rate":
             value = _validate.between("rate", value, 0.0, 1.0)
+        if name == "seed":
+            value = _validate.size("seed", value, 0)
         super().__setattr__(name, value)
 
     def _load_from_state_dict(
@@ -154,7 +156,8 @@ def sample_negatives(criterion: Criterion, rate: float = 0.1, seed: int = 0) -> 
 
     In training mode its softmax then runs over a part of the classes, which makes the loss smaller
     than the full one: it is not corrected for. AdaCos adapts its scale by all classes still, in a
-    sweep over all of them.
+    sweep over all of them. Of shards the backward itself adds to ``weight.grad``:
+    `torch.autograd.grad` doesn't return that gradient, and hooks of the weight aren't given it.
 
     Args:
         criterion: a loss of this package, or a subclass of `MarginSoftmaxLoss`.

@@ -69,9 +69,11 @@ class Schedule:
         self.criterion: Any = _validate_schedules.criterion(criterion, setting)
         self.setting = setting
         self.initial, self.final = initial, final
+        for value in (initial, final):
+            _validate_schedules.end(setting, value)
         self.first_step, self.last_step = _validate_schedules.steps(first_step, last_step)
         self.steps = 0
-        for value in (final, initial):  # so that either is refused now
+        for value in (final, initial, self.value(0)):  # so that either is refused now
             self._set(value)
 
     def fraction(self, progress: float) -> float:

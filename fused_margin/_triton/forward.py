@@ -185,7 +185,8 @@ def _sweep(
         after = inv_w
         if P.NORMALIZE_FIRST:
             before, after = around_cast(inv_w)
-            if tl.max((mask_c & (before != 1.0)).to(tl.int32), axis=0) > 0:  # then once more
+            # once more then; no `if`, in which Triton 3.6 compiles no product for Blackwell
+            for _ in range(0, tl.max((mask_c & (before != 1.0)).to(tl.int32), axis=0)):
                 z, _ = _cosines(
                     operand, w, x_desc, w_desc, tl.program_id(0) * BLOCK_N, block * BLOCK_C,
                     offs_n, offs_c, mask_x, mask_c, before, D, True, P, BLOCK_N, BLOCK_C,

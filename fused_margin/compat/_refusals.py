@@ -274,12 +274,22 @@ def no_candidate(found: list[str], wanted: str, name: str) -> NoReturn:
     )
 
 
-def several_candidates(found: list[str], name: str) -> NoReturn:
+def several_candidates(found: list[str], name: str, *, has_sizes: bool) -> NoReturn:
     """Several tensors can be the class weights."""
+    sizes = "" if has_sizes else ", or give num_classes and embedding_size"
     raise ValueError(
         f"several matrices of {name} can be the class weights: {', '.join(found)}; choose"
-        " with key=, or give num_classes and embedding_size"
+        f" with key={sizes}"
     )
+
+
+def penalty(mp: float, margin: float, value: float) -> None:
+    """Check the penalty that WeSpeaker makes of ``mp`` at a margin."""
+    if value > 1.0:
+        raise ValueError(
+            f"mp = {mp:g} is for a margin of 0.2, as in WeSpeaker, and grows with it: at margin ="
+            f" {margin:g} it is {value:.4g} radians, more than 1; give at most {0.2 / margin:.4g}"
+        )
 
 
 def layout_unknown(name: str, shape: tuple[int, ...], of: str) -> NoReturn:

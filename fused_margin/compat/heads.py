@@ -254,6 +254,7 @@ class WeSpeakerAAM(_AngularHead):
         share = margin / 0.2 if isinstance(margin, float) else 1.0
         if not (self.mp and self.k_top) or share * 0.2 <= 0.001:
             return None
+        _refusals.penalty(self.mp, 0.2 * share, self.mp * share)
         return functional.inter_topk(embeddings, self, labels, self.k_top, self.mp * share)
 
 

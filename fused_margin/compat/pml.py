@@ -14,6 +14,8 @@ Values and gradients are those of pytorch-metric-learning 2 in fp32 and fp64. Wh
 - ArcFace's slope is finite where an embedding lies on its class's weight (there it is NaN), and
   within 0.0032 rad of it it is bounded, see `margins.sine`; a margin above pi is an error. The
   slope of a multiple angle at pi is the one just below, not its negative.
+- The loss of a row that is classified well is small where it rounds to 0 there: AvgNonZeroReducer,
+  which leaves out losses of 0, counts it.
 - An empty batch has loss 0, not NaN. A row of label -100 has loss 0 and counts in the mean.
 - ``collect_stats=True``, distances other than those named, and reference embeddings are errors.
 - ``fully_shard``, `torch.optim.LBFGS` and ``torch.nn.utils.parameters_to_vector`` refuse W, as

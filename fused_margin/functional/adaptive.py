@@ -11,10 +11,11 @@ from typing_extensions import Unpack
 from fused_margin import (
     _collectives,
     _compiled,
-    _names,
     _ops,
     _validate,
     _validate_margins,
+    _validate_others,
+    _validate_settings,
     margins,
 )
 from fused_margin._numerics import accumulation_dtype, sum_dtype
@@ -28,8 +29,7 @@ SMALLEST_SPREAD = 1e-3  # added to AdaFace's standard deviation
 
 
 @torch.no_grad()
-@_compiled.between_graphs
-@_names.hinting
+@_compiled.raising()
 def adacos_scale(
     embeddings: torch.Tensor,
     weight: torch.Tensor,
@@ -118,13 +118,12 @@ def norms(embeddings: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> 
 
 
 @torch.no_grad()
-@_compiled.between_graphs
-@_names.hinting
+@_compiled.raising(num_outputs=2)
 def adaface_statistics(
     embeddings: torch.Tensor,
     labels: torch.Tensor,
-    norm_mean: torch.Tensor,
-    norm_std: torch.Tensor,
+    norm_mean: float | torch.Tensor,
+    norm_std: float | torch.Tensor,
     momentum: float = 0.01,
     *,
     ignore_index: int = -100,
@@ -141,19 +140,23 @@ def adaface_statistics(
     Args:
         embeddings: (N, D).
         labels: (N,).
-        norm_mean: 0-d.
-        norm_std: 0-d.
+        norm_mean: the mean before, which starts at 20; float, or 0-d floating tensor.
+        norm_std: the standard deviation before, which starts at 100, likewise.
         momentum: alpha, the part of this batch, in [0, 1].
         ignore_index: label of rows that are left out.
         weight: the class weights, (C, D), where they are split over some of the ranks.
 
     Returns:
-        The two, 0-d, without gradient. No row leaves both as they were, a single one the deviation.
+        The two, 0-d, without gradient, in the dtypes of tensors that were given, else in the
+        accumulation dtype. No row leaves both as they were, a single one the deviation.
 
     References:
         Kim et al., AdaFace: Quality Adaptive Margin for Face Recognition, 2022, arXiv:2204.00964,
         section 3.3.
     """
+    _validate_others.batch(embeddings, labels)
+    ignore_index = _validate.ignore_index(ignore_index)
+    norm_mean, norm_std = _norms_so_far(embeddings, norm_mean, norm_std)
     momentum = _validate.between("momentum", momentum, 0.0, 1.0)
     found = norms(embeddings, labels, ignore_index)
     # a batch that overflowed, which a gradient scaler drops, must not stay in the statistics
@@ -171,6 +174,19 @@ def adaface_statistics(
         torch.where(count > 0, mean, norm_mean).to(norm_mean.dtype),
         torch.where(count > 1, std, norm_std).to(norm_std.dtype),
     )
+
+
+def _norms_so_far(
+    embeddings: torch.Tensor, norm_mean: float | torch.Tensor, norm_std: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """AdaFace's statistics as tensors; a float in a product stays symbolic in a graph."""
+    one = embeddings.new_ones((), dtype=accumulation_dtype(embeddings, embeddings))
+    checked = (
+        _validate_others.of_norms("norm_mean", norm_mean),
+        _validate_others.of_norms("norm_std", norm_std),
+    )
+    mean, std = (part if isinstance(part, torch.Tensor) else one * part for part in checked)
+    return mean, std
 
 
 @loss
@@ -202,7 +218,8 @@ def adaface(
         margin: m, in radians and as an offset of the cosine.
         scale: s > 0.
         h: how far a standard deviation of the norms turns the margin.
-        norm_mean: mu, the mean of norms over many batches, from `adaface_statistics`.
+        norm_mean: mu, the mean of norms over many batches, from `adaface_statistics`; float, or 0-d
+            floating tensor.
         norm_std: sigma, their standard deviation likewise.
         **options: see `arcface`.
 
@@ -231,6 +248,7 @@ def adaface_psi(
     """The margin of eq. 17, of a batch's norms."""
     margin = _validate.between("margin", margin, 0.0, LARGEST_ADAFACE_MARGIN, RADIANS)
     h = _validate.between("h", h, 0.0, 100.0)
+    norm_mean, norm_std = _norms_so_far(embeddings, norm_mean, norm_std)
     found = norms(embeddings.detach(), labels, ignore_index).clamp(SMALLEST_NORM, LARGEST_NORM)
     quality = (h * (found - norm_mean) / (norm_std + SMALLEST_SPREAD)).clamp(-1.0, 1.0)
     return margins.adaptive(margin, quality)
@@ -267,7 +285,7 @@ def magface(
         weight: (C, D).
         labels: (N,).
         lower_margin: m_l, radians, of embeddings of norm ``lower_norm`` and less.
-        upper_margin: m_u, radians, of norm ``upper_norm`` and more.
+        upper_margin: m_u >= m_l, radians, of norm ``upper_norm`` and more.
         scale: s > 0.
         lower_norm: a_l > 0.
         upper_norm: a_u > a_l.
@@ -316,6 +334,7 @@ def magface_margin(
     """m(a) of eq. 19, (N,)."""
     lower = _validate_margins.angle("lower_margin", lower_margin)
     upper = _validate_margins.angle("upper_margin", upper_margin)
+    _validate.ordered("lower_margin", lower, "upper_margin", upper)
     # tensors, since Dynamo keeps a float symbolic in a product
     one = found.new_ones(())
     first, last = one * lower, one * upper
@@ -404,6 +423,7 @@ def elastic_psi(
     _validate_margins.mean_margin(margin)
     mean = _validate_margins.of_kind(margin, kind)
     sigma = _validate.between("sigma", sigma, 0.0, 10.0)
+    generator = _validate_settings.generator(generator)
     if generator is None:  # a call of its own: Dynamo has none with a generator
         drawn = torch.randn(labels.shape[0], device=labels.device)
     else:

@@ -147,6 +147,7 @@ def _weigh(
     if options.focal_alpha is not None:
         rows = rows * options.focal_alpha
     if penalty is not None:
+        _validate_others.penalty(penalty, rows)
         rows = rows + penalty.to(rows.dtype).masked_fill(ignored, 0.0)
     weights = torch.ones_like(rows)
     if options.class_weight is not None:
@@ -273,7 +274,7 @@ def cosine_logits(
     Args:
         embeddings: (N, D).
         weight: (C, D), or (C K, D).
-        scale: s > 0; float, or 0-d floating tensor.
+        scale: s > 0; float, or 0-d floating tensor, whose value is not looked at in a graph.
         sub_centers: K rows of weights for each class, of which the nearest counts.
 
     Returns:

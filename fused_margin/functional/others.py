@@ -13,7 +13,6 @@ from typing_extensions import Unpack
 from fused_margin import (
     _collectives,
     _compiled,
-    _names,
     _ops,
     _validate,
     _validate_margins,
@@ -39,8 +38,7 @@ def _with(own: Negatives, options: CallOptions, call: Callable[..., Any]) -> Opt
 
 
 @torch.no_grad()
-@_compiled.between_graphs
-@_names.hinting
+@_compiled.raising()
 def curricularface_t(
     embeddings: Tensor,
     weight: Tensor,
@@ -63,7 +61,8 @@ def curricularface_t(
         embeddings: (N, D).
         weight: (C, D).
         labels: (N,).
-        t: the mean before, which starts at 0; float, or 0-d floating tensor.
+        t: the mean before, in [-1, 1], which starts at 0; float, or 0-d floating tensor, whose
+            value is not looked at in a graph.
         momentum: alpha, the part of this batch, in [0, 1].
         ignore_index: label of rows that are left out.
         sub_centers: K, see `arcface`.
@@ -115,7 +114,8 @@ def curricularface(
         labels: (N,).
         margin: m in radians; float, or (N,) floating tensor.
         scale: s > 0.
-        t: the moving mean of target cosines, from `curricularface_t`; float, or 0-d tensor.
+        t: the moving mean of target cosines, in [-1, 1], from `curricularface_t`; float, or 0-d
+            tensor, whose value is not looked at in a graph.
         boundary: of the target's logit, see `arcface`.
         **options: see `arcface`; but no ``negatives``.
 
@@ -183,8 +183,7 @@ def mv_softmax(
 def mv_psi(margin: float | Tensor, kind: str, boundary: str) -> margins.Margin:
     """cos(theta + m), or cos(theta) - m."""
     _validate.boundary(boundary)
-    if not isinstance(margin, Tensor):  # a module's, whose kind may have been assigned after it
-        margin = _validate_margins.of_kind(margin, kind)
+    margin = _validate_margins.within_kind(margin, kind)
     return margins.angular(margin, boundary) if kind == "arc" else margins.additive(margin)
 
 
@@ -223,8 +222,7 @@ def circle_softmax(
 
 
 @torch.no_grad()
-@_compiled.between_graphs
-@_names.hinting
+@_compiled.raising(returned=lambda refused: Negatives(refused, (0.0, 1.0, 0.0, 1.0, 0.0, 1.0)))
 def inter_topk(
     embeddings: Tensor,
     weight: Tensor | nn.Module,

@@ -222,7 +222,9 @@ class MarginSoftmaxLoss(nn.Module):
         was_meta = self.weight.device.type == "meta"
         super()._apply(fn, recurse)
         if was_meta and self.weight.device.type != "meta":  # by `to_empty`
-            self._mark_emptied(self.settings.keys() - before.keys())
+            self._mark_emptied(self.settings.keys() | before.keys())
+            if self.sampler is not None:
+                self.sampler.reset_parameters()
         for name, buffer in before.items():
             after = self._buffers.get(name)
             if buffer is not None and after is not None and after.itemsize < buffer.itemsize:
@@ -339,7 +341,10 @@ class MarginSoftmaxLoss(nn.Module):
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        """As for any module, but weights may be whole or sharded, whichever these are."""
+        """As for any module, but weights may be whole or sharded, whichever these are.
+
+        And statistics have fp32 at least, also where a state is assigned (``assign=True``).
+        """
         name = f"{prefix}weight"
         error_msgs += _remedies.of_transposed(name, state_dict.get(name), self.weight)
         if isinstance(state_dict.get(name), torch.Tensor):
@@ -354,6 +359,10 @@ class MarginSoftmaxLoss(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        for name in self.initial_statistics():
+            value = self._buffers.get(name)
+            if value is not None and value.itemsize < torch.float32.itemsize:
+                self._buffers[name] = value.float()
 
     @property
     def num_classes(self) -> int:

@@ -104,6 +104,7 @@ def test_no_kernel_asks_whether_a_group_is_there() -> None:
 
 def _compile(architectures: tuple[str, ...], directory: Path, *options: str) -> list[dict]:
     file = directory / f"{architectures[0]}.json"
+    file.unlink(missing_ok=True)  # that of other options
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.kernels", *options, "--json", str(file)]
     run = subprocess.run(
