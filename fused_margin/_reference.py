@@ -87,13 +87,20 @@ def _logsumexp(logits: torch.Tensor, is_out: torch.Tensor) -> torch.Tensor:
 
 
 def _reshaped(cosines: torch.Tensor, threshold: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
-    """phi of cosines (N, C) (eq. 20), whose gradient is its slope."""
+    """phi of cosines (N, C) (eq. 20), whose gradient is its slope.
+
+    A slope that isn't the derivative, of a phi with a factor that is held constant, is constant to
+    second derivatives too.
+    """
     offset, linear, square, slope, slope_linear, below, *root = phi.to(cosines.dtype)
     is_above = cosines > threshold.to(cosines.dtype)[:, None]
     fixed = cosines.detach()
-    # a parabola in c whose derivative at c is e + f c, and whose value there is phi(c)
+    # a parabola in c whose derivative at c is e + f c, and whose value there is phi(c); or a line
+    is_derivative = (slope == linear) & (slope_linear == 2.0 * square)
     value = offset + fixed * (linear + square * fixed)
-    tangent = slope * (cosines - fixed) + 0.5 * slope_linear * (cosines.square() - fixed.square())
+    step = cosines - fixed
+    tangent = (slope + slope_linear * fixed) * step
+    tangent = tangent + 0.5 * slope_linear * is_derivative * step.square()
     if root:
         value = value + root[0] * sine(cosines)
     return torch.where(is_above, value + tangent, below * cosines)

@@ -195,8 +195,6 @@ def adaptive(margin: float, quality: torch.Tensor) -> Callable[[torch.Tensor], t
 def circle(margin: float) -> Callable[[torch.Tensor], torch.Tensor]:
     r"""The target's part of Circle loss: :math:`[1 + m - u]_+ (u - (1 - m))`, the factor constant.
 
-    The slope is the factor; a second derivative is that of the slope.
-
     Args:
         margin: m, an offset of the cosine, in [0, 1].
 
@@ -208,10 +206,7 @@ def circle(margin: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def psi(u: torch.Tensor) -> torch.Tensor:
         offset = margin * torch.ones_like(u)  # a product, in which Dynamo keeps a float symbolic
-        fixed = u.detach()
-        factor = (1.0 + offset - fixed).clamp_min(0.0)
-        falls = (factor > 0.0).to(u.dtype)  # the slope, by 1 as u grows by 1
-        return factor * (u - (1.0 - offset)) - 0.5 * falls * (u - fixed).square()
+        return (1.0 + offset - u.detach()).clamp_min(0.0) * (u - (1.0 - offset))
 
     return psi
 
