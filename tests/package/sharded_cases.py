@@ -235,9 +235,8 @@ def _is_cut(name: str, num_classes: int) -> bool:
     """Whether the two rows of a class would come to lie on two ranks: it is refused."""
     if "sub-centres" not in name or -(-2 * num_classes // dist.get_world_size()) % 2 == 0:
         return False
-    sharded = fm.distributed.shard_classes(built(name, num_classes))
     try:
-        sharded(torch.zeros(2, DIM, dtype=FP64), torch.zeros(2, dtype=torch.int64))
+        fm.distributed.shard_classes(built(name, num_classes))
     except ValueError as error:
         return "without cutting one" in str(error)
     return False
@@ -316,10 +315,10 @@ def metrics_differ(name: str, counts: list[int], num_classes: int) -> dict[str, 
     part = batch(counts, num_classes)[dist.get_rank()]
     if len(part.x) > 3:
         part.x[3] = math.nan
-    criterion = built(name, num_classes)
-    sharded = fm.distributed.shard_classes(copy.deepcopy(criterion))
     if _is_cut(name, num_classes):
         return {}
+    criterion = built(name, num_classes)
+    sharded = fm.distributed.shard_classes(copy.deepcopy(criterion))
     found, expected = (
         {
             **{f"evaluate: {k}": v for k, v in evaluated._asdict().items()},
