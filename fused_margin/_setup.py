@@ -237,9 +237,9 @@ def _check_optimizers_of_samplers(
 
 def _has_sampler(criterion: nn.Module, name: str) -> bool:
     """Whether a parameter is the class weights of a loss that trains with a part of the classes."""
-    owner = criterion.get_submodule(name.rpartition(".")[0])
-    sampler = getattr(owner, "sampler", None)
-    return name.endswith("weight") and sampler is not None and sampler.rate < 1.0
+    owner, _, own_name = name.rpartition(".")
+    sampler = getattr(criterion.get_submodule(owner), "sampler", None)
+    return own_name == "weight" and sampler is not None and sampler.rate < 1.0
 
 
 class _Report(NamedTuple):

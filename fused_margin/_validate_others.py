@@ -72,7 +72,7 @@ def threshold(value: Any, u: torch.Tensor) -> None:
         number = _validate._real("the threshold of negatives", value, "a number or a tensor")
         if not -math.inf <= number <= math.inf:
             raise ValueError("the threshold of negatives must be a cosine, got nan")
-    if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape != u.shape:
+    elif value.ndim > 0 and value.shape != u.shape:
         raise ValueError(
             f"the threshold of negatives must be a number or have shape ({known(u.shape[0])},), one"
             f" cosine per row, got {known(value.shape)}"
@@ -82,10 +82,9 @@ def threshold(value: Any, u: torch.Tensor) -> None:
 def penalty(value: Any, rows: torch.Tensor) -> None:
     """Check what is added to the losses of rows, (N,)."""
     if not isinstance(value, torch.Tensor) or value.shape != rows.shape:
-        given = f"shape {known(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
         raise ValueError(
             f"penalty must return a tensor of shape ({known(rows.shape[0])},), what is added to"
-            f" each row's loss, or None; got {given}"
+            f" each row's loss, or None; got {_validate._shown(value)}"
         )
     _validate.floating_numbers("penalty", value)
 

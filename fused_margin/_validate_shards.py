@@ -110,13 +110,14 @@ def first_of_all(
     criterion: str, wrappers: Iterable[str | None], optimizers: Iterable[str | None]
 ) -> None:
     """Check that no rank has anything yet that holds the parameter which shards replace."""
-    for wrapper in filter(None, wrappers):
+    wrapper, optimizer = (next(filter(None, found), None) for found in (wrappers, optimizers))
+    if wrapper is not None:
         raise ValueError(
             f"this {criterion} is part of what {wrapper} has wrapped, which would go on with its"
             " whole weight; call shard_classes first, and wrap the backbone alone: shards need no"
             " wrapper"
         )
-    for optimizer in filter(None, optimizers):
+    if optimizer is not None:
         raise ValueError(
             f"an optimizer, {optimizer}, holds the weight of this {criterion} already, and would go"
             " on with the whole one, which nothing trains any more; call shard_classes first, then"

@@ -156,7 +156,8 @@ def adaface_statistics(
     """
     _validate_others.batch(embeddings, labels)
     ignore_index = _validate.ignore_index(ignore_index)
-    norm_mean, norm_std = _norms_so_far(embeddings, norm_mean, norm_std)
+    norm_mean = _of_norms("norm_mean", norm_mean, embeddings)
+    norm_std = _of_norms("norm_std", norm_std, embeddings)
     momentum = _validate.between("momentum", momentum, 0.0, 1.0)
     found = norms(embeddings, labels, ignore_index)
     # a batch that overflowed, which a gradient scaler drops, must not stay in the statistics
@@ -176,17 +177,13 @@ def adaface_statistics(
     )
 
 
-def _norms_so_far(
-    embeddings: torch.Tensor, norm_mean: float | torch.Tensor, norm_std: float | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """AdaFace's statistics as tensors; a float in a product stays symbolic in a graph."""
-    one = embeddings.new_ones((), dtype=accumulation_dtype(embeddings, embeddings))
-    checked = (
-        _validate_others.of_norms("norm_mean", norm_mean),
-        _validate_others.of_norms("norm_std", norm_std),
-    )
-    mean, std = (part if isinstance(part, torch.Tensor) else one * part for part in checked)
-    return mean, std
+def _of_norms(name: str, value: float | torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    """A statistic of AdaFace's, checked, as a tensor."""
+    value = _validate_others.of_norms(name, value)
+    if isinstance(value, torch.Tensor):
+        return value
+    dtype = accumulation_dtype(embeddings, embeddings)
+    return embeddings.new_ones((), dtype=dtype) * value  # in a product it stays symbolic
 
 
 @loss
@@ -248,7 +245,8 @@ def adaface_psi(
     """The margin of eq. 17, of a batch's norms."""
     margin = _validate.between("margin", margin, 0.0, LARGEST_ADAFACE_MARGIN, RADIANS)
     h = _validate.between("h", h, 0.0, 100.0)
-    norm_mean, norm_std = _norms_so_far(embeddings, norm_mean, norm_std)
+    norm_mean = _of_norms("norm_mean", norm_mean, embeddings)
+    norm_std = _of_norms("norm_std", norm_std, embeddings)
     found = norms(embeddings.detach(), labels, ignore_index).clamp(SMALLEST_NORM, LARGEST_NORM)
     quality = (h * (found - norm_mean) / (norm_std + SMALLEST_SPREAD)).clamp(-1.0, 1.0)
     return margins.adaptive(margin, quality)

@@ -181,9 +181,8 @@ def mv_softmax(
 
 
 def mv_psi(margin: float | Tensor, kind: str, boundary: str) -> margins.Margin:
-    """cos(theta + m), or cos(theta) - m."""
+    """cos(theta + m), or cos(theta) - m, of a checked margin."""
     _validate.boundary(boundary)
-    margin = _validate_margins.within_kind(margin, kind)
     return margins.angular(margin, boundary) if kind == "arc" else margins.additive(margin)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fused_margin import _ops, _reference, _validate, _validate_shards
-from fused_margin._arguments import PLAIN, Extras, Found
+from fused_margin._arguments import Extras, Found
 from fused_margin._centers import nearest_centers
 from fused_margin._numerics import accumulation_dtype, requested_dtype
 from fused_margin.distributed import _sweep as _sharded
@@ -72,14 +72,11 @@ def sweep(
         x: Tensor, w: Tensor, targets: Tensor, s: float | Tensor, ranks: _sharded.Rows | None,
         classes: Tensor | None = None,
     ) -> Sums:  # fmt: skip
-        listed = None
-        if classes is not None and backend == "triton":
-            listed = classes
-        elif classes is not None:
-            w = taken_rows(w, classes)
-        extras = PLAIN if listed is None else Extras(classes=listed)
+        if classes is not None and backend != "triton":
+            w, classes = taken_rows(w, classes), None
+        extras = Extras(classes=classes)
         if not asked.is_nothing:
-            targets, extras = _extras(x, w, targets, asked, ranks, listed)
+            targets, extras = _extras(x, w, targets, asked, ranks, classes)
         if backend == "reference":
             return Sums(*_reference.cosine_lse(x, w, targets, s, extras))
         dtype = compute_dtype(x, w, backend)

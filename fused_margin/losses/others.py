@@ -117,6 +117,7 @@ class MVSoftmaxLoss(MarginSoftmaxLoss):
     def psi(self, embeddings: torch.Tensor, labels: torch.Tensor) -> margins.Margin:
         """cos(theta + m), or cos(theta) - m."""
         margin = of_rows("margin", self.margin, labels, self.num_classes)
+        margin = _validate_margins.within_kind(margin, self.kind)
         return others.mv_psi(margin, self.kind, self.boundary)
 
     def negatives(self, embeddings: torch.Tensor, labels: torch.Tensor) -> shapes.Negatives:

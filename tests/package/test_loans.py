@@ -393,8 +393,6 @@ def test_a_module_trains_as_on_the_reference() -> None:
 @each_backend
 def test_small_and_large_gradients_keep_their_digits(backend: str, exponent: int) -> None:
     """A row's factor over its sum of exponentials may leave what fp32 holds."""
-    if backend == "triton" and exponent == -60:
-        pytest.skip("kernels take the gradient of a row in fp32, in which 1e-60 is 0")
     x, w, labels = _leaves(backend, FP32, (7, 33, 24))
     for scale in (1.0, 60.0):
         lse, u = fmf.cosine_lse(x, w, labels, scale, backend=backend)
